@@ -1,0 +1,43 @@
+# melfold: `make` lists what there is. A fresh machine needs Python 3.11 to 3.13 and make, nothing else.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint soak bench clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+setup: $(READY)  ## install everything into .venv, from requirements.txt
+
+$(READY): requirements.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "melfold needs Python 3.11, 3.12 or 3.13; found: $$(python3 --version 2>&1)"; exit 2; }
+	@echo "Setting up .venv with $$($(PYTHON) --version): PyTorch and the rest, a few minutes the first time ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@echo "Installing melfold itself ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+	@echo "Ready: $(BIN)/melfold --help"
+
+demo: setup  ## the whole job on a synthetic competition: a few minutes
+	$(BIN)/melfold demo
+
+test: setup lint  ## lint and tests
+	$(BIN)/python -m pytest
+
+lint: setup  ## ruff and import order
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+soak: setup  ## long trials
+	$(BIN)/python -m pytest -m soak
+
+bench: setup  ## speed, as ratios within one run
+	$(BIN)/python -m tests.bench
+
+clean:  ## remove what was made here, not data/, folds/ or submissions/
+	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,474 @@
+"""The command line: one thin command a stage."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from melfold.errors import MelfoldError
+from melfold.files import Home, Progress
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from melfold.combine.ensemble import OofScores
+    from melfold.config import Recipe
+
+app = typer.Typer(
+    name="melfold",
+    help="From the Freesound Audio Tagging 2019 download to a scored Kaggle submission.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipe_app = typer.Typer(help="What the recipes hold.", no_args_is_help=True)
+submission_app = typer.Typer(help="Build, check and score submission.csv.", no_args_is_help=True)
+app.add_typer(recipe_app, name="recipe")
+app.add_typer(submission_app, name="submission")
+
+DataArg = Annotated[
+    Path, typer.Argument(metavar="DATA", help="The folder of the competition's download, in Kaggle's or Zenodo's layout.")
+]
+DataOpt = Annotated[Path, typer.Option("--data", help="The folder of the competition's download.")]
+RunArg = Annotated[str, typer.Argument(metavar="RUN", help="A run's name in runs/, or its folder.")]
+HomeOpt = Annotated[
+    Path | None, typer.Option("--home", help="Where melfold keeps what it makes (MELFOLD_HOME, else the current folder).")
+]
+SetOpt = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a value of the recipe; repeatable.")
+]
+RecipeOpt = Annotated[str, typer.Option("--recipe", help="A recipe's name, or the path of a .toml file.")]
+RunOpt = Annotated[
+    str | None, typer.Option("--run", help="The run's name (else the recipe's, with a piece of its hash where --set changed it).")
+]
+DeviceOpt = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+JobsOpt = Annotated[int, typer.Option("--jobs", help="Worker processes; -1 is one a core.")]
+
+
+_BARS: list[Any] = []
+
+
+def command(on: typer.Typer, name: str, example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command, with an example in its help and every expected error told in its own lines."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def guarded(*args: Any, **kwargs: Any) -> None:
+            _set_up_logging()
+            try:
+                function(*args, **kwargs)
+            except MelfoldError as error:
+                for line in error.lines:
+                    typer.secho(f"melfold: {line}", fg="red", err=True)
+                raise typer.Exit(2) from None
+            except KeyboardInterrupt:
+                typer.echo("melfold: stopped. The same command goes on from here.", err=True)
+                raise typer.Exit(130) from None
+            finally:
+                for drawn in _BARS:
+                    drawn.stop()  # else an error would leave the terminal without its cursor
+
+        return on.command(name, help=f"{function.__doc__}\n\nExample: {example}")(guarded)
+
+    return register
+
+
+@command(app, "check", "melfold check data/fat2019")
+def check(data: DataArg, recipe: RecipeOpt = "open", home: HomeOpt = None, set_: SetOpt = None) -> None:
+    """Is this download complete and sane? Reads the tables and every file's header."""
+    from melfold import pipeline
+
+    report = pipeline.check(data, Home.find(home), _recipe(recipe, set_), progress=bar())
+    _table(report.splits, "split")
+    for note in report.notes:
+        typer.echo(f"note: {note}")
+    typer.echo("This download is complete and sane.")
+
+
+@command(app, "show", "melfold show data/fat2019 0006ae4e.wav -o clips.png")
+def show(
+    data: DataArg,
+    fnames: Annotated[list[str], typer.Argument(metavar="FNAME...", help="Clips of any split.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The PNG to write.")] = Path("clips.png"),
+    recipe: RecipeOpt = "open",
+    home: HomeOpt = None,
+    set_: SetOpt = None,
+) -> None:
+    """Draw clips: waveform, the log-mel as the model sees it, labels."""
+    from melfold.data.competition import load_competition
+    from melfold.report.clips import draw_clips
+
+    draw_clips(load_competition(data), fnames, _recipe(recipe, set_), output)
+    typer.echo(output)
+
+
+@command(app, "cache", "melfold cache data/fat2019 --recipe open")
+def cache(data: DataArg, recipe: RecipeOpt = "open", jobs: JobsOpt = -1, home: HomeOpt = None, set_: SetOpt = None) -> None:
+    """Turn audio into log-mel .npy files, once; only what is missing or has changed is made."""
+    from melfold import pipeline
+    from melfold.data.competition import load_competition
+
+    typer.echo(pipeline.cache(load_competition(data), Home.find(home), _recipe(recipe, set_), jobs=jobs, progress=bar()))
+
+
+@command(app, "folds", "melfold folds data/fat2019 --n-folds 5 --seed 42")
+def folds(
+    data: DataArg,
+    n_folds: Annotated[int, typer.Option("--n-folds", min=2, help="How many folds.")] = 5,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Another seed is another table.")] = 42,
+    group_identical: Annotated[
+        bool, typer.Option("--group-identical", help="Keep clips with identical audio together, in a table of another name.")
+    ] = False,
+    recipe: RecipeOpt = "open",
+    home: HomeOpt = None,
+    set_: SetOpt = None,
+) -> None:
+    """Write the fold table: stratified on the labels alone, the same for everyone."""
+    from melfold import pipeline
+    from melfold.data.competition import load_competition
+
+    changes = [f"folds.n_folds={n_folds}", f"folds.seed={seed}", f"folds.group_identical={str(group_identical).lower()}"]
+    path, deviation = pipeline.folds(load_competition(data), Home.find(home), _recipe(recipe, [*changes, *(set_ or [])]))
+    typer.echo(f"{path}\nNo label is more than {deviation} clips off an even split.")
+
+
+@command(app, "train", "melfold train data/fat2019 --recipe open --folds 0,1")
+def train(
+    data: DataArg,
+    recipe: RecipeOpt = "open",
+    folds: Annotated[str, typer.Option("--folds", help="0,1 or all or full (every curated clip, no held-out fold).")] = "all",
+    run: RunOpt = None,
+    device: DeviceOpt = "auto",
+    jobs: JobsOpt = -1,
+    home: HomeOpt = None,
+    set_: SetOpt = None,
+) -> None:
+    """Train folds of a run. Can be stopped at any moment; the same command goes on."""
+    from melfold import pipeline
+    from melfold.data.competition import load_competition
+    from melfold.learn.devices import pick_device
+
+    resolved, place = _recipe(recipe, set_), Home.find(home)
+    which = _parse_folds(folds, resolved)
+    competition, target = load_competition(data), pick_device(device, resolved.train.amp)
+    name = _run_name(run, recipe, resolved)
+    result = pipeline.train(competition, place, resolved, name, which, target, jobs=jobs, progress=bar())
+    typer.echo(f"{result.folder}\nDone: {', '.join(result.done_folds())}. Next: melfold oof {result.name}")
+
+
+@command(app, "oof", "melfold oof open")
+def oof(run: RunArg, home: HomeOpt = None, set_: SetOpt = None) -> None:
+    """Score a run's held-out predictions: pooled, by fold and by label."""
+    from melfold.combine.ensemble import pool_oof
+    from melfold.learn.runs import open_run
+
+    _refuse_set(set_)
+    opened = open_run(Home.find(home), run)
+    scores = pool_oof(opened)
+    _table(scores.per_label.sort_values("lwlrap"), "label")
+    _print_oof(scores)
+    typer.echo(f"{opened.oof}\n{opened.scores}")
+
+
+@command(app, "predict", "melfold predict open --data data/fat2019")
+def predict(run: RunArg, data: DataOpt, device: DeviceOpt = "auto", home: HomeOpt = None, set_: SetOpt = None) -> None:
+    """Predict the test clips with a run's trained folds, as its saved recipe says."""
+    from melfold import pipeline
+    from melfold.data.competition import load_competition
+    from melfold.learn.devices import pick_device
+    from melfold.learn.runs import open_run
+
+    _refuse_set(set_)
+    place = Home.find(home)
+    typer.echo(pipeline.predict(open_run(place, run), load_competition(data), place, pick_device(device, "off"), progress=bar()))
+
+
+@command(submission_app, "build", "melfold submission build open --data data/fat2019")
+def submission_build(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="One run, or several to average.")],
+    data: DataOpt,
+    id: Annotated[str | None, typer.Option("--id", help="The submission's name (else the runs').")] = None,
+    mean: Annotated[str, typer.Option("--mean", help="Between runs: arithmetic or geometric.")] = "geometric",
+    home: HomeOpt = None,
+    set_: SetOpt = None,
+) -> None:
+    """Combine runs into submissions/<id>/submission.csv, checked, with the recipe that rebuilds it."""
+    from melfold.combine.submission import build_submission
+    from melfold.data.competition import load_competition
+    from melfold.learn.runs import open_run
+
+    _refuse_set(set_)
+    place = Home.find(home)
+    opened = [open_run(place, run) for run in runs]
+    name = id or "+".join(run.name for run in opened)
+    path = build_submission(place, opened, load_competition(data), id=name, mean=mean)
+    typer.echo(f"{path}\nTrack: {'open' if any(r.info.track == 'open' for r in opened) else 'scratch'}")
+
+
+@command(submission_app, "check", "melfold submission check submission.csv --data data/fat2019")
+def submission_check(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Any CSV.")],
+    data: DataOpt,
+    home: HomeOpt = None,
+    set_: SetOpt = None,
+) -> None:
+    """Would the competition take this file?"""
+    from melfold.combine.submission import check_submission
+    from melfold.data.competition import load_competition
+
+    _refuse_set(set_)
+    probs = check_submission(file, load_competition(data))
+    typer.echo(f"{file}: {len(probs)} clips, {len(probs.columns)} labels, in order.")
+
+
+@command(submission_app, "score", "melfold submission score submission.csv --truth test_post_competition.csv")
+def submission_score(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A submission, rows in any order.")],
+    truth: Annotated[Path, typer.Option("--truth", help="fname,labels,usage as published after the competition.")],
+    home: HomeOpt = None,
+    set_: SetOpt = None,
+) -> None:
+    """Score a file as the leaderboard would, Public and Private apart. For scoring only: never choose by it."""
+    from melfold.combine.submission import score_submission
+
+    _refuse_set(set_)
+    scores = score_submission(file, truth)
+    _table(scores, "usage")
+    for half in {"Public", "Private"} - set(scores.index):
+        typer.echo(f"The {half} half is not covered by this file or this truth.")
+
+
+@command(app, "run", "melfold run data/fat2019 --recipe open")
+def run(
+    data: DataArg,
+    recipe: RecipeOpt = "open",
+    run: RunOpt = None,
+    device: DeviceOpt = "auto",
+    jobs: JobsOpt = -1,
+    home: HomeOpt = None,
+    set_: SetOpt = None,
+) -> None:
+    """The whole road, from a download to a checked submission.csv, skipping what is done."""
+    from melfold import pipeline
+    from melfold.learn.devices import pick_device
+
+    resolved = _recipe(recipe, set_)
+    name = _run_name(run, recipe, resolved)
+    target = pick_device(device, resolved.train.amp)
+    result, scores, path = pipeline.run_all(data, Home.find(home), resolved, name, target, jobs=jobs, progress=bar())
+    _print_oof(scores)
+    typer.echo(f"{path}  (track: {result.info.track})")
+
+
+@command(app, "demo", "melfold demo")
+def demo(home: HomeOpt = None, set_: SetOpt = None, device: DeviceOpt = "auto") -> None:
+    """The whole job on a synthetic competition, in a home of its own (build/demo)."""
+    from melfold import pipeline
+    from melfold.combine.submission import score_submission
+    from melfold.data.demo import write_demo
+    from melfold.learn.devices import pick_device
+
+    started = time.monotonic()
+    place = Home((home or Path("build/demo")).resolve())
+    data = write_demo(place.data / "demo")
+    resolved = _recipe("demo", set_)
+    name = _run_name(None, "demo", resolved)
+    target = pick_device(device, resolved.train.amp)
+    result, scores, path = pipeline.run_all(data, place, resolved, name, target, progress=bar())
+    test = score_submission(path, data / "test_post_competition.csv")
+    constant = scores.constant_lwlrap
+    typer.echo(f"\nThe demo took {time.monotonic() - started:.0f} s. lwlrap, beside a constant prediction's {constant:.3f}:")
+    typer.echo(f"  out-of-fold   {scores.oof_lwlrap:.3f}  ({scores.low:.3f} to {scores.high:.3f}, {scores.clips} clips)")
+    for half, row in test.iterrows():
+        typer.echo(f"  test {half:<8} {row['lwlrap']:.3f}  ({row['low']:.3f} to {row['high']:.3f}, {row['clips']:.0f} clips)")
+    typer.echo("Files:")
+    for what, where in (
+        ("synthetic competition", data),
+        ("log-mels", place.cache),
+        ("fold table", place.folds),
+        ("run: weights, logs, OOF", result.folder),
+        ("submission", path),
+    ):
+        typer.echo(f"  {what:<24} {where}")
+    typer.echo(f"Next: melfold show {data} {next(p.name for p in sorted((data / 'test').iterdir()))} --recipe demo -o clips.png")
+    typer.echo("      melfold run PATH/TO/THE/DOWNLOAD --recipe open")
+
+
+@command(recipe_app, "list", "melfold recipe list")
+def recipe_list(home: HomeOpt = None, set_: SetOpt = None) -> None:
+    """The recipes that come with the kit."""
+    from melfold.config import load_recipe, recipe_names
+
+    _refuse_set(set_)
+    for name in recipe_names():
+        resolved = load_recipe(name)
+        typer.echo(f"{name:<10} {'' if name == 'base' else f'[{resolved.track}] '}{resolved.about}")
+
+
+@command(recipe_app, "show", "melfold recipe show open --set train.epochs=10")
+def recipe_show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A recipe's name, or the path of a .toml file.")],
+    home: HomeOpt = None,
+    set_: SetOpt = None,
+) -> None:
+    """What a recipe resolves to: every value, and the reason where one is given."""
+    from melfold.config import explain_recipe, load_recipe
+
+    resolved = load_recipe(name, set_ or [])
+    reasons = {key: reason for key, (_, reason) in explain_recipe(name).items()}
+    changed = {item.partition("=")[0].strip() for item in set_ or []}
+    typer.echo(f"# {resolved.name}: {resolved.about}\n# track {resolved.track}, fingerprint {resolved.fingerprint()}")
+    for section, value in resolved.model_dump(mode="json", exclude={"name", "about"}).items():
+        if not isinstance(value, dict):
+            _show_value(section, value, reasons.get(section, ""))
+            continue
+        typer.echo(f"\n[{section}]")
+        for key, inner in value.items():
+            full = f"{section}.{key}"
+            _show_value(key, inner, "set on the command line" if full in changed else reasons.get(full, ""))
+
+
+def _show_value(key: str, value: object, reason: str) -> None:
+    line = f"{key} = {value!r}"
+    typer.echo(f"{line:<40} # {reason}" if reason else line)
+
+
+def bar() -> Progress:
+    """A bar with the time left on a terminal; elsewhere a plain line every ten seconds."""
+    return _terminal_bar() if sys.stderr.isatty() else _plain_lines()
+
+
+def _terminal_bar() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    shown: dict[str, Any] = {}
+
+    def progress(done: int, total: int, text: str) -> None:
+        if not shown:
+            shown["bar"] = Progress(*columns, console=Console(stderr=True), transient=True)
+            shown["bar"].start()
+            _BARS.append(shown["bar"])
+            shown["task"] = shown["bar"].add_task(text, total=total, completed=done - 1)
+        shown["bar"].update(shown["task"], completed=done, total=total, description=text)
+        if done >= total:
+            shown["bar"].stop()
+            shown.clear()
+
+    return progress
+
+
+def _plain_lines() -> Progress:
+    state = {"began": 0.0, "first": 0, "said": 0.0}
+
+    def progress(done: int, total: int, text: str) -> None:
+        now = time.monotonic()
+        if not state["began"] or done < state["first"]:
+            state.update(began=now, first=done, said=now)
+        if done >= total or now - state["said"] >= 10:
+            rate = (done - state["first"]) / max(now - state["began"], 1e-9)
+            left = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
+            typer.echo(f"melfold: {text}: {done}/{total}{left}", err=True)
+            state["said"] = now
+        if done >= total:
+            state["began"] = 0.0
+
+    return progress
+
+
+def _set_up_logging() -> None:
+    class Lines(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return f"melfold: {'' if record.levelno < logging.WARNING else 'WARNING: '}{record.getMessage()}"
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Lines())
+    logger = logging.getLogger("melfold")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+
+
+def _recipe(name: str, sets: list[str] | None) -> Recipe:
+    from melfold.config import load_recipe
+
+    return load_recipe(name, sets or [])
+
+
+def _run_name(given: str | None, recipe: str, resolved: Recipe) -> str:
+    from melfold.config import load_recipe
+    from melfold.learn.runs import default_run_name
+
+    return given or default_run_name(resolved, load_recipe(recipe))
+
+
+def _refuse_set(sets: list[str] | None) -> None:
+    """A finished run's recipe is read from the run; to let it be changed here would make its record untrue."""
+    if sets:
+        raise MelfoldError("--set changes nothing here", " ".join(sets), "This command reads the recipe saved with the run")
+
+
+def _parse_folds(text: str, recipe: Recipe) -> list[int | str]:
+    from melfold.learn.runs import FULL
+
+    if text == "all":
+        return list(range(recipe.folds.n_folds))
+    which: list[int | str] = []
+    for part in text.split(","):
+        if part == FULL:
+            which.append(FULL)
+        elif part.strip().isdigit() and int(part) < recipe.folds.n_folds:
+            which.append(int(part))
+        else:
+            raise MelfoldError("no such fold", repr(part), f"Use 0 to {recipe.folds.n_folds - 1}, all, or {FULL}")
+    return which
+
+
+def _print_oof(scores: OofScores) -> None:
+    missing = scores.missing
+    if missing:
+        typer.secho(
+            f"INCOMPLETE: folds {', '.join(map(str, missing))} are missing; this covers {scores.clips} clips only.", fg="yellow"
+        )
+    folds = "  ".join(f"{fold}: {value:.4f}" for fold, value in scores.fold_lwlrap.items())
+    typer.echo(f"oof_lwlrap        {scores.oof_lwlrap:.4f}  (95 % {scores.low:.3f} to {scores.high:.3f}, {scores.clips} clips)")
+    typer.echo(f"mean_fold_lwlrap  {scores.mean_fold_lwlrap:.4f}  ({folds})")
+    typer.echo(f"constant          {scores.constant_lwlrap:.4f}")
+
+
+def _table(table: pd.DataFrame, index: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(box=None, pad_edge=False)
+    drawn.add_column(index)
+    for column in table.columns:
+        drawn.add_column(str(column), justify="left" if table[column].dtype == object and column == "audio" else "right")
+    for name, row in table.iterrows():
+        drawn.add_row(str(name), *(_cell(value) for value in row))
+    Console(width=None if sys.stdout.isatty() else 200).print(drawn)
+
+
+def _cell(value: Any) -> str:
+    if value is None or value != value:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.0f}" if value == int(value) and value > 1 else f"{value:.3f}"
+    return str(value)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

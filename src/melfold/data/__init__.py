@@ -1,0 +1,1 @@
+"""Competition tables, log-mels, folds and crops."""

@@ -1,0 +1,230 @@
+"""The competition's download: its tables, validated at the door, and where each clip's audio is."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from melfold.errors import MelfoldError
+
+Split = Literal["curated", "noisy", "test"]
+SPLITS: tuple[Split, ...] = ("curated", "noisy", "test")
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg")
+
+_FAT2019_LABELS = "15715fa5"
+"""The start of the SHA-256 of FAT2019's 80 labels, one a line: its caches and folds carry its name wherever it lies."""
+
+_KAGGLE = {"curated": "train_curated", "noisy": "train_noisy", "test": "test"}
+
+
+@dataclass(frozen=True)
+class Competition:
+    """A validated download.
+
+    `curated`, `noisy` and `test` are indexed by `fname`, with `labels` (a tuple of names; not for `test`) and `path`.
+    `noisy` is empty where the download has none. `test` is in the submission's order.
+    """
+
+    name: str
+    root: Path
+    labels: tuple[str, ...]
+    curated: pd.DataFrame
+    noisy: pd.DataFrame
+    test: pd.DataFrame
+
+    def split(self, name: Split) -> pd.DataFrame:
+        """The table of a split by its name."""
+        return {"curated": self.curated, "noisy": self.noisy, "test": self.test}[name]
+
+    def targets(self, name: Literal["curated", "noisy"] = "curated") -> pd.DataFrame:
+        """Multi-hot `(clips, labels)` float32."""
+        return multi_hot(self.split(name)["labels"], self.labels)
+
+
+def multi_hot(labels_of: pd.Series, labels: Sequence[str]) -> pd.DataFrame:
+    """Tuples of label names by clip -> float32 `(clips, labels)` of 0 and 1."""
+    column = {label: i for i, label in enumerate(labels)}
+    values = np.zeros((len(labels_of), len(labels)), np.float32)
+    for row, own in enumerate(labels_of):
+        values[row, [column[label] for label in own]] = 1
+    return pd.DataFrame(values, index=labels_of.index, columns=list(labels))
+
+
+def load_competition(root: Path) -> Competition:
+    """Read and validate a download in Kaggle's or Zenodo's layout.
+
+    Raises:
+        MelfoldError: with one line for each problem found in the tables and folders.
+    """
+    layout = _Layout.find(root)
+    problems: list[MelfoldError] = []
+    labels = _read_vocabulary(layout, problems)
+    tables: dict[str, pd.DataFrame] = {}
+    for split in SPLITS:
+        if split == "noisy" and not layout.tables[split].exists() and not _audio_folder(layout.audio[split]).exists():
+            tables[split] = pd.DataFrame({"labels": [], "path": []}, index=pd.Index([], name="fname", dtype=str))
+            continue
+        rows = _read_rows(layout.tables[split], split != "test", problems)
+        if rows is None:
+            continue
+        _check_rows(rows, layout.tables[split].name, set(labels) if split != "test" else None, problems)
+        paths = _find_audio(rows.index, layout.audio[split], problems)
+        tables[split] = rows.assign(path=[paths.get(f) for f in rows.index])
+    _check_across(tables, problems)
+    if problems:
+        raise MelfoldError.many(problems)
+    test = tables["test"] if layout.sample else tables["test"].sort_index()
+    return Competition(_name(root, labels), root, labels, tables["curated"], tables["noisy"], test)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    tables: dict[str, Path]
+    audio: dict[str, Path]
+    vocabulary: Path
+    sample: bool
+    """Whether labels and test rows come from `sample_submission.csv`."""
+
+    @classmethod
+    def find(cls, root: Path) -> _Layout:
+        if not root.is_dir():
+            raise MelfoldError("no such data folder", str(root), "Give the folder that holds the competition's download")
+        if (meta := root / "FSDKaggle2019.meta").is_dir():
+            return cls(
+                {s: meta / f"{n}_post_competition.csv" for s, n in _KAGGLE.items()},
+                {s: root / f"FSDKaggle2019.audio_{n}" for s, n in _KAGGLE.items()},
+                meta / "vocabulary.csv",
+                sample=False,
+            )
+        sample = root / "sample_submission.csv"
+        if not sample.exists():
+            raise MelfoldError(
+                f"{root} is no competition download",
+                "neither sample_submission.csv (Kaggle's layout) nor FSDKaggle2019.meta/ (Zenodo's)",
+                "Give the folder that holds one of them",
+            )
+        tables = {s: root / f"{n}.csv" for s, n in _KAGGLE.items()} | {"test": sample}
+        return cls(tables, {s: root / n for s, n in _KAGGLE.items()}, sample, sample=True)
+
+
+def _name(root: Path, labels: Iterable[str]) -> str:
+    if hashlib.sha256("\n".join(labels).encode()).hexdigest().startswith(_FAT2019_LABELS):
+        return "fat2019"
+    return re.sub(r"[^a-z0-9]+", "_", root.resolve().name.lower()).strip("_") or "competition"
+
+
+def _read_vocabulary(layout: _Layout, problems: list[MelfoldError]) -> tuple[str, ...]:
+    path = layout.vocabulary
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.reader(file)) if not layout.sample else [next(csv.reader(file), [])]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        problems.append(MelfoldError(f"cannot read {path.name}", str(error)))
+        return ()
+    if layout.sample:
+        if rows[0][:1] != ["fname"]:
+            problems.append(
+                MelfoldError(f"{path.name}: the first column must be fname", ", ".join(rows[0][:3]) or "an empty file")
+            )
+        labels = rows[0][1:]
+    else:
+        labels = [row[-1] for row in rows if row]
+    if not labels:
+        problems.append(MelfoldError(f"{path.name}: no labels"))
+    for label, count in Counter(labels).items():
+        if count > 1:
+            problems.append(MelfoldError(f"{path.name}: duplicate label", label))
+        if not label or "," in label or label != label.strip():
+            problems.append(MelfoldError(f"{path.name}: not a label", repr(label)))
+    return tuple(labels)
+
+
+def _read_rows(path: Path, labelled: bool, problems: list[MelfoldError]) -> pd.DataFrame | None:
+    """`fname` (and `labels`) of a table, or None with the problem noted."""
+    columns = ["fname", "labels"] if labelled else ["fname"]
+    try:
+        # Of the test tables only `fname` is read: the truth after the competition is for scoring alone.
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, strict=True)
+            missing = [c for c in columns if c not in (reader.fieldnames or [])]
+            if missing:
+                found = ", ".join((reader.fieldnames or ["an empty file"])[:4])
+                problems.append(MelfoldError(f"{path.name}: missing column {' and '.join(missing)}", found))
+                return None
+            rows = []
+            for row in reader:
+                if None in row:
+                    problems.append(
+                        MelfoldError(f"{path.name}: more cells than columns", f"line {reader.line_num}", "Put several labels in quotes")
+                    )
+                rows.append([row[c] or "" for c in columns])
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        problems.append(MelfoldError(f"cannot read {path.name}", str(error), "Download it again"))
+        return None
+    if not rows:
+        problems.append(MelfoldError(f"{path.name}: no rows"))
+        return None
+    table = pd.DataFrame(rows, columns=columns).set_index("fname")
+    if labelled:
+        table["labels"] = [tuple(text.split(",")) if text else () for text in table["labels"]]
+    return table
+
+
+def _check_rows(table: pd.DataFrame, name: str, labels: set[str] | None, problems: list[MelfoldError]) -> None:
+    for fname, count in Counter(table.index).items():
+        if count > 1:
+            problems.append(MelfoldError(f"{name}: duplicated fname", f"{fname} ({count} rows)"))
+        if not fname or "/" in fname or "\\" in fname or fname.startswith("."):
+            problems.append(MelfoldError(f"{name}: fname must be a plain file name", repr(fname)))
+        elif not fname.lower().endswith(AUDIO_SUFFIXES):
+            problems.append(MelfoldError(f"{name}: fname must end in {', '.join(AUDIO_SUFFIXES)}", fname))
+    if labels is None:
+        return
+    for fname, own in table["labels"].items():
+        if not own:
+            problems.append(MelfoldError(f"{name}: no labels", str(fname)))
+        elif len(set(own)) < len(own):
+            problems.append(MelfoldError(f"{name}: a label stands twice", f"{fname}: {','.join(own)}"))
+        for label in own:
+            if labels and label not in labels:
+                problems.append(MelfoldError(f"{name}: unknown label", f"{label!r} of {fname}"))
+
+
+def _audio_folder(folder: Path) -> Path:
+    """Some mounts nest a folder in itself."""
+    nested = folder / folder.name
+    return nested if nested.is_dir() else folder
+
+
+def _find_audio(fnames: pd.Index, folder: Path, problems: list[MelfoldError]) -> dict[str, Path]:
+    folder = _audio_folder(folder)
+    if not folder.is_dir():
+        problems.append(MelfoldError("audio folder missing", f"{folder} ({len(fnames)} clips)", "Unpack it there"))
+        return {}
+    present = {p.name: p for p in sorted(folder.iterdir()) if not p.name.startswith(".")}
+    wanted = set(fnames)
+    for fname in sorted(wanted - present.keys()):
+        problems.append(MelfoldError("a row without a file", f"{folder.name}/{fname}", "Download it again"))
+    for fname in sorted(present.keys() - wanted):
+        problems.append(MelfoldError("a file without a row", f"{folder.name}/{fname}", "Remove it, or add its row"))
+    return present
+
+
+def _check_across(tables: dict[str, pd.DataFrame], problems: list[MelfoldError]) -> None:
+    """Cached arrays are named by stem, so that one may stand only once."""
+    seen: dict[str, str] = {}
+    for split, table in tables.items():
+        for fname in dict.fromkeys(table.index):
+            stem = fname.rsplit(".", 1)[0]
+            if stem in seen:
+                problems.append(MelfoldError("two clips share a name", f"{fname} in {split}, {seen[stem]}"))
+            seen[stem] = f"{fname} in {split}"

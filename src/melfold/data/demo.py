@@ -1,0 +1,143 @@
+"""A synthetic competition, small enough to try the whole road in minutes: the same layout, tables and traits as the real one."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import scipy.signal
+
+from melfold.errors import MelfoldError
+from melfold.files import atomic_path, write_text
+
+SR = 16_000
+CURATED, NOISY, TEST = 150, 60, 60
+_DONE = "README.txt"
+
+Sound = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+"""(times in seconds, generator) -> samples of about unit power."""
+
+
+def _tone(t: np.ndarray, hz: float | np.ndarray) -> np.ndarray:
+    return np.sin(2 * np.pi * np.cumsum(np.broadcast_to(hz, t.shape)) / SR)
+
+
+def _bell(t: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    base, strikes = rng.uniform(500, 900), np.arange(0, t[-1], rng.uniform(0.5, 0.8))
+    ring = sum(_tone(t, base * r) / (i + 1) for i, r in enumerate((1, 2.76, 5.4)))
+    return ring * sum(np.where(t >= s, np.exp(-6 * (t - s)), 0) for s in strikes)
+
+
+def _buzz(t: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return scipy.signal.sawtooth(2 * np.pi * rng.uniform(90, 180) * t)
+
+
+def _clicks(t: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    phase = (t * rng.uniform(6, 12)) % 1
+    return rng.standard_normal(len(t)) * (phase < 0.04) * 3
+
+
+def _hiss(t: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return scipy.signal.sosfilt(scipy.signal.butter(4, 3000, "high", fs=SR, output="sos"), rng.standard_normal(len(t)))
+
+
+def _rumble(t: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return 4 * scipy.signal.sosfilt(scipy.signal.butter(4, 250, "low", fs=SR, output="sos"), rng.standard_normal(len(t)))
+
+
+def _rising(t: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return _tone(t, 600 * 2 ** (3 * ((t * rng.uniform(1.5, 2.5)) % 1)))
+
+
+def _falling(t: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return _tone(t, 600 * 2 ** (3 - 3 * ((t * rng.uniform(1.5, 2.5)) % 1)))
+
+
+def _siren(t: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return _tone(t, rng.uniform(1200, 1600) * 2 ** (0.5 * np.sin(2 * np.pi * rng.uniform(3, 5) * t)))
+
+
+def _whistle(t: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return _tone(t, rng.uniform(2500, 3500))
+
+
+def _tremolo(t: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return _tone(t, rng.uniform(300, 450)) * (np.sin(2 * np.pi * rng.uniform(7, 10) * t) > 0)
+
+
+SOUNDS: dict[str, Sound] = {
+    "Bell": _bell,
+    "Buzz": _buzz,
+    "Clicks_(fast)": _clicks,
+    "Falling_sweep": _falling,
+    "Hiss": _hiss,
+    "Rising_sweep": _rising,
+    "Rumble": _rumble,
+    "Siren": _siren,
+    "Tremolo": _tremolo,
+    "Whistle": _whistle,
+}
+
+
+def write_demo(root: Path, seed: int = 0) -> Path:
+    """Write the synthetic competition in Kaggle's layout: the same bytes for the same seed.
+
+    `test_post_competition.csv` holds the truth of the test clips, for scoring alone. A folder that is complete is left.
+
+    Raises:
+        MelfoldError: the folder holds something else.
+    """
+    if (root / _DONE).exists():
+        return root
+    if root.exists() and any(root.iterdir()) and not (root / "sample_submission.csv").exists():
+        raise MelfoldError("the demo's folder holds something else", str(root), "Give another --home")
+    rng = np.random.default_rng(seed)
+    names = [f"{n:08x}.wav" for n in rng.choice(2**32, CURATED + NOISY + TEST, replace=False)]
+    curated = [(name, _draw_labels(i, rng, 0.15)) for i, name in enumerate(names[:CURATED])]
+    noisy = [(name, _draw_labels(i, rng, 0.1)) for i, name in enumerate(names[CURATED : CURATED + NOISY])]
+    test = [(name, _draw_labels(i, rng, 0.3)) for i, name in enumerate(sorted(names[CURATED + NOISY :]))]
+    for folder, rows in (("train_curated", curated), ("train_noisy", noisy), ("test", test)):
+        for name, labels in rows:
+            _write_wav(root / folder / name, _mix(labels, rng, dull=folder == "train_noisy"))
+    wrong = [(name, labels if rng.random() < 0.6 else _draw_labels(int(rng.integers(99)), rng, 0)) for name, labels in noisy]
+    _write_table(root / "train_curated.csv", ["fname", "labels"], [(n, ",".join(ls)) for n, ls in curated])
+    _write_table(root / "train_noisy.csv", ["fname", "labels"], [(n, ",".join(ls)) for n, ls in wrong])
+    truth = [(n, ",".join(ls), "Public" if rng.random() < 0.25 else "Private") for n, ls in test]
+    _write_table(root / "test_post_competition.csv", ["fname", "labels", "usage"], truth)
+    _write_table(root / "sample_submission.csv", ["fname", *SOUNDS], [(n, *[0] * len(SOUNDS)) for n, _ in test])
+    write_text(root / _DONE, "A synthetic competition made by `melfold demo`: not real recordings.\n")
+    return root
+
+
+def _draw_labels(number: int, rng: np.random.Generator, two: float) -> tuple[str, ...]:
+    labels = list(SOUNDS)
+    first = labels[number % len(labels)]
+    if rng.random() >= two:
+        return (first,)
+    return tuple(sorted((first, str(rng.choice([x for x in labels if x != first])))))
+
+
+def _mix(labels: tuple[str, ...], rng: np.random.Generator, *, dull: bool) -> np.ndarray:
+    t = np.arange(int(rng.uniform(0.4, 3.0) * SR)) / SR
+    parts = []
+    for label in labels:
+        sound = SOUNDS[label](t, rng)
+        parts.append(sound / np.sqrt(np.square(sound).mean()) * 10 ** (rng.uniform(-3, 3) / 20))
+    mixed = np.sum(parts, axis=0) + rng.standard_normal(len(t)) * 10 ** (rng.uniform(-40, -25) / 20)
+    if dull:
+        mixed = scipy.signal.sosfilt(scipy.signal.butter(2, 3000, "low", fs=SR, output="sos"), mixed)
+    return 0.1 * 10 ** (rng.uniform(-12, 6) / 20) * mixed
+
+
+def _write_wav(path: Path, samples: np.ndarray) -> None:
+    import soundfile
+
+    with atomic_path(path, durable=False) as temporary:
+        soundfile.write(temporary, np.clip(samples, -1, 1), SR, subtype="PCM_16", format="WAV")
+
+
+def _write_table(path: Path, header: list[str], rows: list[tuple]) -> None:
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])

@@ -1,0 +1,110 @@
+"""Batch augmentation on the device: parameters are drawn with a NumPy generator, then applied to a whole batch.
+
+Drawn on the CPU, the parameters are the same on every device. Log-mels are dB `(clips, 1, n_mels, frames)`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from melfold.config import AugmentConfig
+from melfold.learn.devices import Device
+
+_DB_TO_NEPER = math.log(10) / 10
+
+
+@dataclass(frozen=True)
+class AugmentDraw:
+    """The random parameters of a batch; one entry a clip. Fields that are None are not applied."""
+
+    gain_db: np.ndarray | None = None
+    """`(clips,)`"""
+    partner: np.ndarray | None = None
+    """`(clips,)` the clip that is mixed in, or the clip itself where nothing is."""
+    weight: np.ndarray | None = None
+    """`(clips,)` `db` mixup: the share of the clip itself."""
+    partner_gain_db: np.ndarray | None = None
+    """`(clips,)` `power` mixup: how much louder the partner is; -inf where nothing is mixed in."""
+    freq_masks: np.ndarray | None = None
+    """`(clips, masks, 2)` begin and end, in mels."""
+    time_masks: np.ndarray | None = None
+    """`(clips, masks, 2)` begin and end, in frames."""
+
+
+def draw_augment(config: AugmentConfig, clips: int, n_mels: int, frames: int, rng: np.random.Generator) -> AugmentDraw:
+    """Draw a batch's parameters."""
+    gain = rng.uniform(-config.gain_db, config.gain_db, clips).astype(np.float32) if config.gain_db else None
+    partner = weight = partner_gain = None
+    if config.mixup_prob and clips > 1:
+        # Each clip's partner is another clip of the batch, never itself.
+        partner = (np.arange(clips) + rng.integers(1, clips, clips)) % clips
+        mixed = rng.random(clips) < config.mixup_prob
+        if config.mixup == "db":
+            share = rng.beta(config.mixup_alpha, config.mixup_alpha, clips)
+            weight = np.where(mixed, np.maximum(share, 1 - share), 1).astype(np.float32)
+        else:
+            level = rng.uniform(-config.mixup_gain_db, config.mixup_gain_db, clips)
+            partner_gain = np.where(mixed, level, -np.inf).astype(np.float32)
+        partner = np.where(mixed, partner, np.arange(clips))
+    return AugmentDraw(
+        gain,
+        partner,
+        weight,
+        partner_gain,
+        _draw_masks(config.freq_masks, config.freq_mask_width, clips, n_mels, rng),
+        _draw_masks(config.time_masks, config.time_mask_width, clips, frames, rng),
+    )
+
+
+def _draw_masks(masks: int, width: float, clips: int, size: int, rng: np.random.Generator) -> np.ndarray | None:
+    if not masks:
+        return None
+    widths = rng.integers(0, int(width * size) + 1, (clips, masks))
+    begins = rng.integers(0, size - widths + 1)
+    return np.stack([begins, begins + widths], axis=-1)
+
+
+def apply_augment(
+    draw: AugmentDraw, log_mels: torch.Tensor, targets: torch.Tensor, fill: float, device: Device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Apply what was drawn.
+
+    Args:
+        log_mels: float32 dB `(clips, 1, n_mels, frames)`.
+        targets: `(clips, labels)` in 0..1.
+        fill: the dB of masked cells.
+
+    Returns:
+        New tensors of the same shapes.
+
+    Sources: mixup, Zhang et al. (2018); superposition of powers with OR-ed labels, as "between-class" mixing in FAT2019's
+    solutions; SpecAugment, Park et al. (2019).
+    """
+
+    def column(values: np.ndarray) -> torch.Tensor:
+        return device.tensor(values).view(-1, 1, 1, 1)
+
+    if draw.gain_db is not None:
+        log_mels = log_mels + column(draw.gain_db)
+    if draw.partner is not None:
+        partner = device.tensor(draw.partner)
+        other, other_targets = log_mels[partner], targets[partner]
+        if draw.weight is not None:
+            weight = column(draw.weight)
+            log_mels = torch.lerp(other, log_mels, weight)
+            targets = torch.lerp(other_targets, targets, weight.view(-1, 1))
+        if draw.partner_gain_db is not None:
+            louder = (other + column(draw.partner_gain_db)) * _DB_TO_NEPER
+            log_mels = torch.logaddexp(log_mels * _DB_TO_NEPER, louder) / _DB_TO_NEPER
+            targets = torch.maximum(targets, other_targets)
+    for masks, shape in ((draw.freq_masks, (1, 1, -1, 1)), (draw.time_masks, (1, 1, 1, -1))):
+        if masks is not None:
+            size = log_mels.shape[2 if shape[2] == -1 else 3]
+            at = np.arange(size)[None, None]
+            hidden = ((at >= masks[..., :1]) & (at < masks[..., 1:])).any(axis=1)
+            log_mels = log_mels.masked_fill(device.tensor(hidden).view(len(masks), *shape[1:]), fill)
+    return log_mels, targets

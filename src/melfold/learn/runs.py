@@ -1,0 +1,223 @@
+"""The files of a run: their names, and the facts that every fold of it must share."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+
+from melfold.config import Recipe, parse_recipe, recipe_differences
+from melfold.data.competition import Competition, multi_hot
+from melfold.data.folds import read_folds
+from melfold.errors import MelfoldError
+from melfold.files import Home, digest, read_json, sha256_file, write_json, write_text
+
+FULL = "full"
+"""The name, in place of a fold's number, of a model trained on every curated clip."""
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a run rests on, beside its recipe."""
+
+    competition: str
+    labels: list[str]
+    folds_table: str
+    folds_sha256: str
+    clips_sha256: str
+    logmel_fingerprint: str
+    weights_sha256: str
+    track: str
+    commit: str
+
+
+@dataclass(frozen=True)
+class FoldFolder:
+    """The files of one fold's model; `fold` is a number or `full`."""
+
+    path: Path
+    fold: str
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "weights.safetensors"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint.pt"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.jsonl"
+
+    @property
+    def oof(self) -> Path:
+        return self.path / "oof.csv"
+
+    @property
+    def test(self) -> Path:
+        return self.path / "test.csv"
+
+    @property
+    def result(self) -> Path:
+        """Written last: where it stands, the fold is done."""
+        return self.path / "result.json"
+
+    @property
+    def done(self) -> bool:
+        return self.result.exists()
+
+
+@dataclass(frozen=True)
+class Run:
+    """An execution of a recipe, in `runs/<name>`."""
+
+    folder: Path
+    recipe: Recipe
+    info: RunInfo
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def oof(self) -> Path:
+        return self.folder / "oof.csv"
+
+    @property
+    def test(self) -> Path:
+        return self.folder / "test.csv"
+
+    @property
+    def scores(self) -> Path:
+        return self.folder / "scores.json"
+
+    def fold(self, fold: int | str) -> FoldFolder:
+        """The folder of a fold by its number, or of `full`."""
+        return FoldFolder(self.folder / (FULL if fold == FULL else f"fold{fold}"), str(fold))
+
+    @cached_property
+    def clips(self) -> pd.DataFrame:
+        """`fold` and `labels` (a tuple) of the curated clips that take part, indexed by `fname`, sorted."""
+        table = pd.read_csv(self.folder / "clips.csv", index_col="fname", dtype={"fname": str, "labels": str})
+        table["labels"] = [tuple(text.split(",")) for text in table["labels"]]
+        return table.loc[~table.index.isin(self.recipe.data.exclude)]
+
+    def targets(self, fnames: Sequence[str]) -> pd.DataFrame:
+        """Multi-hot `(clips, labels)` of some curated clips."""
+        return multi_hot(self.clips["labels"].loc[list(fnames)], self.info.labels)
+
+    def held_out(self, fold: int | str) -> list[str]:
+        """The clips a fold is scored on; none for `full`."""
+        return [] if fold == FULL else list(self.clips.index[self.clips["fold"] == int(fold)])
+
+    def trained_on(self, fold: int | str) -> list[str]:
+        """The curated clips a fold learns from."""
+        return list(self.clips.index if fold == FULL else self.clips.index[self.clips["fold"] != int(fold)])
+
+    def done_folds(self) -> list[str]:
+        """The folds (and `full`) that are trained."""
+        return [f for f in [*map(str, range(self.recipe.folds.n_folds)), FULL] if self.fold(f).done]
+
+
+def default_run_name(recipe: Recipe, shipped: Recipe | None) -> str:
+    """The recipe's name, with a piece of the fingerprint where `--set` changed it."""
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", recipe.name)
+    return name if shipped and shipped.fingerprint() == recipe.fingerprint() else f"{name}-{recipe.fingerprint()[:6]}"
+
+
+def start_run(home: Home, name: str, recipe: Recipe, competition: Competition, folds_path: Path) -> Run:
+    """Make a run's folder, or open it to go on with the same recipe, folds and data.
+
+    Raises:
+        MelfoldError: the run stands already and rests on something else.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise MelfoldError("a run's name is letters, digits, dots, dashes", repr(name), "Use --run NAME")
+    folder = home.runs / name
+    folds = read_folds(folds_path, competition).sort_index()
+    clips = folds.assign(labels=[",".join(competition.curated.at[f, "labels"]) for f in folds.index]).to_csv(lineterminator="\n")
+    info = RunInfo(
+        competition=competition.name,
+        labels=list(competition.labels),
+        folds_table=folds_path.name,
+        folds_sha256=sha256_file(folds_path),
+        clips_sha256=hashlib.sha256(clips.encode()).hexdigest(),
+        logmel_fingerprint=recipe.logmel.fingerprint(),
+        weights_sha256=weights_sha256(recipe.model.weights),
+        track=recipe.track,
+        commit=current_commit(),
+    )
+    if (folder / "run.json").exists():
+        run = open_run(home, name)
+        changes = recipe_differences(run.recipe, recipe)
+        for key, old in asdict(run.info).items():
+            new = getattr(info, key)
+            if key not in ("commit", "logmel_fingerprint") and new != old:
+                changes.append(f"{key}: {_short(old)} -> {_short(new)}")
+        if changes:
+            raise MelfoldError(f"run {name} rests on something else", "; ".join(changes), "Use another name: --run NAME")
+        return run
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "clips.csv", clips)
+    write_json(folder / "recipe.json", recipe.model_dump(mode="json"))
+    write_json(folder / "run.json", asdict(info))  # last: it marks the folder as a run
+    return Run(folder, recipe, info)
+
+
+def open_run(home: Home, name: str | Path) -> Run:
+    """Open a run by its name, or by its folder's path.
+
+    Raises:
+        MelfoldError: no such run.
+    """
+    folder = Path(name) if (Path(name) / "run.json").exists() else home.runs / str(name)
+    if not (folder / "run.json").exists():
+        known = sorted(p.parent.name for p in home.runs.glob("*/run.json"))
+        raise MelfoldError("no such run", str(name), f"Known: {', '.join(known) or 'none; run `melfold train` first'}")
+    recipe = parse_recipe(read_json(folder / "recipe.json"), f"{folder}/recipe.json")
+    return Run(folder.resolve(), recipe, RunInfo(**read_json(folder / "run.json")))
+
+
+def weights_sha256(weights: str) -> str:
+    """The hash of a `file:PATH`, else an empty string.
+
+    Raises:
+        MelfoldError: no such file.
+    """
+    if not weights.startswith("file:"):
+        return ""
+    path = Path(weights.removeprefix("file:")).expanduser()
+    if not path.is_file():
+        raise MelfoldError("no such weights file", str(path), "Mend model.weights=file:PATH")
+    return sha256_file(path)
+
+
+def current_commit() -> str:
+    """The commit of the working folder, `+` behind it where something is not committed; empty outside a repository."""
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", *args], capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide the numbers."""
+    return {name: importlib.metadata.version(name) for name in ("melfold", "torch", "timm", "numpy")}
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:8]}… ({digest(text)[:8]})"

@@ -1,0 +1,101 @@
+"""Label-weighted label-ranking average precision (lwlrap), the competition's metric.
+
+Over all (clip, true label) pairs, the mean of the precision at that label's rank. Ties take the worst rank, as in
+scikit-learn's `label_ranking_average_precision_score`; the organisers' own code ranks ties by position, so that
+constant scores would look better than they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from melfold.errors import MelfoldError
+from melfold.probs import Probs, align
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A bootstrap interval around a score."""
+
+    low: float
+    high: float
+
+
+def lwlrap(targets: pd.DataFrame, scores: Probs) -> float:
+    """The headline score.
+
+    Args:
+        targets: multi-hot `(clips, labels)`. Clips without labels do not count.
+        scores: any finite numbers, higher for likelier; may hold further clips, rows in any order.
+
+    Raises:
+        MelfoldError: missing clips or labels, a NaN, targets that are not 0 or 1, or no label at all.
+    """
+    precision, clips, _ = _pair_precisions(targets, scores)
+    if not len(clips):
+        raise MelfoldError("lwlrap needs at least one true label", f"{len(targets)} clips without labels")
+    return float(precision.mean())
+
+
+def per_label_lwlrap(targets: pd.DataFrame, scores: Probs) -> pd.DataFrame:
+    """`lwlrap` and `weight` (the label's share of all labels) by label; their products sum to the headline score.
+
+    A label without clips has a weight of 0 and NaN for its lwlrap.
+    """
+    precision, _, labels = _pair_precisions(targets, scores)
+    counts = np.bincount(labels, minlength=targets.shape[1])
+    sums = np.bincount(labels, weights=precision, minlength=targets.shape[1])
+    table = pd.DataFrame(
+        {"lwlrap": sums / np.where(counts, counts, np.nan), "clips": counts, "weight": counts / max(1, counts.sum())},
+        index=pd.Index(targets.columns, name="label"),
+    )
+    return table
+
+
+def bootstrap_interval(
+    targets: pd.DataFrame, scores: Probs, *, rng: np.random.Generator, draws: int = 1000, level: float = 0.95
+) -> Interval:
+    """Percentile interval of lwlrap over resampled clips."""
+    precision, clips, _ = _pair_precisions(targets, scores)
+    sums = np.bincount(clips, weights=precision, minlength=len(targets))
+    counts = np.bincount(clips, minlength=len(targets))
+    keep = counts > 0
+    sums, counts = sums[keep], counts[keep]
+    if not len(counts):
+        raise MelfoldError("lwlrap needs at least one true label", f"{len(targets)} clips without labels")
+    picks = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=draws)
+    low, high = np.quantile((picks @ sums) / (picks @ counts), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(low), float(high))
+
+
+def constant_lwlrap(targets: pd.DataFrame) -> float:
+    """What predicting every label's frequency for every clip scores: the floor to beat."""
+    prior = targets.to_numpy(np.float64).mean(axis=0)
+    return lwlrap(targets, pd.DataFrame([prior] * len(targets), index=targets.index, columns=targets.columns))
+
+
+def _pair_precisions(targets: pd.DataFrame, scores: Probs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(precision, clip, label) of every true pair."""
+    if set(targets.columns) != set(scores.columns):
+        odd = sorted(set(targets.columns) ^ set(scores.columns))
+        raise MelfoldError("targets and scores have different labels", ", ".join(map(str, odd[:5])))
+    for name, table in (("targets", targets), ("scores", scores)):
+        if table.index.has_duplicates:
+            raise MelfoldError(f"{name} repeat clips", ", ".join(table.index[table.index.duplicated()][:5]))
+    truth = targets.to_numpy()
+    values = align(scores, targets.index, list(targets.columns), "scores").to_numpy()
+    if not np.isin(truth, (0, 1)).all():
+        raise MelfoldError("targets must be 0 or 1", "other values")
+    if not np.isfinite(values).all():
+        rows = ~np.isfinite(values).all(axis=1)
+        raise MelfoldError(
+            "scores must be finite", f"{rows.sum()} clips with NaN or infinity, first {targets.index[rows.argmax()]}"
+        )
+    clips, labels = np.nonzero(truth)
+    # One row a true pair: which labels stand at or above it. Pairs are few (1.2 a clip), so this is small.
+    above = values[clips] >= values[clips, labels][:, None]
+    hits = (above & (truth[clips] > 0)).sum(axis=1)
+    return hits / above.sum(axis=1), clips, labels

@@ -1,0 +1,248 @@
+"""The stages in order. Each skips what is done, so that a repeated call picks up where the last one stopped."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from melfold.config import Recipe
+from melfold.data.competition import SPLITS, Competition, load_competition
+from melfold.data.folds import find_identical, fold_table_name, label_deviation, make_folds, read_folds, write_folds
+from melfold.data.logmel import build_cache, read_manifest
+from melfold.errors import MelfoldError
+from melfold.files import Home, Progress, read_json, silent
+from melfold.probs import make_probs, read_probs
+
+if TYPE_CHECKING:
+    from melfold.combine.ensemble import OofScores
+    from melfold.learn.devices import Device
+    from melfold.learn.runs import Run
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check` found in a sane download. `splits`: a row a split. `notes`: what is worth knowing."""
+
+    splits: pd.DataFrame
+    notes: list[str]
+
+
+def check(root: Path, home: Home, recipe: Recipe, *, progress: Progress = silent) -> Report:
+    """Validate tables, folders and every file's header.
+
+    Raises:
+        MelfoldError: with a line for each problem.
+    """
+    import soundfile
+
+    competition = load_competition(root)
+    problems, rows, notes = [], {}, []
+    total = sum(len(competition.split(s)) for s in SPLITS)
+    done = 0
+    for split in SPLITS:
+        table = competition.split(split)
+        seconds, kinds = [], Counter()
+        for fname, path in table["path"].items():
+            try:
+                header = soundfile.info(path)
+            except (soundfile.SoundFileError, OSError) as error:
+                if fname not in recipe.data.exclude:
+                    problems.append(
+                        MelfoldError(f"{split}: unreadable audio", f"{fname} ({str(error).strip()})", "Download it again")
+                    )
+                continue
+            finally:
+                done += 1
+                progress(done, total, "reading headers")
+            if not header.frames and fname not in recipe.data.exclude:
+                problems.append(MelfoldError(f"{split}: no samples", str(fname), "Download it again"))
+            seconds.append(header.duration)
+            kinds[f"{header.samplerate} Hz, {header.channels} ch, {header.format} {header.subtype}"] += 1
+        if len(table):
+            multi = sum(len(labels) > 1 for labels in table["labels"]) if split != "test" else None
+            rows[split] = {
+                "clips": len(table),
+                "multi-label": multi,
+                "hours": sum(seconds) / 3600,
+                "shortest s": min(seconds, default=0),
+                "longest s": max(seconds, default=0),
+                "audio": "; ".join(kind for kind, _ in kinds.most_common(3)),
+            }
+        else:
+            notes.append(f"no {split} clips in this download; recipes that use them cannot run")
+    notes += [f"{fname} is left out by recipe {recipe.name}: {why}" for fname, why in excluded_here(competition, recipe).items()]
+    if not problems:
+        notes += _identical_notes(competition, home, recipe)
+    if problems:
+        raise MelfoldError.many(problems)
+    return Report(pd.DataFrame(rows).T, notes)
+
+
+def excluded_here(competition: Competition, recipe: Recipe) -> dict[str, str]:
+    """The clips of this competition that a recipe leaves out."""
+    return {f: why for f, why in recipe.data.exclude.items() if f in competition.curated.index or f in competition.noisy.index}
+
+
+def _identical_notes(competition: Competition, home: Home, recipe: Recipe) -> list[str]:
+    path = folds_path(home, competition, recipe)
+    table = read_folds(path, competition)["fold"] if path.exists() else None
+    notes = []
+    for group in find_identical(dict(competition.curated["path"])):
+        where = ""
+        if table is not None:
+            folds = sorted(set(table.loc[group]))
+            where = f" (fold {', '.join(map(str, folds))}"
+            where += ": `melfold folds --group-identical` keeps them together)" if len(folds) > 1 else ")"
+        notes.append(f"identical audio: {', '.join(group)}{where}")
+    return notes
+
+
+def cache(competition: Competition, home: Home, recipe: Recipe, *, jobs: int = -1, progress: Progress = silent) -> Path:
+    """Make the log-mels a recipe needs. Returns the cache's folder."""
+    return build_cache(competition, recipe.logmel, home, exclude=recipe.data.exclude, jobs=jobs, progress=progress)
+
+
+def folds_path(home: Home, competition: Competition, recipe: Recipe) -> Path:
+    """Where a recipe's fold table lies: the grouped one where the recipe asks for it."""
+    config = recipe.folds
+    return home.folds / fold_table_name(competition.name, config.n_folds, config.seed, grouped=config.group_identical)
+
+
+def folds(competition: Competition, home: Home, recipe: Recipe) -> tuple[Path, int]:
+    """Make a recipe's fold table, or hold the one that stands against the curated clips.
+
+    Returns:
+        Its path, and the most clips by which a label in a fold is off an even split.
+    """
+    path = folds_path(home, competition, recipe)
+    targets = competition.targets()
+    if not path.exists():
+        groups = find_identical(dict(competition.curated["path"])) if recipe.folds.group_identical else []
+        numbers = {fname: number for number, group in enumerate(groups) for fname in group}
+        write_folds(path, make_folds(targets, recipe.folds.n_folds, recipe.folds.seed, numbers))
+    table = read_folds(path, competition)
+    found = table["fold"].nunique()
+    if found != recipe.folds.n_folds:
+        raise MelfoldError(f"{path.name} has another number of folds", f"{found}, the recipe {recipe.folds.n_folds}")
+    return path, label_deviation(targets, table)
+
+
+def train(
+    competition: Competition,
+    home: Home,
+    recipe: Recipe,
+    name: str,
+    which: Sequence[int | str],
+    device: Device,
+    *,
+    jobs: int = -1,
+    progress: Progress = silent,
+) -> Run:
+    """Train some folds of a run, making the log-mels and the fold table where they are missing."""
+    from melfold.learn.runs import start_run
+    from melfold.learn.train import train_fold
+
+    folder = cache(competition, home, recipe, jobs=jobs, progress=progress)
+    table, _ = folds(competition, home, recipe)
+    run = start_run(home, name, recipe, competition, table)
+    for fold in which:
+        train_fold(run, fold, folder, device, progress=progress)
+    return run
+
+
+def predict(run: Run, competition: Competition, home: Home, device: Device, *, progress: Progress = silent) -> Path:
+    """Predict the test clips with every trained fold (with `full` where there is no other), and average.
+
+    A test clip that cannot be read gets the mean out-of-fold probabilities, and a warning.
+
+    Returns:
+        The table of the run's test probabilities.
+    """
+    from melfold.combine.ensemble import fold_mean, is_current, write_current
+    from melfold.data.clips import ClipStore
+    from melfold.learn.predict import predict_probs
+    from melfold.learn.runs import FULL
+    from melfold.learn.train import load_fold
+
+    recipe = run.recipe
+    if list(competition.labels) != run.info.labels:
+        raise MelfoldError(
+            f"run {run.name} knows other labels", f"{len(run.info.labels)}, the data has {len(competition.labels)}"
+        )
+    done = run.done_folds()
+    which = [f for f in done if f != FULL] or done
+    if not which:
+        raise MelfoldError(f"run {run.name} has no trained fold", str(run.folder), "Run `melfold train`")
+    folder = build_cache(competition, recipe.logmel, home, splits=["test"], progress=progress)
+    manifest = read_manifest(folder).loc[list(competition.test.index)]
+    unreadable = manifest["flags"].str.contains("unreadable")
+    readable = list(manifest.index[~unreadable])
+    store = ClipStore(folder, readable, recipe.logmel.n_mels, recipe.logmel.top_db)
+    key = [recipe.model_dump(mode="json"), manifest[["size", "mtime_ns"]].reset_index().to_numpy().tolist()]
+    keys = {fold: [key, _weights(run, fold)] for fold in which}
+    for number, fold in enumerate(which):
+        path = run.fold(fold).test
+        if not is_current(path, keys[fold]):
+            write_current(path, predict_probs(load_fold(run, fold, device), store, run.info.labels, recipe, device), keys[fold])
+        progress(number + 1, len(which), f"{run.name}: predicting {len(readable)} test clips")
+    prior = _prior(run) if unreadable.any() else None
+    if not is_current(run.test, [keys, list(unreadable)]):
+        probs = fold_mean(run, which)
+        if prior is not None:
+            names = list(manifest.index[unreadable])
+            filler = make_probs(prior.to_numpy()[None].repeat(len(names), 0), names, run.info.labels)
+            probs = pd.concat([probs, filler])
+        write_current(run.test, probs.loc[list(competition.test.index)], [keys, list(unreadable)])
+    return run.test
+
+
+def _weights(run: Run, fold: str) -> str:
+    return read_json(run.fold(fold).result)["weights_sha256"]
+
+
+def _prior(run: Run) -> pd.Series:
+    """The mean out-of-fold probabilities, or the labels' frequencies where a run has none."""
+    from melfold.combine.ensemble import pool_oof
+    from melfold.learn.runs import FULL
+
+    if run.done_folds() == [FULL]:
+        return run.targets(run.clips.index).mean()
+    pool_oof(run)
+    return read_probs(run.oof).mean()
+
+
+def run_all(
+    root: Path, home: Home, recipe: Recipe, name: str, device: Device, *, jobs: int = -1, progress: Progress = silent
+) -> tuple[Run, OofScores, Path]:
+    """The whole road from a download to a checked `submission.csv`, skipping what is done."""
+    from melfold.combine.ensemble import pool_oof
+    from melfold.combine.submission import build_submission
+    from melfold.learn.runs import weights_sha256
+
+    competition = load_competition(root)
+    weights_sha256(recipe.model.weights)  # a missing weights file should not be found out after an hour of caching
+    log.info("1/6 %s: %d curated, %d noisy, %d test clips, %d labels", competition.name, *_sizes(competition))
+    folder = cache(competition, home, recipe, jobs=jobs, progress=progress)
+    log.info("2/6 log-mels in %s", folder)
+    table, deviation = folds(competition, home, recipe)
+    log.info("3/6 folds in %s (labels within %d clips of an even split)", table, deviation)
+    run = train(competition, home, recipe, name, range(recipe.folds.n_folds), device, jobs=jobs, progress=progress)
+    log.info("4/6 %d folds trained in %s", recipe.folds.n_folds, run.folder)
+    scores = pool_oof(run)
+    log.info("5/6 OOF lwlrap %.4f (%.3f to %.3f)", scores.oof_lwlrap, scores.low, scores.high)
+    predict(run, competition, home, device, progress=progress)
+    path = build_submission(home, [run], competition, id=run.name, mean=recipe.predict.fold_mean)
+    log.info("6/6 checked submission in %s", path)
+    return run, scores, path
+
+
+def _sizes(competition: Competition) -> tuple[int, int, int, int]:
+    return len(competition.curated), len(competition.noisy), len(competition.test), len(competition.labels)

@@ -1,0 +1,109 @@
+"""Probabilities as the whole kit passes them: a float32 table, index `fname`, one column a label.
+
+Out-of-fold and test predictions, ensembles and the submission are all this one thing, always aligned by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from melfold.errors import MelfoldError
+from melfold.files import atomic_path
+
+Probs = pd.DataFrame
+
+
+def make_probs(values: np.ndarray, fnames: Sequence[str], labels: Sequence[str]) -> Probs:
+    """Name the rows and columns of a `(clips, labels)` array.
+
+    Raises:
+        MelfoldError: a shape that does not fit, a repeated clip, or values outside 0..1.
+    """
+    if values.shape != (len(fnames), len(labels)):
+        raise MelfoldError(
+            "probabilities do not fit their names", f"{values.shape} for {len(fnames)} clips and {len(labels)} labels"
+        )
+    probs = pd.DataFrame(values.astype(np.float32), index=pd.Index(fnames, name="fname"), columns=list(labels))
+    check_probs(probs, "probabilities")
+    return probs
+
+
+def check_probs(probs: Probs, source: str) -> None:
+    """Refuse repeated clips or labels, and values that are not finite numbers within 0..1."""
+    for axis, index in (("clips", probs.index), ("labels", probs.columns)):
+        if index.has_duplicates:
+            raise MelfoldError(f"{source}: repeated {axis}", ", ".join(index[index.duplicated()].unique()[:5]))
+    values = probs.to_numpy()
+    bad = ~((values >= 0) & (values <= 1)).all(axis=1)
+    if bad.any():
+        raise MelfoldError(
+            f"{source}: values outside 0..1 or not finite", f"{bad.sum()} clips, first {probs.index[bad.argmax()]}"
+        )
+
+
+def read_probs(path: Path) -> Probs:
+    """Read what `write_probs` wrote (or any table with `fname` first).
+
+    Raises:
+        MelfoldError: a missing or unreadable file, cells that are no numbers, or values `check_probs` refuses.
+    """
+    try:
+        header = pd.read_csv(path, header=None, nrows=1, dtype=str, keep_default_na=False, encoding="utf-8-sig").loc[0]
+        if header.duplicated().any():  # pandas would rename the second to `label.1`
+            raise MelfoldError(f"{path}: repeated labels", ", ".join(header[header.duplicated()].unique()[:5]))
+        table = pd.read_csv(path, index_col="fname", dtype={"fname": str}, float_precision="round_trip", encoding="utf-8-sig")
+        probs = table.astype(np.float32)
+    except FileNotFoundError:
+        raise MelfoldError("no such predictions", str(path)) from None
+    except (ValueError, pd.errors.ParserError) as error:
+        raise MelfoldError(f"{path} is no table of probabilities", str(error).splitlines()[0]) from None
+    check_probs(probs, str(path))
+    return probs
+
+
+def write_probs(path: Path, probs: Probs) -> None:
+    """Write 9 significant digits, which give every float32 back exactly."""
+    with atomic_path(path) as temporary:
+        probs.to_csv(temporary, index_label="fname", float_format="%.9g", lineterminator="\n")
+
+
+def align(probs: Probs, fnames: pd.Index | Sequence[str], labels: Sequence[str], source: str) -> Probs:
+    """Rows and columns of `probs` in the asked order.
+
+    Raises:
+        MelfoldError: a clip or a label that is not there.
+    """
+    for axis, wanted, present in (("clips", fnames, probs.index), ("labels", labels, probs.columns)):
+        missing = pd.Index(wanted).difference(present)
+        if len(missing):
+            raise MelfoldError(f"{source}: {len(missing)} {axis} missing", ", ".join(missing[:5]))
+    return probs.loc[list(fnames), list(labels)]
+
+
+def mean_probs(tables: Sequence[Probs], kind: str) -> Probs:
+    """The mean of several predictions for the same clips and labels.
+
+    Args:
+        tables: at least one; rows and columns are aligned by name to the first.
+        kind: `arithmetic` or `geometric` (the mean of logarithms, not renormalised: labels are independent).
+
+    Raises:
+        MelfoldError: tables that differ in their clips or labels.
+    """
+    first = tables[0]
+    for table in tables[1:]:
+        if len(table) != len(first) or len(table.columns) != len(first.columns):
+            raise MelfoldError("predictions of different clips cannot be averaged", f"{table.shape} and {first.shape}")
+    values = np.stack([align(t, first.index, first.columns, "predictions").to_numpy(np.float64) for t in tables])
+    if kind == "geometric":
+        # A float32 probability may be zero; its smallest neighbour stands in, as one model's zero must not veto the others.
+        mean = np.exp(np.log(np.maximum(values, np.finfo(np.float32).tiny)).mean(axis=0))
+    elif kind == "arithmetic":
+        mean = values.mean(axis=0)
+    else:
+        raise MelfoldError("unknown mean", kind, "Use arithmetic or geometric")
+    return make_probs(mean, list(first.index), list(first.columns))

@@ -1,0 +1,245 @@
+"""The cache: making it, against librosa and against pictures, reading crops from it, and finding it complete."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from itertools import count
+from pathlib import Path
+
+import librosa
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from melfold.config import LogMelConfig
+from melfold.data.clips import ClipStore, draw_start, train_batches
+from melfold.data.logmel import build_cache, log_mel_of, make_clip
+from melfold.files import Home
+from tests.bench.harness import Result, ratio_result, seconds_of, take_turns
+from tests.bench.workspace import Workspace, synthesise, write_competition
+
+MELFOLD = [sys.executable, "-c", "from melfold.cli import main; main()"]
+"""The command line, in a fresh process."""
+
+
+def librosa_log_mel(path: Path, front: LogMelConfig) -> np.ndarray:
+    """A clip's log-mel `(n_mels, frames)` as anyone would make it."""
+    waveform, sr = librosa.load(path, sr=None)
+    power = librosa.feature.melspectrogram(
+        y=waveform,
+        sr=sr,
+        n_fft=front.n_fft,
+        hop_length=front.hop_length,
+        n_mels=front.n_mels,
+        fmin=front.fmin,
+        fmax=front.fmax,
+    )
+    return librosa.power_to_db(power, top_db=front.top_db)
+
+
+class Fresh:
+    """A new folder at each call.
+
+    Some file systems wait for the disk where a file replaces another (ext4's `auto_da_alloc`); a cache is made once, so
+    that no turn may write over the files of the one before.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.last = path
+        self._numbers = count()
+
+    def __call__(self) -> Path:
+        self.last = self.last.with_name(f"{self.last.name.split('-')[0]}-{next(self._numbers)}")
+        self.last.mkdir()
+        return self.last
+
+
+def librosa_loop(paths: Sequence[Path], front: LogMelConfig, folder: Path) -> None:
+    """Clip after clip to float16 `.npy`, in this process."""
+    for path in paths:
+        np.save(folder / f"{path.stem}.npy", librosa_log_mel(path, front).astype(np.float16))
+
+
+def melfold_loop(paths: Sequence[Path], front: LogMelConfig, folder: Path) -> None:
+    """What one worker of `build_cache` does."""
+    transform = log_mel_of(front)
+    for path in paths:
+        make_clip(folder, path.name, path, transform)
+
+
+def cache_one(work: Workspace) -> list[Result]:
+    """Log-mels a second in one thread, melfold's and librosa's; both must hold the same numbers."""
+    ours, theirs = Fresh(work.folder / "one_ours"), Fresh(work.folder / "one_theirs")
+    with threadpool_limits(1):
+        turns = take_turns(
+            lambda: melfold_loop(work.wavs, work.front, ours()),
+            lambda: librosa_loop(work.wavs, work.front, theirs()),
+            work.pick(5, 1),
+        )
+    name = f"{work.wavs[0].stem}.npy"
+    pair = [np.load(folder.last / name).astype(np.float32) for folder in (ours, theirs)]
+    difference = float(np.abs(pair[0] - pair[1].T).max())
+    assert difference < 0.2, f"melfold's and librosa's log-mels differ by {difference} dB"
+    return [
+        ratio_result(
+            "cache_one",
+            "librosa, one thread",
+            turns,
+            len(work.wavs),
+            "clips/s",
+            bound=1.7,
+            aim=2.0,
+            clips=f"{len(work.wavs)} {work.source}",
+            mean_seconds=round(work.seconds / len(work.wavs), 1),
+            largest_difference_db=difference,
+        )
+    ]
+
+
+def cache_two(work: Workspace) -> list[Result]:
+    """`build_cache` on two workers, end to end, against the librosa loop in one thread of one process.
+
+    The workers are started by a first call, which is not timed: over a whole competition that second does not matter.
+    `librosa_free` is the librosa loop's rate when its BLAS may use every core.
+    """
+    clips = work.pick(240, 16)
+    competition = write_competition(work.folder / "two", work.wavs, clips - 2, 2)
+    paths = [*competition.curated["path"], *competition.test["path"]]
+    homes, folders = Fresh(work.folder / "two_home"), Fresh(work.folder / "two_theirs")
+
+    def ours() -> None:
+        build_cache(competition, work.front, Home(homes()), jobs=2)
+
+    def theirs() -> None:
+        with threadpool_limits(1):
+            librosa_loop(paths, work.front, folders())
+
+    turns = take_turns(ours, theirs, work.pick(5, 1))
+    free = clips / seconds_of(lambda: librosa_loop(paths, work.front, folders()))
+    return [
+        ratio_result(
+            "cache_two",
+            "librosa, one process",
+            turns,
+            clips,
+            "clips/s",
+            bound=3.0,
+            aim=3.5,
+            clips=clips,
+            librosa_free=round(free, 1),
+        )
+    ]
+
+
+def png(work: Workspace) -> list[Result]:
+    """A clip from wav to training input: log-mel, cache and crop, against a matplotlib picture saved and read back as RGB.
+
+    The picture is drawn as librosa's documentation does it, with axes and a colour bar, as articles copy it. `without_axes`
+    is the ratio to the barest picture: a default figure that holds nothing but the mesh, saved tight.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    fnames = list(work.competition.curated.index)[: work.pick(8, 2)]
+    paths = list(work.competition.curated["path"])[: len(fnames)]
+    store = ClipStore(work.cache, fnames, work.front.n_mels, work.front.top_db)
+    rng = np.random.default_rng(0)
+    folders = Fresh(work.folder / "png")
+
+    def ours() -> None:
+        transform, folder = log_mel_of(work.front), folders()
+        for row, (fname, path) in enumerate(zip(fnames, paths, strict=True)):
+            make_clip(folder, fname, path, transform)
+            crop = np.empty((256, work.front.n_mels), np.float16)
+            store.read(row, draw_start(int(store.frames[row]), len(crop), "wrap", rng), crop, "wrap")
+
+    def pictures(*, axes: bool) -> None:
+        for path in paths:
+            _picture(path, work.front, work.folder / "picture.png", axes=axes)
+
+    with threadpool_limits(1):
+        turns = take_turns(ours, lambda: pictures(axes=True), work.pick(5, 1))
+        bare = take_turns(ours, lambda: pictures(axes=False), work.pick(3, 1))
+    return [
+        ratio_result(
+            "png", "specshow to PNG, back", turns, len(fnames), "clips/s", bound=25, aim=25, without_axes=round(bare.ratio, 1)
+        )
+    ]
+
+
+def _picture(path: Path, front: LogMelConfig, target: Path, *, axes: bool) -> np.ndarray:
+    import librosa.display
+    import matplotlib.pyplot as plt
+    from PIL import Image
+
+    figure, ax = plt.subplots()
+    scales = {"x_axis": "time", "y_axis": "mel"} if axes else {}
+    image = librosa.display.specshow(
+        librosa_log_mel(path, front), sr=front.sr, hop_length=front.hop_length, fmin=front.fmin, fmax=front.fmax, ax=ax, **scales
+    )
+    if axes:
+        figure.colorbar(image, ax=ax, format="%+2.0f dB")
+        figure.savefig(target)
+    else:
+        ax.axis("off")
+        figure.savefig(target, bbox_inches="tight", pad_inches=0)
+    plt.close(figure)
+    with Image.open(target) as opened:
+        return np.asarray(opened.convert("RGB"))
+
+
+def crops(work: Workspace) -> list[Result]:
+    """Random crops of 256 x 128 a second from the cache, in one thread, without reading ahead; beside whole files."""
+    fnames = list(work.competition.curated.index)
+    store = ClipStore(work.cache, fnames, work.front.n_mels, work.front.top_db)
+    batch, steps = 64, work.pick(40, 3)
+    rng = np.random.default_rng(0)
+
+    def ours() -> None:
+        for _ in train_batches(store, length=256, batch_size=batch, pad="wrap", first_step=0, n_steps=steps, seeds=(0, 0)):
+            pass
+
+    def theirs() -> None:
+        for _ in range(steps):
+            out = np.empty((batch, 256, work.front.n_mels), np.float16)
+            for crop in out:
+                _np_load_crop(work.cache / f"{fnames[rng.integers(len(fnames))][:-4]}.npy", crop, rng)
+
+    with threadpool_limits(1):
+        turns = take_turns(ours, theirs, work.pick(9, 1))
+    rate, whole = turns.rates(batch * steps)
+    return [
+        Result("crops", "np.load and slice", rate, whole, "crops/s", rate, "crops/s", 2000, 2000, notes={"spread": turns.spread})
+    ]
+
+
+def _np_load_crop(path: Path, out: np.ndarray, rng: np.random.Generator) -> None:
+    log_mel = np.load(path)
+    spare = len(log_mel) - len(out)
+    if spare >= 0:
+        start = rng.integers(spare + 1)
+        out[:] = log_mel[start : start + len(out)]
+    else:
+        out[:] = np.take(log_mel, np.arange(len(out)), axis=0, mode="wrap")
+
+
+def recache(work: Workspace) -> list[Result]:
+    """Seconds of a fresh `melfold cache` that finds 5,000 clips done, beside `melfold --help`, which does nothing."""
+    clips = work.pick(5000, 50)
+    wavs = synthesise(work.folder / "tiny_wavs", 20, 0.3, 0.5)
+    competition = write_competition(work.folder / "tiny", wavs, clips - clips // 10, clips // 10)
+    home = Home(work.folder / "tiny_home")
+    build_cache(competition, work.front, home)
+
+    def ours() -> None:
+        command = [*MELFOLD, "cache", str(competition.root), "--recipe", "open", "--home", str(home.root)]
+        subprocess.run(command, check=True, capture_output=True)
+
+    def theirs() -> None:
+        subprocess.run([*MELFOLD, "--help"], check=True, capture_output=True)
+
+    turns = take_turns(ours, theirs, work.pick(5, 1))
+    ours_s, theirs_s = statistics.median(turns.ours), statistics.median(turns.theirs)
+    return [Result("recache", "melfold --help", ours_s, theirs_s, "s", ours_s, "s", 2.0, 2.0, False, {"clips": clips})]

@@ -1,0 +1,223 @@
+"""Downloads validated at the door."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from melfold.data.competition import load_competition, multi_hot
+from melfold.errors import MelfoldError
+
+Maker = Callable[..., Path]
+LABELS = ("Bark", "Hiss_(air)", "Tone")
+
+
+def replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def add_row(path: Path, row: str) -> None:
+    path.write_text(path.read_text() + row + "\n")
+
+
+def refused(root: Path) -> list[str]:
+    """The lines of the error that loading raises."""
+    with pytest.raises(MelfoldError) as caught:
+        load_competition(root)
+    return list(caught.value.lines)
+
+
+def test_kaggles_layout(tiny_download: Maker) -> None:
+    root = tiny_download("My Download")
+    competition = load_competition(root)
+    assert (competition.name, competition.labels) == ("my_download", LABELS)
+    assert [len(competition.split(s)) for s in ("curated", "noisy", "test")] == [8, 3, 4]
+    assert competition.curated.at["c0003.wav", "labels"] == ("Bark", "Hiss_(air)")
+    assert list(competition.test.columns) == ["path"]
+    for split in (competition.curated, competition.noisy, competition.test):
+        assert split.index.name == "fname"
+        assert all(path.name == fname and path.is_file() for fname, path in split["path"].items())
+
+
+def test_zenodos_layout_has_the_same_tables_with_sorted_test_rows(tiny_zenodo: Maker, tiny_download: Maker) -> None:
+    zenodo, kaggle = load_competition(tiny_zenodo()), load_competition(tiny_download())
+    assert zenodo.labels == kaggle.labels
+    assert list(zenodo.test.index) == sorted(zenodo.test.index)
+    for split in ("curated", "noisy", "test"):
+        pd.testing.assert_frame_equal(zenodo.split(split).drop(columns="path"), kaggle.split(split).drop(columns="path"))
+    assert all(path.is_file() for path in zenodo.test["path"])
+
+
+def test_kaggles_test_rows_keep_the_samples_order(tiny_download: Maker) -> None:
+    root = tiny_download()
+    header, *rows = (root / "sample_submission.csv").read_text().splitlines()
+    (root / "sample_submission.csv").write_text("\n".join([header, *rows[::-1]]) + "\n")
+    assert list(load_competition(root).test.index) == ["t0003.wav", "t0002.wav", "t0001.wav", "t0000.wav"]
+
+
+def test_a_folder_nested_in_itself_is_found(tiny_download: Maker) -> None:
+    root = tiny_download()
+    (root / "test").rename(root / "inner")
+    (root / "test").mkdir()
+    (root / "inner").rename(root / "test" / "test")
+    assert all(path.parent == root / "test" / "test" for path in load_competition(root).test["path"])
+
+
+def test_a_download_without_noisy_clips_is_fine(tiny_download: Maker) -> None:
+    competition = load_competition(tiny_download(noisy=0))
+    assert competition.noisy.empty
+    assert competition.targets("noisy").shape == (0, 3)
+
+
+def test_bom_crlf_and_quotes_are_read(tiny_download: Maker) -> None:
+    root = tiny_download()
+    expected = load_competition(root)
+    for path in root.glob("*.csv"):
+        rows = list(csv.reader(path.read_text().splitlines()))
+        with path.open("w", newline="", encoding="utf-8-sig") as file:
+            csv.writer(file, lineterminator="\r\n", quoting=csv.QUOTE_ALL).writerows(rows)
+    found = load_competition(root)
+    assert found.labels == expected.labels
+    pd.testing.assert_frame_equal(found.curated, expected.curated)
+    pd.testing.assert_frame_equal(found.test, expected.test)
+
+
+@pytest.mark.parametrize("make", ["tiny_download", "tiny_zenodo"])
+def test_the_truth_of_test_clips_is_not_read(make: str, request: pytest.FixtureRequest) -> None:
+    root = request.getfixturevalue(make)()
+    (path,) = root.rglob("test_post_competition.csv")
+    expected = load_competition(root).test
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    path.write_text("fname,labels,usage\n" + "".join(f"{row['fname']},Nonsense,?\n" for row in rows))
+    pd.testing.assert_frame_equal(load_competition(root).test, expected)
+
+
+def test_targets_are_multi_hot_in_vocabulary_order() -> None:
+    table = multi_hot(pd.Series({"a": ("Tone", "Bark"), "b": ("Hiss_(air)",), "c": ()}), LABELS)
+    assert list(table.columns) == list(LABELS)
+    np.testing.assert_array_equal(table, [[1, 0, 1], [0, 1, 0], [0, 0, 0]])
+    assert table.to_numpy().dtype == np.float32
+
+
+def test_the_real_vocabulary_makes_it_fat2019_wherever_it_lies(tiny_zenodo: Maker, fsdkaggle2019: Path) -> None:
+    root = tiny_zenodo("anything", labels=("Bark", "Accordion", "Yell"))
+    (vocabulary,) = fsdkaggle2019.rglob("vocabulary.csv")
+    shutil.copyfile(vocabulary, root / "FSDKaggle2019.meta" / "vocabulary.csv")
+    competition = load_competition(root)
+    assert competition.name == "fat2019"
+    assert len(competition.labels) == 80
+
+
+def test_the_real_recordings_pass(esc10: Path) -> None:
+    competition = load_competition(esc10)
+    assert (competition.name, len(competition.labels)) == ("esc10", 10)
+    assert [len(competition.split(s)) for s in ("curated", "noisy", "test")] == [200, 80, 220]
+
+
+PROBLEMS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing columns": (
+        lambda r: replace(r / "train_curated.csv", "fname,labels", "file,tags"),
+        "train_curated.csv: missing column fname and labels: file, tags",
+    ),
+    "empty table": (lambda r: (r / "train_noisy.csv").write_text(""), "train_noisy.csv: missing column fname and labels: an empty"),
+    "no rows": (lambda r: (r / "train_curated.csv").write_text("fname,labels\n"), "train_curated.csv: no rows"),
+    "missing table": (lambda r: (r / "train_curated.csv").unlink(), "cannot read train_curated.csv: "),
+    "not utf-8": (lambda r: (r / "train_noisy.csv").write_bytes(b"fname,labels\n\xff\xfe,Bark\n"), "cannot read train_noisy.csv: "),
+    "unclosed quote": (lambda r: add_row(r / "train_noisy.csv", 'x.wav,"Bark'), "cannot read train_noisy.csv: "),
+    "duplicated fname": (
+        lambda r: add_row(r / "train_curated.csv", "c0001.wav,Bark"),
+        "train_curated.csv: duplicated fname: c0001.wav (2 rows)",
+    ),
+    "duplicated test row": (
+        lambda r: add_row(r / "sample_submission.csv", "t0001.wav,0,0,0"),
+        "sample_submission.csv: duplicated fname: t0001.wav (2 rows)",
+    ),
+    "empty labels": (lambda r: replace(r / "train_curated.csv", "c0000.wav,Bark", "c0000.wav,"), "no labels: c0000.wav"),
+    "short row": (lambda r: replace(r / "train_curated.csv", "c0000.wav,Bark", "c0000.wav"), "no labels: c0000.wav"),
+    "unquoted labels": (
+        lambda r: replace(r / "train_curated.csv", '"Bark,Hiss_(air)"', "Bark,Hiss_(air)"),
+        "train_curated.csv: more cells than columns",
+    ),
+    "unknown label": (
+        lambda r: replace(r / "train_curated.csv", "c0000.wav,Bark", "c0000.wav,Brk"),
+        "train_curated.csv: unknown label: 'Brk' of c0000.wav",
+    ),
+    "space in labels": (
+        lambda r: replace(r / "train_curated.csv", '"Bark,Hiss_(air)"', '"Bark, Hiss_(air)"'),
+        "train_curated.csv: unknown label: ' Hiss_(air)' of c0003.wav",
+    ),
+    "label twice": (
+        lambda r: replace(r / "train_curated.csv", '"Bark,Hiss_(air)"', '"Bark,Bark"'),
+        "train_curated.csv: a label stands twice: c0003.wav: Bark,Bark",
+    ),
+    "duplicate vocabulary": (
+        lambda r: replace(r / "sample_submission.csv", "fname,Bark", "fname,Tone"),
+        "sample_submission.csv: duplicate label: Tone",
+    ),
+    "no vocabulary": (lambda r: replace(r / "sample_submission.csv", "fname,Bark,Hiss_(air),Tone", "fname"), "no labels"),
+    "odd label": (lambda r: replace(r / "sample_submission.csv", "fname,Bark", "fname, Bark"), "not a label: ' Bark'"),
+    "first column": (
+        lambda r: replace(r / "sample_submission.csv", "fname,Bark,Hiss_(air)", "Bark,fname,Hiss_(air)"),
+        "sample_submission.csv: the first column must be fname: Bark",
+    ),
+    "upwards": (lambda r: add_row(r / "train_curated.csv", "../c.wav,Bark"), "fname must be a plain file name: '../c.wav'"),
+    "separator": (lambda r: add_row(r / "train_curated.csv", "test/t0000.wav,Bark"), "plain file name: 'test/t0000.wav'"),
+    "backslash": (lambda r: add_row(r / "train_curated.csv", "test\\t0000.wav,Bark"), "fname must be a plain file name"),
+    "absolute": (lambda r: add_row(r / "sample_submission.csv", "/etc/x.wav,0,0,0"), "plain file name: '/etc/x.wav'"),
+    "no name": (lambda r: add_row(r / "train_curated.csv", ",Bark"), "fname must be a plain file name: ''"),
+    "suffix": (lambda r: add_row(r / "train_curated.csv", "c0001.mp3,Bark"), "fname must end in .wav, .flac, .ogg: c0001.mp3"),
+    "row without file": (lambda r: (r / "test/t0002.wav").unlink(), "a row without a file: test/t0002.wav"),
+    "file without row": (lambda r: (r / "train_noisy/extra.wav").touch(), "a file without a row: train_noisy/extra.wav"),
+    "no audio folder": (lambda r: shutil.rmtree(r / "test"), "audio folder missing: "),
+    "one clip in two splits": (
+        lambda r: (add_row(r / "train_noisy.csv", "t0001.wav,Bark"), shutil.copy(r / "test/t0001.wav", r / "train_noisy")),
+        "two clips share a name: t0001.wav in test, t0001.wav in noisy",
+    ),
+    "one stem in two formats": (
+        lambda r: (add_row(r / "train_curated.csv", "c0001.ogg,Bark"), (r / "train_curated/c0001.ogg").touch()),
+        "two clips share a name: c0001.ogg in curated, c0001.wav in curated",
+    ),
+}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_each_problem_is_told_with_what_was_found(problem: str, tiny_download: Maker) -> None:
+    root = tiny_download()
+    spoil, line = PROBLEMS[problem]
+    spoil(root)
+    assert any(line in found for found in refused(root)), "\n".join(refused(root))
+
+
+def test_zenodos_vocabulary_is_checked_too(tiny_zenodo: Maker) -> None:
+    root = tiny_zenodo()
+    add_row(root / "FSDKaggle2019.meta/vocabulary.csv", "3,Bark")
+    assert refused(root) == ["vocabulary.csv: duplicate label: Bark"]
+    (root / "FSDKaggle2019.meta/vocabulary.csv").unlink()
+    assert refused(root)[0].startswith("cannot read vocabulary.csv: ")
+
+
+def test_several_problems_are_listed_at_once_in_the_same_order_each_time(tiny_download: Maker) -> None:
+    root = tiny_download()
+    for name in ("t0000.wav", "t0001.wav", "t0003.wav"):
+        (root / "test" / name).unlink()
+    replace(root / "train_curated.csv", "c0000.wav,Bark", "c0000.wav,Brk")
+    replace(root / "train_noisy.csv", "n0000.wav,Bark", "n0000.wav,")
+    lines = refused(root)
+    assert len(lines) == 5
+    assert [line.split("test/")[1].split(".")[0] for line in lines if "without a file" in line] == ["t0000", "t0001", "t0003"]
+
+
+@pytest.mark.parametrize("found", ["nothing", "no folder"])
+def test_a_folder_that_is_no_download_is_told_what_was_looked_for(tmp_path: Path, found: str) -> None:
+    if found == "nothing":
+        assert "neither sample_submission.csv (Kaggle's layout) nor FSDKaggle2019.meta/" in refused(tmp_path)[0]
+    else:
+        assert refused(tmp_path / "none")[0].startswith("no such data folder")

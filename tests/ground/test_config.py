@@ -1,0 +1,224 @@
+"""Recipes, their changes, their reasons and their fingerprints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+
+from melfold.config import (
+    LogMelConfig,
+    Recipe,
+    explain_recipe,
+    load_recipe,
+    parse_recipe,
+    recipe_differences,
+    recipe_names,
+)
+from melfold.errors import MelfoldError
+
+OTHER_LOGMEL: dict[str, Any] = {
+    "sr": 48_000,
+    "n_fft": 1024,
+    "hop_length": 512,
+    "n_mels": 64,
+    "fmin": 50.0,
+    "fmax": 16_000.0,
+    "window": "hamming",
+    "norm": None,
+    "htk": True,
+    "top_db": 100.0,
+}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_loads_and_survives_being_saved(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.about
+    again = parse_recipe(recipe.model_dump(mode="json"), "saved")
+    assert again == recipe
+    assert again.fingerprint() == recipe.fingerprint()
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_key_of_a_shipped_recipe_has_a_reason(name: str) -> None:
+    explained = explain_recipe(name)
+    without = {key for key, (_, reason) in explained.items() if not reason}
+    assert without == {"about", "data.exclude"}
+    assert all(explained["data.exclude"][0].values())
+
+
+def test_the_tracks_tell_the_rules_from_the_rest() -> None:
+    tracks = {name: load_recipe(name).track for name in recipe_names()}
+    assert (tracks["scratch"], tracks["demo"]) == ("scratch", "scratch")
+    assert (tracks["open"], tracks["article"]) == ("open", "open")
+    assert load_recipe("scratch", ["model.weights=file:w.safetensors"]).track == "open"
+
+
+def test_the_known_bad_clips_are_left_out_of_every_recipe() -> None:
+    for name in recipe_names():
+        assert {"1d44b0bd.wav", "f76181c4.wav", "7752cc8a.wav"} <= load_recipe(name).data.exclude.keys()
+
+
+def test_a_recipe_file_is_a_delta_on_its_base(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('base = "scratch"\n[train]\nlr = 2e-3  # twice as fast\n')
+    recipe = load_recipe(str(path))
+    assert recipe.name == "mine"
+    assert recipe_differences(load_recipe("scratch"), recipe) == ["train.lr: 0.001 -> 0.002"]
+    assert explain_recipe(str(path))["train.lr"] == (2e-3, "twice as fast")
+
+
+def test_a_hash_sign_in_a_value_is_no_reason(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('[model]\nname = "a#b"  # why # indeed\nweights = "none"\n')
+    assert explain_recipe(str(path)) == {"model.name": ("a#b", "why # indeed"), "model.weights": ("none", "")}
+
+
+@pytest.mark.parametrize(
+    ("item", "nearest"),
+    [
+        ("train.epoch=3", "train.epochs"),
+        ("logmel.hop=3", "logmel.hop_length"),
+        ("sede=3", "seed"),
+        ("trian.lr=3", "train.lr"),
+        ("agument.mixup_prob=3", "augment."),
+    ],
+)
+def test_an_unknown_key_is_refused_and_the_nearest_named(item: str, nearest: str) -> None:
+    with pytest.raises(MelfoldError, match="unknown key") as caught:
+        load_recipe("base", [item])
+    assert f"(nearest: {nearest}" in str(caught.value)
+
+
+def test_an_unknown_key_in_a_file_is_refused_too(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text("[train]\nepochs = 3\nwarmup = 2\n")
+    with pytest.raises(MelfoldError, match=r"unknown key: train.warmup \(nearest: train.warmup_epochs\)"):
+        load_recipe(str(tmp_path / "r.toml"))
+
+
+def test_every_value_that_does_not_fit_gets_its_own_line() -> None:
+    with pytest.raises(MelfoldError) as caught:
+        load_recipe("base", ["train.lr=-1", "train.epochs=many", "model.weights=hubb", "logmel.fmax=40000"])
+    lines = caught.value.lines
+    assert len(lines) == 4
+    for part, line in zip(("logmel", "model.weights", "train.epochs", "train.lr"), sorted(lines), strict=True):
+        assert f": {part}:" in line
+    assert "found -1" in str(caught.value)
+    assert "found 'many'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("item", "path", "value"),
+    [
+        ("train.epochs=2", "train.epochs", 2),
+        ("train.lr=3e-4", "train.lr", 3e-4),
+        ("model.frozen=true", "model.frozen", True),
+        ("model.name=resnet18", "model.name", "resnet18"),
+        ('model.name="resnet18"', "model.name", "resnet18"),
+        ("model.weights=file:/x y/w=1.safetensors", "model.weights", "file:/x y/w=1.safetensors"),
+        ("predict.shift_seconds=[0.0, 0.5]", "predict.shift_seconds", (0.0, 0.5)),
+        ("seed=7", "seed", 7),
+        ("folds.group_identical=true", "folds.group_identical", True),
+    ],
+)
+def test_set_takes_toml_values_or_plain_words(item: str, path: str, value: Any) -> None:
+    found: Any = load_recipe("base", [item])
+    for part in path.split("."):
+        found = getattr(found, part)
+    assert found == value
+
+
+def test_set_reaches_into_the_models_keyword_arguments_and_keeps_the_others() -> None:
+    before = load_recipe("scratch").model.kwargs
+    after = load_recipe("scratch", ["model.kwargs.depths=[1, 1, 2, 1]", "model.kwargs.conv_mlp=false"]).model.kwargs
+    assert after == {**before, "depths": [1, 1, 2, 1], "conv_mlp": False}
+    assert load_recipe("scratch").model.kwargs == before
+
+
+@pytest.mark.parametrize(
+    "item",
+    ["data.exclude.0a1b2c3d.wav=too short", "data.exclude.'0a1b2c3d.wav'='too short'", 'data.exclude."0a1b2c3d.wav"=too short'],
+)
+def test_set_leaves_out_a_clip_and_keeps_the_others_whether_the_shell_ate_the_quotes_or_not(item: str) -> None:
+    assert load_recipe("base", [item]).data.exclude == {**load_recipe("base").data.exclude, "0a1b2c3d.wav": "too short"}
+
+
+@pytest.mark.parametrize("item", ["train.lr", "=3", " =3"])
+def test_set_without_key_or_value_is_refused(item: str) -> None:
+    with pytest.raises(MelfoldError, match=r"--set needs section\.key=value"):
+        load_recipe("base", [item])
+
+
+def test_the_last_set_wins() -> None:
+    assert load_recipe("base", ["train.epochs=2", "train.epochs=3"]).train.epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("scrach", "nearest: scratch"), ("Base", "nearest: base"), ("nowhere.toml", "cannot read a recipe")]
+)
+def test_an_unknown_recipe_is_refused(name: str, said: str) -> None:
+    with pytest.raises(MelfoldError, match=said):
+        load_recipe(name)
+
+
+def test_a_recipe_that_is_not_toml_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("[train\n")
+    with pytest.raises(MelfoldError, match=r"bad\.toml is not TOML"):
+        load_recipe(str(tmp_path / "bad.toml"))
+
+
+def test_recipes_that_rest_on_each_other_are_refused(tmp_path: Path) -> None:
+    for one, other in (("a", "b"), ("b", "a")):
+        (tmp_path / f"{one}.toml").write_text(f'base = "{tmp_path / other}.toml"\n')
+    with pytest.raises(MelfoldError, match="base"):
+        load_recipe(str(tmp_path / "a.toml"))
+
+
+def test_configurations_are_frozen_and_refuse_infinity() -> None:
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        LogMelConfig().sr = 1  # type: ignore[misc]
+    with pytest.raises(MelfoldError, match=r"train\.lr"):
+        load_recipe("base", ["train.lr=inf"])
+
+
+def test_other_values_stand_here_for_every_front_end_field() -> None:
+    assert OTHER_LOGMEL.keys() == LogMelConfig.model_fields.keys()
+
+
+@pytest.mark.parametrize("field", OTHER_LOGMEL)
+def test_the_cache_fingerprint_changes_with_every_field(field: str) -> None:
+    base = LogMelConfig()
+    other = LogMelConfig(**{field: OTHER_LOGMEL[field]})
+    assert other.fingerprint() != base.fingerprint()
+    assert LogMelConfig(**other.model_dump()).fingerprint() == other.fingerprint()
+
+
+def test_the_cache_fingerprint_changes_with_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = LogMelConfig().fingerprint()
+    monkeypatch.setattr("melfold.config.CACHE_VERSION", 999)
+    assert LogMelConfig().fingerprint() != before
+
+
+def test_the_recipe_fingerprint_sees_values_and_not_names() -> None:
+    base = Recipe(name="a")
+    assert Recipe(name="b", about="other words").fingerprint() == base.fingerprint()
+    for change in ({"seed": 1}, {"train": {"lr": 2e-3}}, {"model": {"kwargs": {"x": 1}}}, {"data": {"exclude": {"a.wav": "b"}}}):
+        assert parse_recipe({"name": "a", **change}, "test").fingerprint() != base.fingerprint()
+
+
+def test_differences_name_each_changed_value_and_nothing_else() -> None:
+    base = load_recipe("base")
+    assert recipe_differences(base, base.model_copy(update={"name": "x", "about": "y"})) == []
+    other = load_recipe("base", ["seed=3", "train.epochs=2", "model.kwargs.x=1"])
+    assert recipe_differences(base, other) == ["seed: 0 -> 3", "model.kwargs: {} -> {'x': 1}", "train.epochs: 30.0 -> 2.0"]
+
+
+def test_seconds_become_the_nearest_frames_and_never_none() -> None:
+    recipe = load_recipe("base", ["train.crop_seconds=1.28", "predict.window_seconds=2.0", "predict.shift_seconds=[0, 0.5]"])
+    assert (recipe.crop_frames, recipe.window_frames, recipe.shift_frames) == (128, 200, (0, 50))
+    assert recipe.frames(1e-6) == 1
+    assert load_recipe("base", ["train.crop_seconds=1.28"]).window_frames == 128

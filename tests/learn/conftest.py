@@ -1,0 +1,22 @@
+"""The small competition that this floor's tests share."""
+
+from __future__ import annotations
+
+import pytest
+from learn_world import World
+
+from melfold import pipeline
+from melfold.data.competition import load_competition
+from melfold.data.demo import write_demo
+from melfold.files import Home
+from melfold.learn.devices import pick_device
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Treat it as read-only: start runs in a `tmp_path`."""
+    root = tmp_path_factory.mktemp("world")
+    made = World(load_competition(write_demo(root / "demo")), Home(root), pick_device("cpu", "off"))
+    pipeline.cache(made.competition, made.home, made.recipe(), jobs=1)
+    pipeline.folds(made.competition, made.home, made.recipe())
+    return made

@@ -1,0 +1,60 @@
+"""A small competition, its cache made once, and runs that train in less than a second."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from melfold import pipeline
+from melfold.config import Recipe, load_recipe
+from melfold.data.clips import ClipStore
+from melfold.data.competition import Competition
+from melfold.data.logmel import cache_folder
+from melfold.files import Home
+from melfold.learn.devices import Device
+from melfold.learn.runs import Run, start_run
+
+TINY = (
+    "logmel.n_fft=256",
+    "logmel.hop_length=320",
+    "logmel.n_mels=32",
+    "model.kwargs={depths=[1, 1, 1, 1], dims=[8, 16, 16, 16]}",
+    "train.epochs=0.9",  # 6 steps of 16 clips
+    "train.crop_seconds=0.64",
+    "train.warmup_epochs=0.2",
+    "train.validate_every=0",
+    "augment.off_epochs=0.2",
+    "model.drop_rate=0.1",
+)
+
+
+@dataclass(frozen=True)
+class World:
+    """The demo's competition in a home with its log-mels and fold table."""
+
+    competition: Competition
+    home: Home
+    device: Device
+
+    def recipe(self, *sets: str) -> Recipe:
+        """The demo's recipe, made tiny, with changes."""
+        return load_recipe("demo", [*TINY, *sets])
+
+    @property
+    def cache(self) -> Path:
+        """The log-mels of every such recipe."""
+        return cache_folder(self.home, self.competition.name, self.recipe().logmel)
+
+    @property
+    def folds(self) -> Path:
+        """The fold table."""
+        return pipeline.folds_path(self.home, self.competition, self.recipe())
+
+    def start(self, root: Path, *sets: str, name: str = "tiny") -> Run:
+        """An untrained run in a home of its own."""
+        return start_run(Home(root), name, self.recipe(*sets), self.competition, self.folds)
+
+    def store(self, fnames: list[str]) -> ClipStore:
+        """Cached clips."""
+        config = self.recipe().logmel
+        return ClipStore(self.cache, fnames, config.n_mels, config.top_db)

@@ -1,0 +1,93 @@
+"""Run folders: what may go on in one, and how they are found."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from learn_world import World
+
+from melfold.data.folds import make_folds, write_folds
+from melfold.errors import MelfoldError
+from melfold.files import Home
+from melfold.learn.runs import FULL, default_run_name, open_run, start_run
+
+
+def test_a_run_is_opened_again_as_it_was_started(world: World, tmp_path: Path) -> None:
+    run = world.start(tmp_path)
+    again = world.start(tmp_path)
+    assert (again.recipe, again.info) == (run.recipe, run.info)
+    for found in (open_run(Home(tmp_path), "tiny"), open_run(Home(tmp_path / "elsewhere"), run.folder)):
+        assert (found.recipe, found.info, found.folder) == (run.recipe, run.info, run.folder)
+    assert {p.name for p in run.folder.iterdir()} == {"clips.csv", "recipe.json", "run.json"}
+
+
+def test_another_recipe_is_refused_naming_the_keys(world: World, tmp_path: Path) -> None:
+    world.start(tmp_path)
+    with pytest.raises(MelfoldError, match="run tiny rests on something else") as caught:
+        world.start(tmp_path, "train.lr=0.5", "seed=3")
+    message = str(caught.value)
+    assert "train.lr: 0.002 -> 0.5" in message
+    assert "seed: 0 -> 3" in message
+    assert "train.epochs" not in message
+    assert "--run NAME" in message
+
+
+def test_other_labels_are_refused(world: World, tmp_path: Path) -> None:
+    world.start(tmp_path)
+    competition = world.competition
+    fname = competition.curated.index[0]
+    curated = competition.curated.copy()
+    curated.at[fname, "labels"] = tuple(label for label in competition.labels if label not in curated.at[fname, "labels"])[:1]
+    with pytest.raises(MelfoldError, match="clips_sha256") as caught:
+        start_run(Home(tmp_path), "tiny", world.recipe(), replace(competition, curated=curated), world.folds)
+    assert "folds_sha256" not in str(caught.value)
+    with pytest.raises(MelfoldError, match="labels"):
+        start_run(
+            Home(tmp_path), "tiny", world.recipe(), replace(competition, labels=(*competition.labels, "New")), world.folds
+        )
+
+
+def test_another_fold_table_is_refused(world: World, tmp_path: Path) -> None:
+    world.start(tmp_path)
+    table = tmp_path / "other.csv"
+    write_folds(table, make_folds(world.competition.targets(), 3, 43))
+    with pytest.raises(MelfoldError, match="folds_sha256"):
+        start_run(Home(tmp_path), "tiny", world.recipe(), world.competition, table)
+
+
+@pytest.mark.parametrize("name", ["../out", "a b", "", ".hidden"])
+def test_a_name_that_is_no_folder_name_is_refused(name: str, world: World, tmp_path: Path) -> None:
+    with pytest.raises(MelfoldError, match="a run's name"):
+        world.start(tmp_path / "home", name=name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_run_lists_the_known(world: World, tmp_path: Path) -> None:
+    with pytest.raises(MelfoldError, match="no such run: nosuch. Known: none"):
+        open_run(Home(tmp_path), "nosuch")
+    world.start(tmp_path, name="one")
+    world.start(tmp_path, name="two")
+    with pytest.raises(MelfoldError, match="Known: one, two"):
+        open_run(Home(tmp_path), "nosuch")
+
+
+def test_the_default_name_tells_whether_the_recipe_was_changed(world: World) -> None:
+    recipe = world.recipe()
+    assert default_run_name(recipe, recipe) == "demo"
+    changed = world.recipe("seed=1")
+    assert default_run_name(changed, recipe) == f"demo-{changed.fingerprint()[:6]}"
+    assert default_run_name(recipe.model_copy(update={"name": "my recipe.v2"}), recipe) == "my-recipe-v2"
+
+
+def test_training_and_held_out_clips_are_disjoint_and_cover_all(world: World, tmp_path: Path) -> None:
+    excluded = world.competition.curated.index[3]
+    run = world.start(tmp_path, f"data.exclude={{'{excluded}'='a test'}}")
+    everything = set(world.competition.curated.index) - {excluded}
+    held_out = [run.held_out(fold) for fold in range(3)]
+    assert sorted(f for fold in held_out for f in fold) == sorted(everything)
+    for fold in range(3):
+        assert set(run.trained_on(fold)) == everything - set(held_out[fold])
+    assert set(run.trained_on(FULL)) == everything
+    assert run.held_out(FULL) == []
