@@ -69,6 +69,9 @@ def command(on: typer.Typer, name: str, example: str) -> Callable[[Callable[...,
                 for line in error.lines:
                     typer.secho(f"melfold: {line}", fg="red", err=True)
                 raise typer.Exit(2) from None
+            except OSError as error:
+                typer.secho(f"melfold: {error.strerror or error}: {error.filename or 'no file named'}", fg="red", err=True)
+                raise typer.Exit(2) from None
             except KeyboardInterrupt:
                 typer.echo("melfold: stopped. The same command goes on from here.", err=True)
                 raise typer.Exit(130) from None
@@ -122,8 +125,8 @@ def cache(data: DataArg, recipe: RecipeOpt = "open", jobs: JobsOpt = -1, home: H
 @command(app, "folds", "melfold folds data/fat2019 --n-folds 5 --seed 42")
 def folds(
     data: DataArg,
-    n_folds: Annotated[int, typer.Option("--n-folds", min=2, help="How many folds.")] = 5,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Another seed is another table.")] = 42,
+    n_folds: Annotated[int | None, typer.Option("--n-folds", min=2, help="How many folds (else as the recipe says).")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Another seed is another table (else the recipe's).")] = None,
     group_identical: Annotated[
         bool, typer.Option("--group-identical", help="Keep clips with identical audio together, in a table of another name.")
     ] = False,
@@ -135,7 +138,8 @@ def folds(
     from melfold import pipeline
     from melfold.data.competition import load_competition
 
-    changes = [f"folds.n_folds={n_folds}", f"folds.seed={seed}", f"folds.group_identical={str(group_identical).lower()}"]
+    asked = {"n_folds": n_folds, "seed": seed, "group_identical": "true" if group_identical else None}
+    changes = [f"folds.{key}={value}" for key, value in asked.items() if value is not None]
     path, deviation = pipeline.folds(load_competition(data), Home.find(home), _recipe(recipe, [*changes, *(set_ or [])]))
     typer.echo(f"{path}\nNo label is more than {deviation} clips off an even split.")
 
@@ -278,10 +282,10 @@ def demo(home: HomeOpt = None, set_: SetOpt = None, device: DeviceOpt = "auto") 
 
     started = time.monotonic()
     place = Home((home or Path("build/demo")).resolve())
-    data = write_demo(place.data / "demo")
     resolved = _recipe("demo", set_)
     name = _run_name(None, "demo", resolved)
     target = pick_device(device, resolved.train.amp)
+    data = write_demo(place.data / "demo")
     result, scores, path = pipeline.run_all(data, place, resolved, name, target, progress=bar())
     test = score_submission(path, data / "test_post_competition.csv")
     constant = scores.constant_lwlrap

@@ -75,9 +75,9 @@ def test_a_submission_of_other_inputs_is_never_overwritten(made_up: MadeUp) -> N
     run, other = made_up.run("one"), made_up.run("two", seed=1)
     path = build(made_up, run)
     before = path.read_bytes()
-    for again in (lambda: build(made_up, other), lambda: build(made_up, run, other), lambda: build(made_up, run, mean="x")):
+    for runs, mean in (((other,), "geometric"), ((run, other), "geometric"), ((run,), "arithmetic")):
         with pytest.raises(MelfoldError, match="submission sub stands already, of other inputs"):
-            again()
+            build(made_up, *runs, mean=mean)
     write_probs(run.test, draw(made_up.competition.test.index, 9))
     with pytest.raises(MelfoldError, match="stands already, of other inputs"):
         build(made_up, run)
@@ -102,6 +102,19 @@ def test_a_run_without_predictions_or_with_ties_leaves_nothing(made_up: MadeUp) 
     with pytest.raises(MelfoldError, match="run one has no test predictions"):
         build(made_up, run)
     assert not list(made_up.home.submissions.glob("*/*"))
+
+
+@pytest.mark.parametrize("id", ["../out", "a/b", "", ".", ".hidden"])
+def test_a_name_that_leads_out_of_submissions_is_refused(id: str, made_up: MadeUp) -> None:
+    with pytest.raises(MelfoldError, match="a submission's name is"):
+        build(made_up, made_up.run(), id=id)
+    assert not list(made_up.competition.root.rglob("submission.csv"))
+
+
+def test_an_unknown_mean_is_refused_for_one_run_too(made_up: MadeUp) -> None:
+    with pytest.raises(MelfoldError, match="unknown mean: harmonic"):
+        build(made_up, made_up.run(), mean="harmonic")
+    assert not made_up.home.submissions.exists()
 
 
 def _set(table: pd.DataFrame, value: object) -> pd.DataFrame:
@@ -209,8 +222,8 @@ def test_a_half_that_is_not_covered_is_left_out(made_up: MadeUp, truth: tuple[Pa
         ("fname,labels\nt0.wav,Bark\n", "is no truth table"),
         ("", "is no truth table"),
         ("fname,labels,usage\nt0.wav,Bork,Public\n", "has labels that .* lacks: Bork"),
-        ("fname,labels,usage\nt0.wav,Bark,Public\nt0.wav,Bark,Public\n", "."),
-        ("fname,labels,usage\nt0.wav,,Public\n", "."),
+        ("fname,labels,usage\nt0.wav,Bark,Public\nt0.wav,Bark,Public\n", "is no truth table.*t0.wav"),
+        ("fname,labels,usage\nt0.wav,,Public\n", "has labels that .* lacks"),
     ],
     ids=["no usage", "empty", "unknown label", "a clip twice", "no labels"],
 )

@@ -127,10 +127,16 @@ PROBLEMS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda r: replace(r / "train_curated.csv", "fname,labels", "file,tags"),
         "train_curated.csv: missing column fname and labels: file, tags",
     ),
-    "empty table": (lambda r: (r / "train_noisy.csv").write_text(""), "train_noisy.csv: missing column fname and labels: an empty"),
+    "empty table": (
+        lambda r: (r / "train_noisy.csv").write_text(""),
+        "train_noisy.csv: missing column fname and labels: an empty",
+    ),
     "no rows": (lambda r: (r / "train_curated.csv").write_text("fname,labels\n"), "train_curated.csv: no rows"),
     "missing table": (lambda r: (r / "train_curated.csv").unlink(), "cannot read train_curated.csv: "),
-    "not utf-8": (lambda r: (r / "train_noisy.csv").write_bytes(b"fname,labels\n\xff\xfe,Bark\n"), "cannot read train_noisy.csv: "),
+    "not utf-8": (
+        lambda r: (r / "train_noisy.csv").write_bytes(b"fname,labels\n\xff\xfe,Bark\n"),
+        "cannot read train_noisy.csv: ",
+    ),
     "unclosed quote": (lambda r: add_row(r / "train_noisy.csv", 'x.wav,"Bark'), "cannot read train_noisy.csv: "),
     "duplicated fname": (
         lambda r: add_row(r / "train_curated.csv", "c0001.wav,Bark"),

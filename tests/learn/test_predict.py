@@ -24,7 +24,7 @@ def tagger(world: World) -> Tagger:
     return model
 
 
-def probs_of(world: World, tagger: Tagger, fnames: list[str], *sets: str):  # noqa: ANN201
+def probs_of(world: World, tagger: Tagger, fnames: list[str], *sets: str):
     return predict_probs(tagger, world.store(fnames), world.competition.labels, world.recipe(*sets), world.device)
 
 

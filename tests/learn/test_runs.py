@@ -44,9 +44,7 @@ def test_other_labels_are_refused(world: World, tmp_path: Path) -> None:
         start_run(Home(tmp_path), "tiny", world.recipe(), replace(competition, curated=curated), world.folds)
     assert "folds_sha256" not in str(caught.value)
     with pytest.raises(MelfoldError, match="labels"):
-        start_run(
-            Home(tmp_path), "tiny", world.recipe(), replace(competition, labels=(*competition.labels, "New")), world.folds
-        )
+        start_run(Home(tmp_path), "tiny", world.recipe(), replace(competition, labels=(*competition.labels, "New")), world.folds)
 
 
 def test_another_fold_table_is_refused(world: World, tmp_path: Path) -> None:

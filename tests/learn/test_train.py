@@ -175,9 +175,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
     assert len(went_on) < STEPS
 
 
-def test_two_processes_never_train_one_fold(
-    world: World, whole: Run, tmp_path: Path, spawn: Callable[..., BaseProcess]
-) -> None:
+def test_two_processes_never_train_one_fold(world: World, whole: Run, tmp_path: Path, spawn: Callable[..., BaseProcess]) -> None:
     run = world.start(tmp_path, ALWAYS)
     process = spawn(train_and_wait, tmp_path, world.cache)
     wait_for(tmp_path / "waiting", process)
@@ -338,6 +336,19 @@ def test_a_checkpoint_of_something_else_is_refused(world: World, tmp_path: Path)
         with pytest.raises(MelfoldError, match="a checkpoint is from other data, folds or recipe"):
             go(world, its_run, fold)
         assert not its_run.fold(fold).done
+
+
+def test_a_broken_checkpoint_is_named(world: World, tmp_path: Path) -> None:
+    run = world.start(tmp_path)
+    run.fold(0).path.mkdir()
+    run.fold(0).checkpoint.write_bytes(b"junk")
+    with pytest.raises(MelfoldError, match="broken checkpoint: .*checkpoint.pt. Delete it to train anew"):
+        go(world, run)
+
+
+def test_an_unknown_optimizer_is_told(world: World, tmp_path: Path) -> None:
+    with pytest.raises(MelfoldError, match="timm refuses optimizer adammm: .*Mend train.optimizer"):
+        go(world, world.start(tmp_path, "train.optimizer=adammm"))
 
 
 def test_full_trains_on_every_clip_and_has_no_oof(world: World, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ def build_submission(home: Home, runs: Sequence[Run], competition: Competition, 
     Raises:
         MelfoldError: no predictions, a submission of other inputs under this id, or one that its own check refuses.
     """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", id):
+        raise MelfoldError("a submission's name is letters, digits, dots, dashes, +", repr(id), "Use --id NAME")
+    if mean not in ("arithmetic", "geometric"):
+        raise MelfoldError("unknown mean", mean, "Use arithmetic or geometric")
     folder = home.submissions / id
     for run in runs:
         if not run.test.exists():
@@ -153,7 +158,8 @@ def score_submission(path: Path, truth: Path) -> pd.DataFrame:
     """
     probs = read_probs(path)
     try:
-        table = pd.read_csv(truth, dtype=str, encoding="utf-8-sig").set_index("fname")
+        table = pd.read_csv(truth, dtype=str, encoding="utf-8-sig", keep_default_na=False)
+        table = table.set_index("fname", verify_integrity=True)
         usage, labels = table["usage"], table["labels"].str.split(",")
     except (OSError, KeyError, ValueError) as error:
         raise MelfoldError(f"{truth} is no truth table", str(error), "It needs fname, labels and usage") from None

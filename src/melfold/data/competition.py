@@ -164,7 +164,9 @@ def _read_rows(path: Path, labelled: bool, problems: list[MelfoldError]) -> pd.D
             for row in reader:
                 if None in row:
                     problems.append(
-                        MelfoldError(f"{path.name}: more cells than columns", f"line {reader.line_num}", "Put several labels in quotes")
+                        MelfoldError(
+                            f"{path.name}: more cells than columns", f"line {reader.line_num}", "Put several labels in quotes"
+                        )
                     )
                 rows.append([row[c] or "" for c in columns])
     except (OSError, UnicodeDecodeError, csv.Error) as error:

@@ -75,10 +75,10 @@ def read_folds(path: Path, competition: Competition) -> pd.DataFrame:
         MelfoldError: a missing table, or one whose clips are not the competition's.
     """
     try:
-        folds = pd.read_csv(path, dtype={"fname": str}, encoding="utf-8-sig")
+        folds = pd.read_csv(path, dtype={"fname": str, "fold": "int64"}, encoding="utf-8-sig")
         if list(folds.columns) != ["fname", "fold"]:
             raise ValueError(f"columns {', '.join(folds.columns)}, not fname,fold")
-        folds = folds.set_index("fname").astype({"fold": int})
+        folds = folds.set_index("fname")
     except FileNotFoundError:
         raise MelfoldError("no fold table", str(path), "Run `melfold folds`") from None
     except ValueError as error:

@@ -184,13 +184,16 @@ class _Fold:
         model.std.fill_(std)
         self.model = model.to(self.device.torch).train()
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = create_optimizer_v2(
-            model,
-            opt=config.optimizer,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            layer_decay=config.layer_decay if config.layer_decay < 1 else None,
-        )
+        try:
+            self.optimizer = create_optimizer_v2(
+                model,
+                opt=config.optimizer,
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                layer_decay=config.layer_decay if config.layer_decay < 1 else None,
+            )
+        except (TypeError, ValueError) as error:
+            raise MelfoldError(f"timm refuses optimizer {config.optimizer}", str(error), "Mend train.optimizer") from error
         self.schedule = CosineLRScheduler(
             self.optimizer,
             t_initial=max(1, self.total - self._warmup()),
@@ -225,7 +228,10 @@ class _Fold:
         if not self.folder.checkpoint.exists():
             self._write_log()
             return
-        state = torch.load(self.folder.checkpoint, map_location=self.device.torch, weights_only=True)
+        try:
+            state = torch.load(self.folder.checkpoint, map_location=self.device.torch, weights_only=True)
+        except Exception as error:  # a broken file fails in many ways
+            raise MelfoldError("broken checkpoint", str(self.folder.checkpoint), "Delete it to train anew") from error
         if state["key"] != self._key():
             raise MelfoldError(
                 "a checkpoint is from other data, folds or recipe", str(self.folder.checkpoint), "Delete it to train anew"
@@ -272,6 +278,10 @@ class _Fold:
 
     def _finish(self) -> None:
         folder = self.folder
+        if not all(torch.isfinite(value).all() for value in self.averaged.state_dict().values()):
+            raise MelfoldError(
+                "the weights are not finite at the end", str(folder.path), "Lower train.lr, delete the fold's folder, train"
+            )
         save_weights(folder.weights, self.averaged)
         result: dict[str, Any] = {"fold": folder.fold, "clips": len(self.store.fnames), "steps": self.total}
         if len(self.held_out.fnames):

@@ -1,0 +1,276 @@
+"""The cache of log-mels: what it holds, when it is remade, and that a kill loses nothing that was noted."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from melfold.config import LogMelConfig
+from melfold.data.competition import Competition, load_competition
+from melfold.data.logmel import NPY_HEADER, LogMel, build_cache, cache_folder, npy_path, read_manifest, read_waveform
+from melfold.errors import MelfoldError
+from melfold.files import Home
+from tests.conftest import write_wav
+
+Maker = Callable[..., Path]
+CONFIG = LogMelConfig(sr=16_000, n_fft=512, hop_length=160, n_mels=32, fmax=8_000)
+
+
+def build(competition: Competition, home: Home, **options: object) -> Path:
+    return build_cache(competition, CONFIG, home, **{"jobs": 1, **options})  # type: ignore[arg-type]
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {p.name: p.stat().st_mtime_ns for p in folder.glob("*.npy")}
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """All that counts: arrays and manifest."""
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.suffix in (".npy", ".csv")}
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path / "home")
+
+
+@contextmanager
+def warnings_of(name: str) -> Iterator[list[str]]:
+    """What a logger is told, whether or not the command line has taken `melfold`'s handlers over."""
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger(name)
+    logger.addHandler(handler)
+    try:
+        yield told
+    finally:
+        logger.removeHandler(handler)
+
+
+def test_an_array_is_float16_frames_by_mels_in_c_order_behind_128_bytes(tiny_download: Maker, home: Home) -> None:
+    competition = load_competition(tiny_download())
+    folder = build(competition, home)
+    assert folder == cache_folder(home, "tiny", CONFIG)
+    for fname, path in competition.curated["path"].items():
+        array = np.load(npy_path(folder, str(fname)))
+        waveform, _ = read_waveform(path, CONFIG.sr)
+        assert (array.dtype, array.shape) == (np.float16, (1 + len(waveform) // 160, 32))
+        assert array.flags.c_contiguous
+        np.testing.assert_array_equal(array, LogMel(CONFIG)(waveform).astype(np.float16))
+        assert npy_path(folder, str(fname)).stat().st_size == NPY_HEADER + array.nbytes
+        assert npy_path(folder, str(fname)).read_bytes()[NPY_HEADER:] == array.tobytes()
+    assert json.loads((folder / "config.json").read_text()) == CONFIG.model_dump()
+
+
+def test_the_manifest_tells_facts_and_oddities_of_each_clip(tiny_download: Maker, home: Home) -> None:
+    root = tiny_download()
+    curated, t = root / "train_curated", np.arange(16_000) / 16_000
+    tone = np.sin(2 * np.pi * 440 * t)
+    write_wav(curated / "c0000.wav", np.zeros(8_000))
+    write_wav(curated / "c0001.wav", np.clip(3 * tone, -1, 1))
+    write_wav(curated / "c0002.wav", 0.1 * tone[:511])
+    write_wav(curated / "c0003.wav", 0.1 * tone, 22_050)
+    write_wav(curated / "c0004.wav", 0.1 * np.stack([tone, tone], 1))
+    write_wav(curated / "c0005.wav", 0.1 * np.zeros((100, 2)), 32_000)
+    folder = build(load_competition(root), home)
+    manifest = read_manifest(folder)
+    assert manifest["flags"].to_dict() | {"c0006.wav": ""} == manifest["flags"].to_dict()
+    assert [manifest.at[f"c000{i}.wav", "flags"] for i in range(6)] == [
+        "silent",
+        "clipped",
+        "short",
+        "resampled",
+        "downmixed",
+        "downmixed|resampled|silent|short",
+    ]
+    assert len(manifest) == 12
+    assert list(manifest.index) == sorted(manifest.index)
+    for fname in ("c0001.wav", "c0003.wav", "t0000.wav"):
+        row, array = manifest.loc[fname], np.load(npy_path(folder, fname)).astype(np.float64)
+        assert row["frames"] == len(array)
+        assert row["peak_db"] == pytest.approx(array.max(), abs=0.05)
+        assert row["mean_db"] == pytest.approx(array.mean())
+        assert row["mean_square_db"] == pytest.approx(np.square(array).mean())
+    assert manifest.at["c0003.wav", "seconds"] == pytest.approx(16_000 / 22_050, abs=1e-3)
+
+
+def test_a_second_run_computes_nothing(tiny_download: Maker, home: Home) -> None:
+    competition = load_competition(tiny_download())
+    folder = build(competition, home)
+    before, steps = (stamps(folder), content(folder)), []
+    assert build(competition, home, progress=lambda *step: steps.append(step)) == folder
+    assert (stamps(folder), content(folder)) == before
+    assert steps == []
+    assert not (folder / "journal.jsonl").exists()
+
+
+@pytest.mark.parametrize("spoil", ["changed audio", "lost array", "cut array"])
+def test_only_the_clip_that_is_out_of_date_is_remade(spoil: str, tiny_download: Maker, home: Home) -> None:
+    root = tiny_download()
+    competition = load_competition(root)
+    folder = build(competition, home)
+    before, array = stamps(folder), npy_path(folder, "c0004.wav")
+    if spoil == "changed audio":
+        write_wav(root / "train_curated/c0004.wav", np.random.default_rng(1).normal(0, 0.1, 9_000))
+    elif spoil == "lost array":
+        array.unlink()
+    else:
+        array.write_bytes(array.read_bytes()[:-10])
+    build(competition, home)
+    after = stamps(folder)
+    assert {name for name in after if after[name] != before[name]} == {"c0004.npy"}
+    fresh = build(competition, Home(home.root / "fresh"))
+    assert content(folder) == content(fresh)
+
+
+def test_splits_are_added_to_the_same_cache(tiny_download: Maker, home: Home) -> None:
+    competition = load_competition(tiny_download())
+    folder = build(competition, home, splits=["test"])
+    before = stamps(folder)
+    assert len(before) == 4
+    build(competition, home, splits=["curated", "noisy"])
+    assert len(stamps(folder)) == 15 == len(read_manifest(folder))
+    assert stamps(folder).items() >= before.items()
+
+
+def test_another_configuration_has_another_folder(tiny_download: Maker, home: Home) -> None:
+    competition = load_competition(tiny_download())
+    one = build(competition, home)
+    other = build_cache(competition, CONFIG.model_copy(update={"hop_length": 161}), home, jobs=1)
+    assert one != other
+    assert one.parent == other.parent == home.cache / "tiny"
+
+
+def test_workers_make_the_same_cache_as_one_process(tiny_download: Maker, home: Home) -> None:
+    competition = load_competition(tiny_download(curated=20))
+    steps: list[tuple[int, int, str]] = []
+    parallel = build(competition, home, jobs=2, progress=lambda *step: steps.append(step))
+    assert content(parallel) == content(build(competition, Home(home.root / "one")))
+    assert steps[-1][:2] == (24, 24)
+
+
+def test_every_unreadable_curated_clip_is_listed_and_stops_the_stage(tiny_download: Maker, home: Home) -> None:
+    root = tiny_download()
+    (root / "train_curated/c0001.wav").write_bytes(b"")
+    (root / "train_curated/c0005.wav").write_bytes(b"no audio")
+    competition = load_competition(root)
+    for _ in range(2):  # the second time too
+        with pytest.raises(MelfoldError) as caught:
+            build(competition, home)
+        assert [line[:27] for line in caught.value.lines] == ["unreadable audio: c0001.wav", "unreadable audio: c0005.wav"]
+        assert all("--set data.exclude." in line and "Download it again" in line for line in caught.value.lines)
+    folder = cache_folder(home, "tiny", CONFIG)
+    assert not npy_path(folder, "c0001.wav").exists()
+    assert read_manifest(folder).at["c0001.wav", "flags"] == "unreadable"
+    assert len(stamps(folder)) == 10, "the readable ones are kept"
+
+
+def test_excluded_clips_need_not_be_readable(tiny_download: Maker, home: Home) -> None:
+    root = tiny_download()
+    (root / "train_curated/c0001.wav").write_bytes(b"")
+    folder = build(load_competition(root), home, exclude=["c0001.wav", "elsewhere.wav"])
+    assert "c0001.wav" not in read_manifest(folder).index
+
+
+def test_an_unreadable_clip_is_tried_again(tiny_download: Maker, home: Home) -> None:
+    root = tiny_download()
+    path = root / "train_curated/c0001.wav"
+    good = path.read_bytes()
+    path.write_bytes(b"")
+    competition = load_competition(root)
+    with pytest.raises(MelfoldError, match=r"c0001\.wav"):
+        build(competition, home)
+    path.write_bytes(good)
+    folder = build(competition, home)
+    assert read_manifest(folder).at["c0001.wav", "flags"] == ""
+    assert npy_path(folder, "c0001.wav").exists()
+
+
+def test_unreadable_test_clips_are_only_warned_of_and_cannot_be_excluded(tiny_download: Maker, home: Home) -> None:
+    root = tiny_download()
+    for name in ("t0002.wav", "t0001.wav"):
+        (root / "test" / name).write_bytes(b"")
+    with warnings_of("melfold.data.logmel") as told:
+        folder = build(load_competition(root), home, exclude=["t0001.wav"])
+    assert [line[:39] for line in told] == [f"TEST CLIP unreadable audio: t000{i}.wav (" for i in (1, 2)]
+    assert "mean out-of-fold probabilities" in told[0]
+    assert read_manifest(folder).at["t0001.wav", "error"].startswith("unreadable audio")
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from melfold.config import LogMelConfig
+from melfold.data.competition import load_competition
+from melfold.data.logmel import build_cache
+from melfold.files import Home
+
+root, home, config, jobs = sys.argv[1:]
+slowly = lambda *step: time.sleep(0.05)  # so that the kill falls into the middle
+config = LogMelConfig.model_validate_json(config)
+build_cache(load_competition(Path(root)), config, Home(Path(home)), jobs=int(jobs), progress=slowly)
+"""
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_killed_stage_resumes_without_remaking_what_it_had_noted(jobs: int, tiny_download: Maker, home: Home) -> None:
+    root = tiny_download(curated=240, noisy=0, seconds=0.1)
+    folder = cache_folder(home, "tiny", CONFIG)
+    journal = folder / "journal.jsonl"
+    command = [sys.executable, "-c", KILLED, str(root), str(home.root), CONFIG.model_dump_json(), str(jobs)]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not (journal.exists() and journal.stat().st_size > 5_000):
+            assert process.poll() is None, "the stage ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    noted = {json.loads(line)["fname"] for line in journal.read_text().splitlines() if line.endswith("}")}
+    assert 0 < len(noted) < 244
+    before = stamps(folder)
+
+    build(load_competition(root), home)
+    after = stamps(folder)
+    assert len(after) == 244
+    kept = {npy_path(folder, fname).name for fname in noted}
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    assert content(folder) == content(build(load_competition(root), Home(home.root / "uninterrupted")))
+    assert not list(folder.glob(".*.tmp"))
+    assert not journal.exists()
+
+
+def test_a_torn_last_line_of_the_journal_costs_one_clip(tiny_download: Maker, home: Home) -> None:
+    competition = load_competition(tiny_download())
+    folder = build(competition, home)
+    whole = content(folder)
+    rows = read_manifest(folder).reset_index().to_dict("records")
+    lines = [json.dumps(row) for row in rows]
+    (folder / "manifest.csv").unlink()
+    (folder / "journal.jsonl").write_text("\n".join(lines)[: -len(lines[-1]) // 2])
+    (folder / ".c0001.npy.123.tmp").write_bytes(b"left behind")
+    before = stamps(folder)
+    build(competition, home)
+    after = stamps(folder)
+    assert {name for name in after if after[name] != before[name]} == {npy_path(folder, rows[-1]["fname"]).name}
+    assert content(folder) == whole
+    assert not (folder / ".c0001.npy.123.tmp").exists()
+
+
+def test_a_missing_cache_is_told_with_its_stage(tmp_path: Path) -> None:
+    with pytest.raises(MelfoldError, match=r"no cache: .*Run `melfold cache`"):
+        read_manifest(tmp_path)

@@ -1,0 +1,63 @@
+"""Pictures of clips."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from melfold.config import Recipe, load_recipe
+from melfold.data.competition import Competition, load_competition
+from melfold.errors import MelfoldError
+from melfold.report.clips import draw_clips
+
+
+@pytest.fixture
+def competition(tiny_download: Callable[..., Path]) -> Competition:
+    return load_competition(tiny_download())
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    return load_recipe("demo")
+
+
+def size(png: Path) -> tuple[int, int]:
+    """Width and height, in pixels, from the PNG's first chunk."""
+    content = png.read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    assert content[12:16] == b"IHDR"
+    return struct.unpack(">II", content[16:24])
+
+
+def test_a_picture_of_clips_of_every_split_is_a_png(competition: Competition, recipe: Recipe, tmp_path: Path) -> None:
+    fnames = [competition.split(split).index[0] for split in ("curated", "noisy", "test")]
+    draw_clips(competition, fnames[:1], recipe, tmp_path / "one.png")
+    draw_clips(competition, fnames, recipe, tmp_path / "sub" / "three.png")
+    one, three = size(tmp_path / "one.png"), size(tmp_path / "sub" / "three.png")
+    assert one[0] == three[0] > 1000
+    assert three[1] > 2 * one[1] > 400
+    assert (tmp_path / "one.png").stat().st_size > 10_000
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_another_sound_is_another_picture(competition: Competition, recipe: Recipe, tmp_path: Path) -> None:
+    for number, fname in enumerate(competition.curated.index[:2]):
+        draw_clips(competition, [fname], recipe, tmp_path / f"{number}.png")
+    draw_clips(competition, [competition.curated.index[0]], recipe, tmp_path / "again.png")
+    assert (tmp_path / "0.png").read_bytes() == (tmp_path / "again.png").read_bytes()
+    assert (tmp_path / "0.png").read_bytes() != (tmp_path / "1.png").read_bytes()
+
+
+def test_an_unknown_or_unreadable_clip_is_refused_and_nothing_is_written(
+    competition: Competition, recipe: Recipe, tmp_path: Path
+) -> None:
+    known = competition.curated.index[0]
+    with pytest.raises(MelfoldError, match=f"no such clip: nosuch.wav. Names look like {known}"):
+        draw_clips(competition, [known, "nosuch.wav"], recipe, tmp_path / "clips.png")
+    competition.curated.at[known, "path"].write_bytes(b"not audio")
+    with pytest.raises(MelfoldError, match=f"unreadable audio: {known}"):
+        draw_clips(competition, [known], recipe, tmp_path / "clips.png")
+    assert not (tmp_path / "clips.png").exists()
