@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from melfold.errors import MelfoldError
 from melfold.files import digest
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Part of every cache fingerprint: raise it when `data/logmel.py` computes other numbers from the same configuration."""
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
