@@ -17,7 +17,7 @@ class MelfoldError(Exception):
     def __init__(self, what: str, found: str = "", fix: str = "") -> None:
         super().__init__(what, found, fix)
         line = f"{what}: {found}" if found else what
-        self.lines: tuple[str, ...] = (f"{line}. {fix}" if fix else line,)
+        self.lines: tuple[str, ...] = (f"{line.rstrip('.')}. {fix}" if fix else line,)
 
     @classmethod
     def many(cls, errors: Iterable[MelfoldError]) -> MelfoldError:

@@ -150,12 +150,21 @@ def train(
     from melfold.learn.runs import start_run
     from melfold.learn.train import train_fold
 
+    if not (home.runs / name / "run.json").exists():
+        try_model(competition, recipe)
     folder = cache(competition, home, recipe, jobs=jobs, progress=progress)
     table, _ = folds(competition, home, recipe)
     run = start_run(home, name, recipe, competition, table)
     for fold in which:
         train_fold(run, fold, folder, device, progress=progress)
     return run
+
+
+def try_model(competition: Competition, recipe: Recipe) -> None:
+    """Make a recipe's model once, so that one that cannot be made is not found out after an hour of caching."""
+    from melfold.learn.model import build_model
+
+    build_model(recipe.model, len(competition.labels), recipe.logmel.n_mels, recipe.crop_frames)
 
 
 def predict(run: Run, competition: Competition, home: Home, device: Device, *, progress: Progress = silent) -> Path:
@@ -225,10 +234,10 @@ def run_all(
     """The whole road from a download to a checked `submission.csv`, skipping what is done."""
     from melfold.combine.ensemble import pool_oof
     from melfold.combine.submission import build_submission
-    from melfold.learn.runs import weights_sha256
 
     competition = load_competition(root)
-    weights_sha256(recipe.model.weights)  # a missing weights file should not be found out after an hour of caching
+    if not (home.runs / name / "run.json").exists():
+        try_model(competition, recipe)
     log.info("1/6 %s: %d curated, %d noisy, %d test clips, %d labels", competition.name, *_sizes(competition))
     folder = cache(competition, home, recipe, jobs=jobs, progress=progress)
     log.info("2/6 log-mels in %s", folder)

@@ -10,8 +10,8 @@ from learn_world import World
 
 from melfold.data.folds import make_folds, write_folds
 from melfold.errors import MelfoldError
-from melfold.files import Home
-from melfold.learn.runs import FULL, default_run_name, open_run, start_run
+from melfold.files import Home, write_json
+from melfold.learn.runs import FULL, Run, default_run_name, open_run, start_run
 
 
 def test_a_run_is_opened_again_as_it_was_started(world: World, tmp_path: Path) -> None:
@@ -23,8 +23,28 @@ def test_a_run_is_opened_again_as_it_was_started(world: World, tmp_path: Path) -
     assert {p.name for p in run.folder.iterdir()} == {"clips.csv", "recipe.json", "run.json"}
 
 
+def begin(run: Run) -> None:
+    """What training leaves first."""
+    run.fold(0).path.mkdir()
+    run.fold(0).log.touch()
+
+
+def test_a_run_of_which_no_fold_was_begun_gives_way_to_a_mended_recipe(world: World, tmp_path: Path) -> None:
+    world.start(tmp_path, "train.optimizer=nosuch")
+    mended = world.start(tmp_path)
+    assert open_run(Home(tmp_path), "tiny").recipe == mended.recipe == world.recipe()
+
+
+def test_a_run_of_another_melfold_is_refused_in_one_line(world: World, tmp_path: Path) -> None:
+    run = world.start(tmp_path)
+    write_json(run.folder / "run.json", {"competition": "x", "nosuch": 1})
+    with pytest.raises(MelfoldError, match="not of this melfold") as caught:
+        open_run(Home(tmp_path), "tiny")
+    assert len(caught.value.lines) == 1
+
+
 def test_another_recipe_is_refused_naming_the_keys(world: World, tmp_path: Path) -> None:
-    world.start(tmp_path)
+    begin(world.start(tmp_path))
     with pytest.raises(MelfoldError, match="run tiny rests on something else") as caught:
         world.start(tmp_path, "train.lr=0.5", "seed=3")
     message = str(caught.value)
@@ -35,7 +55,7 @@ def test_another_recipe_is_refused_naming_the_keys(world: World, tmp_path: Path)
 
 
 def test_other_labels_are_refused(world: World, tmp_path: Path) -> None:
-    world.start(tmp_path)
+    begin(world.start(tmp_path))
     competition = world.competition
     fname = competition.curated.index[0]
     curated = competition.curated.copy()
@@ -48,7 +68,7 @@ def test_other_labels_are_refused(world: World, tmp_path: Path) -> None:
 
 
 def test_another_fold_table_is_refused(world: World, tmp_path: Path) -> None:
-    world.start(tmp_path)
+    begin(world.start(tmp_path))
     table = tmp_path / "other.csv"
     write_folds(table, make_folds(world.competition.targets(), 3, 43))
     with pytest.raises(MelfoldError, match="folds_sha256"):

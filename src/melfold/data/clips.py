@@ -74,13 +74,13 @@ class ClipStore:
             raise MelfoldError("a cached log-mel is too short", self._paths[row], "Delete it and run `melfold cache`")
 
 
-def tile(log_mel: np.ndarray, length: int, pad: Pad) -> np.ndarray:
+def tile(log_mel: np.ndarray, length: int, pad: Pad, top_db: float) -> np.ndarray:
     """The first evaluation window of a log-mel in memory, as `ClipStore.read` gives it: `(length, n_mels)`."""
     frames = len(log_mel)
     (start, *_) = window_starts(frames, length, 0.0, 0, pad)
     if pad == "wrap" or frames >= length:
         return np.take(log_mel, np.arange(start, start + length), axis=0, mode="wrap")
-    return np.pad(log_mel, ((-start, length - frames + start), (0, 0)), constant_values=log_mel.min())
+    return np.pad(log_mel, ((-start, length - frames + start), (0, 0)), constant_values=max(float(log_mel.max()) - top_db, -100))
 
 
 def draw_start(frames: int, length: int, pad: Pad, rng: np.random.Generator) -> int:

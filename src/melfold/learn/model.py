@@ -104,7 +104,9 @@ def _width(backbone: nn.Module, name: str, n_mels: int, frames: int) -> int:
             features = backbone.eval().forward_features(torch.zeros(1, 1, n_mels, frames))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise MelfoldError(
-            f"{name} refuses an input of {n_mels} x {frames}", _first_line(error), "Use a convolutional model"
+            f"{name} refuses an input of 1 x {n_mels} x {frames}",
+            _first_line(error),
+            "Use a convolutional model, one input channel and crops that are not too short",
         ) from error
     finally:
         backbone.train(was_training)

@@ -155,7 +155,8 @@ def start_run(home: Home, name: str, recipe: Recipe, competition: Competition, f
         track=recipe.track,
         commit=current_commit(),
     )
-    if (folder / "run.json").exists():
+    # A run of which no fold was begun holds nothing to lose: a recipe that was refused then is mended under its own name.
+    if (folder / "run.json").exists() and any(folder.glob("*/log.jsonl")):
         run = open_run(home, name)
         changes = recipe_differences(run.recipe, recipe)
         for key, old in asdict(run.info).items():
@@ -183,7 +184,11 @@ def open_run(home: Home, name: str | Path) -> Run:
         known = sorted(p.parent.name for p in home.runs.glob("*/run.json"))
         raise MelfoldError("no such run", str(name), f"Known: {', '.join(known) or 'none; run `melfold train` first'}")
     recipe = parse_recipe(read_json(folder / "recipe.json"), f"{folder}/recipe.json")
-    return Run(folder.resolve(), recipe, RunInfo(**read_json(folder / "run.json")))
+    try:
+        info = RunInfo(**read_json(folder / "run.json"))
+    except TypeError as error:
+        raise MelfoldError(f"{folder}/run.json is not of this melfold", str(error), "Train anew under another name") from None
+    return Run(folder.resolve(), recipe, info)
 
 
 def weights_sha256(weights: str) -> str:

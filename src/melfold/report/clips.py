@@ -40,7 +40,7 @@ def draw_clips(competition: Competition, fnames: Sequence[str], recipe: Recipe, 
         note = f"  ({', '.join(flags)})" if flags else ""
         left.set_title(f"{fname}  {split}  {len(waveform) / config.sr:.2f} s{note}", loc="left", fontsize=9)
         log_mel = log_mel_of(config)(waveform)
-        window = tile(log_mel, recipe.window_frames, recipe.train.pad)
+        window = tile(log_mel, recipe.window_frames, recipe.train.pad, recipe.logmel.top_db)
         frame = config.hop_length / config.sr
         image = right.imshow(
             window.T,
