@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-import functools
-import logging
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from melfold.errors import MelfoldError
-from melfold.files import Home, Progress
+from melfold.cli_kaggle import register
+from melfold.files import Home
+from melfold.terminal import (
+    DataArg,
+    DataOpt,
+    DeviceOpt,
+    HomeOpt,
+    JobsOpt,
+    RecipeOpt,
+    RunArg,
+    RunOpt,
+    SetOpt,
+    bar,
+    command,
+    print_table,
+    refuse_set,
+)
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from melfold.combine.ensemble import OofScores
     from melfold.config import Recipe
 
@@ -34,55 +43,6 @@ submission_app = typer.Typer(help="Build, check and score submission.csv.", no_a
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(submission_app, name="submission")
 
-DataArg = Annotated[
-    Path, typer.Argument(metavar="DATA", help="The folder of the competition's download, in Kaggle's or Zenodo's layout.")
-]
-DataOpt = Annotated[Path, typer.Option("--data", help="The folder of the competition's download.")]
-RunArg = Annotated[str, typer.Argument(metavar="RUN", help="A run's name in runs/, or its folder.")]
-HomeOpt = Annotated[
-    Path | None, typer.Option("--home", help="Where melfold keeps what it makes (MELFOLD_HOME, else the current folder).")
-]
-SetOpt = Annotated[
-    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a value of the recipe; repeatable.")
-]
-RecipeOpt = Annotated[str, typer.Option("--recipe", help="A recipe's name, or the path of a .toml file.")]
-RunOpt = Annotated[
-    str | None, typer.Option("--run", help="The run's name (else the recipe's, with a piece of its hash where --set changed it).")
-]
-DeviceOpt = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-JobsOpt = Annotated[int, typer.Option("--jobs", help="Worker processes; -1 is one a core.")]
-
-
-_BARS: list[Any] = []
-
-
-def command(on: typer.Typer, name: str, example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a command, with an example in its help and every expected error told in its own lines."""
-
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(function)
-        def guarded(*args: Any, **kwargs: Any) -> None:
-            _set_up_logging()
-            try:
-                function(*args, **kwargs)
-            except MelfoldError as error:
-                for line in error.lines:
-                    typer.secho(f"melfold: {line}", fg="red", err=True)
-                raise typer.Exit(2) from None
-            except OSError as error:
-                typer.secho(f"melfold: {error.strerror or error}: {error.filename or 'no file named'}", fg="red", err=True)
-                raise typer.Exit(2) from None
-            except KeyboardInterrupt:
-                typer.echo("melfold: stopped. The same command goes on from here.", err=True)
-                raise typer.Exit(130) from None
-            finally:
-                for drawn in _BARS:
-                    drawn.stop()  # else an error would leave the terminal without its cursor
-
-        return on.command(name, help=f"{function.__doc__}\n\nExample: {example}")(guarded)
-
-    return register
-
 
 @command(app, "check", "melfold check data/fat2019")
 def check(data: DataArg, recipe: RecipeOpt = "open", home: HomeOpt = None, set_: SetOpt = None) -> None:
@@ -90,7 +50,7 @@ def check(data: DataArg, recipe: RecipeOpt = "open", home: HomeOpt = None, set_:
     from melfold import pipeline
 
     report = pipeline.check(data, Home.find(home), _recipe(recipe, set_), progress=bar())
-    _table(report.splits, "split")
+    print_table(report.splits, "split")
     for note in report.notes:
         typer.echo(f"note: {note}")
     typer.echo("This download is complete and sane.")
@@ -159,9 +119,10 @@ def train(
     from melfold import pipeline
     from melfold.data.competition import load_competition
     from melfold.learn.devices import pick_device
+    from melfold.learn.runs import parse_folds
 
     resolved, place = _recipe(recipe, set_), Home.find(home)
-    which = _parse_folds(folds, resolved)
+    which = parse_folds(folds, resolved)
     competition, target = load_competition(data), pick_device(device, resolved.train.amp)
     name = _run_name(run, recipe, resolved)
     result = pipeline.train(competition, place, resolved, name, which, target, jobs=jobs, progress=bar())
@@ -174,10 +135,10 @@ def oof(run: RunArg, home: HomeOpt = None, set_: SetOpt = None) -> None:
     from melfold.combine.ensemble import pool_oof
     from melfold.learn.runs import open_run
 
-    _refuse_set(set_)
+    refuse_set(set_)
     opened = open_run(Home.find(home), run)
     scores = pool_oof(opened)
-    _table(scores.per_label.sort_values("lwlrap"), "label")
+    print_table(scores.per_label.sort_values("lwlrap"), "label")
     _print_oof(scores)
     typer.echo(f"{opened.oof}\n{opened.scores}")
 
@@ -190,7 +151,7 @@ def predict(run: RunArg, data: DataOpt, device: DeviceOpt = "auto", home: HomeOp
     from melfold.learn.devices import pick_device
     from melfold.learn.runs import open_run
 
-    _refuse_set(set_)
+    refuse_set(set_)
     place = Home.find(home)
     typer.echo(pipeline.predict(open_run(place, run), load_competition(data), place, pick_device(device, "off"), progress=bar()))
 
@@ -209,7 +170,7 @@ def submission_build(
     from melfold.data.competition import load_competition
     from melfold.learn.runs import open_run
 
-    _refuse_set(set_)
+    refuse_set(set_)
     place = Home.find(home)
     opened = [open_run(place, run) for run in runs]
     name = id or "+".join(run.name for run in opened)
@@ -228,7 +189,7 @@ def submission_check(
     from melfold.combine.submission import check_submission
     from melfold.data.competition import load_competition
 
-    _refuse_set(set_)
+    refuse_set(set_)
     probs = check_submission(file, load_competition(data))
     typer.echo(f"{file}: {len(probs)} clips, {len(probs.columns)} labels, in order.")
 
@@ -243,9 +204,9 @@ def submission_score(
     """Score a file as the leaderboard would, Public and Private apart. For scoring only: never choose by it."""
     from melfold.combine.submission import score_submission
 
-    _refuse_set(set_)
+    refuse_set(set_)
     scores = score_submission(file, truth)
-    _table(scores, "usage")
+    print_table(scores, "usage")
     for half in {"Public", "Private"} - set(scores.index):
         typer.echo(f"The {half} half is not covered by this file or this truth.")
 
@@ -311,7 +272,7 @@ def recipe_list(home: HomeOpt = None, set_: SetOpt = None) -> None:
     """The recipes that come with the kit."""
     from melfold.config import load_recipe, recipe_names
 
-    _refuse_set(set_)
+    refuse_set(set_)
     for name in recipe_names():
         resolved = load_recipe(name)
         typer.echo(f"{name:<10} {'' if name == 'base' else f'[{resolved.track}] '}{resolved.about}")
@@ -345,62 +306,6 @@ def _show_value(key: str, value: object, reason: str) -> None:
     typer.echo(f"{line:<40} # {reason}" if reason else line)
 
 
-def bar() -> Progress:
-    """A bar with the time left on a terminal; elsewhere a plain line every ten seconds."""
-    return _terminal_bar() if sys.stderr.isatty() else _plain_lines()
-
-
-def _terminal_bar() -> Progress:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    shown: dict[str, Any] = {}
-
-    def progress(done: int, total: int, text: str) -> None:
-        if not shown:
-            shown["bar"] = Progress(*columns, console=Console(stderr=True), transient=True)
-            shown["bar"].start()
-            _BARS.append(shown["bar"])
-            shown["task"] = shown["bar"].add_task(text, total=total, completed=done - 1)
-        shown["bar"].update(shown["task"], completed=done, total=total, description=text)
-        if done >= total:
-            shown["bar"].stop()
-            shown.clear()
-
-    return progress
-
-
-def _plain_lines() -> Progress:
-    state = {"began": 0.0, "first": 0, "said": 0.0}
-
-    def progress(done: int, total: int, text: str) -> None:
-        now = time.monotonic()
-        if not state["began"] or done < state["first"]:
-            state.update(began=now, first=done, said=now)
-        if done >= total or now - state["said"] >= 10:
-            rate = (done - state["first"]) / max(now - state["began"], 1e-9)
-            left = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
-            typer.echo(f"melfold: {text}: {done}/{total}{left}", err=True)
-            state["said"] = now
-        if done >= total:
-            state["began"] = 0.0
-
-    return progress
-
-
-def _set_up_logging() -> None:
-    class Lines(logging.Formatter):
-        def format(self, record: logging.LogRecord) -> str:
-            return f"melfold: {'' if record.levelno < logging.WARNING else 'WARNING: '}{record.getMessage()}"
-
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Lines())
-    logger = logging.getLogger("melfold")
-    logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(logging.INFO)
-
-
 def _recipe(name: str, sets: list[str] | None) -> Recipe:
     from melfold.config import load_recipe
 
@@ -412,28 +317,6 @@ def _run_name(given: str | None, recipe: str, resolved: Recipe) -> str:
     from melfold.learn.runs import default_run_name
 
     return given or default_run_name(resolved, load_recipe(recipe))
-
-
-def _refuse_set(sets: list[str] | None) -> None:
-    """A finished run's recipe is read from the run; to let it be changed here would make its record untrue."""
-    if sets:
-        raise MelfoldError("--set changes nothing here", " ".join(sets), "This command reads the recipe saved with the run")
-
-
-def _parse_folds(text: str, recipe: Recipe) -> list[int | str]:
-    from melfold.learn.runs import FULL
-
-    if text == "all":
-        return list(range(recipe.folds.n_folds))
-    which: list[int | str] = []
-    for part in text.split(","):
-        if part == FULL:
-            which.append(FULL)
-        elif part.strip().isdigit() and int(part) < recipe.folds.n_folds:
-            which.append(int(part))
-        else:
-            raise MelfoldError("no such fold", repr(part), f"Use 0 to {recipe.folds.n_folds - 1}, all, or {FULL}")
-    return which
 
 
 def _print_oof(scores: OofScores) -> None:
@@ -448,25 +331,7 @@ def _print_oof(scores: OofScores) -> None:
     typer.echo(f"constant          {scores.constant_lwlrap:.4f}")
 
 
-def _table(table: pd.DataFrame, index: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    drawn = Table(box=None, pad_edge=False)
-    drawn.add_column(index)
-    for column in table.columns:
-        drawn.add_column(str(column), justify="left" if table[column].dtype == object and column == "audio" else "right")
-    for name, row in table.iterrows():
-        drawn.add_row(str(name), *(_cell(value) for value in row))
-    Console(width=None if sys.stdout.isatty() else 200).print(drawn)
-
-
-def _cell(value: Any) -> str:
-    if value is None or value != value:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.0f}" if value == int(value) and value > 1 else f"{value:.3f}"
-    return str(value)
+register(app)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from melfold.data.folds import find_identical, fold_table_name, label_deviation,
 from melfold.data.logmel import build_cache, read_manifest
 from melfold.errors import MelfoldError
 from melfold.files import Home, Progress, read_json, silent
-from melfold.probs import make_probs, read_probs
+from melfold.probs import make_probs
 
 if TYPE_CHECKING:
     from melfold.combine.ensemble import OofScores
@@ -175,7 +175,7 @@ def predict(run: Run, competition: Competition, home: Home, device: Device, *, p
     Returns:
         The table of the run's test probabilities.
     """
-    from melfold.combine.ensemble import fold_mean, is_current, write_current
+    from melfold.combine.ensemble import fold_mean, is_current, prior_of, write_current
     from melfold.data.clips import ClipStore
     from melfold.learn.predict import predict_probs
     from melfold.learn.runs import FULL
@@ -202,7 +202,7 @@ def predict(run: Run, competition: Competition, home: Home, device: Device, *, p
         if not is_current(path, keys[fold]):
             write_current(path, predict_probs(load_fold(run, fold, device), store, run.info.labels, recipe, device), keys[fold])
         progress(number + 1, len(which), f"{run.name}: predicting {len(readable)} test clips")
-    prior = _prior(run) if unreadable.any() else None
+    prior = prior_of(run) if unreadable.any() else None
     if not is_current(run.test, [keys, list(unreadable)]):
         probs = fold_mean(run, which)
         if prior is not None:
@@ -215,17 +215,6 @@ def predict(run: Run, competition: Competition, home: Home, device: Device, *, p
 
 def _weights(run: Run, fold: str) -> str:
     return read_json(run.fold(fold).result)["weights_sha256"]
-
-
-def _prior(run: Run) -> pd.Series:
-    """The mean out-of-fold probabilities, or the labels' frequencies where a run has none."""
-    from melfold.combine.ensemble import pool_oof
-    from melfold.learn.runs import FULL
-
-    if run.done_folds() == [FULL]:
-        return run.targets(run.clips.index).mean()
-    pool_oof(run)
-    return read_probs(run.oof).mean()
 
 
 def run_all(

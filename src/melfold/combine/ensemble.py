@@ -66,6 +66,14 @@ def pool_oof(run: Run) -> OofScores:
     return scores
 
 
+def prior_of(run: Run) -> pd.Series:
+    """The mean out-of-fold probabilities by label, or the labels' frequencies where a run has none."""
+    if run.done_folds() == [FULL]:
+        return run.targets(run.clips.index).mean()
+    pool_oof(run)
+    return read_probs(run.oof).mean()
+
+
 def fold_mean(run: Run, folds: list[str]) -> Probs:
     """The mean, of the recipe's kind, of the test predictions of some folds."""
     return mean_probs([read_probs(run.fold(fold).test) for fold in folds], run.recipe.predict.fold_mean)

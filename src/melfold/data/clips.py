@@ -6,6 +6,7 @@ import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -42,6 +43,14 @@ class ClipStore:
         self._floor = np.maximum(table["peak_db"].to_numpy(np.float64) - top_db, -100).astype(np.float16)
         self._mean = table["mean_db"].to_numpy(np.float64)
         self._mean_square = table["mean_square_db"].to_numpy(np.float64)
+
+    def head(self, count: int) -> ClipStore:
+        """The first clips alone."""
+        few = copy(self)
+        few.fnames, few.frames, few._paths, few._floor = (
+            values[:count] for values in (self.fnames, self.frames, self._paths, self._floor)
+        )
+        return few
 
     def statistics(self) -> tuple[float, float]:
         """Mean and standard deviation in dB over all frames of all clips."""

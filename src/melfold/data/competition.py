@@ -86,6 +86,28 @@ def load_competition(root: Path) -> Competition:
     return Competition(_name(root, labels), root, labels, tables["curated"], tables["noisy"], test)
 
 
+def read_test(root: Path) -> Competition:
+    """Labels and test rows of a download alone, for where a submission must come out whatever is missing.
+
+    The training tables are empty and a clip without a file has the path None.
+
+    Raises:
+        MelfoldError: a sample submission or test table that cannot be used.
+    """
+    layout = _Layout.find(root)
+    problems: list[MelfoldError] = []
+    labels = _read_vocabulary(layout, problems)
+    rows = _read_rows(layout.tables["test"], False, problems)
+    if rows is not None:
+        _check_rows(rows, layout.tables["test"].name, None, problems)
+    if problems or rows is None:
+        raise MelfoldError.many(problems)
+    paths = _find_audio(rows.index, layout.audio["test"], [])
+    test = rows.assign(path=pd.Series([paths.get(f) for f in rows.index], index=rows.index, dtype=object))
+    empty = pd.DataFrame({"labels": [], "path": []}, index=pd.Index([], name="fname", dtype=str))
+    return Competition(_name(root, labels), root, labels, empty, empty, test if layout.sample else test.sort_index())
+
+
 @dataclass(frozen=True)
 class _Layout:
     tables: dict[str, Path]

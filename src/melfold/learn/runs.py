@@ -127,6 +127,25 @@ class Run:
         return [f for f in [*map(str, range(self.recipe.folds.n_folds)), FULL] if self.fold(f).done]
 
 
+def parse_folds(text: str, recipe: Recipe) -> list[int | str]:
+    """`0,1`, `all` or `full` -> folds.
+
+    Raises:
+        MelfoldError: a fold the recipe does not have.
+    """
+    if text == "all":
+        return list(range(recipe.folds.n_folds))
+    which: list[int | str] = []
+    for part in text.split(","):
+        if part == FULL:
+            which.append(FULL)
+        elif part.strip().isdigit() and int(part) < recipe.folds.n_folds:
+            which.append(int(part))
+        else:
+            raise MelfoldError("no such fold", repr(part), f"Use 0 to {recipe.folds.n_folds - 1}, all, or {FULL}")
+    return which
+
+
 def default_run_name(recipe: Recipe, shipped: Recipe | None) -> str:
     """The recipe's name, with a piece of the fingerprint where `--set` changed it."""
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", recipe.name)
@@ -156,7 +175,7 @@ def start_run(home: Home, name: str, recipe: Recipe, competition: Competition, f
         commit=current_commit(),
     )
     # A run of which no fold was begun holds nothing to lose: a recipe that was refused then is mended under its own name.
-    if (folder / "run.json").exists() and any(folder.glob("*/log.jsonl")):
+    if (folder / "run.json").exists() and any(folder.glob("*/[!.]*")):
         run = open_run(home, name)
         changes = recipe_differences(run.recipe, recipe)
         for key, old in asdict(run.info).items():

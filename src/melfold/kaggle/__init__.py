@@ -1,0 +1,1 @@
+"""Kaggle: the CLI, the ledger, kernels, submissions."""

@@ -1,0 +1,82 @@
+"""The competition's files: downloaded, verified, unpacked; every step goes on where it was stopped."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import zipfile
+from pathlib import Path, PurePosixPath
+
+from melfold.errors import MelfoldError
+from melfold.files import Progress, atomic_path, locked, remove_leftovers, silent
+from melfold.kaggle.client import Kaggle
+
+log = logging.getLogger(__name__)
+
+_DONE = ".melfold-downloaded"
+
+
+def download(client: Kaggle, target: Path, *, progress: Progress = silent) -> Path:
+    """Download a competition into a folder, in Kaggle's layout. A folder that is complete is left as it is.
+
+    The archive's checksums are held against every file that is unpacked; an archive within it is unpacked into a folder of its
+    name, and both are removed when all is there.
+
+    Returns:
+        The folder.
+
+    Raises:
+        MelfoldError: no credentials, rules not accepted, a broken archive, too little room.
+    """
+    if (target / _DONE).exists():
+        return target
+    target.mkdir(parents=True, exist_ok=True)
+    with locked(target / ".lock", lambda: log.warning("waiting for another download into %s", target)):
+        if (target / _DONE).exists():
+            return target
+        parts = target / ".parts"
+        archive = client.download(parts)
+        _unpack(archive, target, progress)
+        for inner in sorted(target.glob("*.zip")):
+            _unpack(inner, target / inner.stem, progress)
+            inner.unlink()
+        (target / _DONE).touch()
+        shutil.rmtree(parts)
+    return target
+
+
+def _unpack(archive: Path, target: Path, progress: Progress) -> None:
+    try:
+        with zipfile.ZipFile(archive) as pack:
+            members = [m for m in pack.infolist() if not m.is_dir()]
+            todo = [m for m in members if not _there(target, m)]
+            room, wanted = shutil.disk_usage(archive.parent).free, sum(m.file_size for m in todo)
+            if wanted > room:
+                raise MelfoldError(
+                    f"no room to unpack {archive.name}", f"{wanted / 1e9:.1f} GB wanted, {room / 1e9:.1f} GB free", "Make room"
+                )
+            for number, member in enumerate(todo):
+                path = _place(target, member)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if number == 0 or path.parent != _place(target, todo[number - 1]).parent:
+                    remove_leftovers(path.parent)
+                with pack.open(member) as source, atomic_path(path, durable=False) as temporary, temporary.open("wb") as out:
+                    shutil.copyfileobj(source, out, 1 << 20)  # the last read holds the checksum against the archive's
+                progress(number + 1, len(todo), f"unpacking {archive.name}")
+    except zipfile.BadZipFile as error:
+        archive.unlink()
+        raise MelfoldError("a broken download, which is removed", f"{archive.name}: {error}", "Run the command again") from None
+
+
+def _place(target: Path, member: zipfile.ZipInfo) -> Path:
+    inner = PurePosixPath(member.filename)
+    if inner.is_absolute() or ".." in inner.parts:
+        raise MelfoldError("the archive holds a path outside it", member.filename, "Do not unpack it")
+    # Some archives nest a folder in one of its own name.
+    parts = inner.parts[1:] if inner.parts[0] == target.name and len(inner.parts) > 1 else inner.parts
+    return target.joinpath(*parts)
+
+
+def _there(target: Path, member: zipfile.ZipInfo) -> bool:
+    path = _place(target, member)
+    return path.exists() and path.stat().st_size == member.file_size

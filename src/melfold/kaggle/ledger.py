@@ -1,0 +1,159 @@
+"""The record of submissions: one row each, written before Kaggle is called and settled after."""
+
+from __future__ import annotations
+
+import csv
+import io
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from melfold.errors import MelfoldError
+from melfold.files import Home, locked, write_text
+from melfold.kaggle.client import Submission
+
+STATUSES = ("pending", "submitted", "complete", "error", "refused", "unknown")
+"""`pending`: Kaggle is being called. `submitted`: it has it, no score yet. `complete`: scored. `error`: it could not score it.
+`refused`: it did not take it. `unknown`: nobody knows whether it took it; looked for again at every sync, never repeated."""
+
+SPENT = ("submitted", "complete", "error")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A submission as text, just as `ledger.csv` holds it; what is not known is empty."""
+
+    tag: str
+    id: str
+    time: str
+    commit: str
+    runs: str
+    weights: str
+    recipes: str
+    folds: str
+    track: str
+    oof_lwlrap: str
+    public_score: str = ""
+    private_score: str = ""
+    kernel: str = ""
+    version: str = ""
+    ref: str = ""
+    status: str = "pending"
+    note: str = ""
+
+
+COLUMNS = [f.name for f in fields(Row)]
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """`submissions/ledger.csv` of a home."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, home: Home) -> Ledger:
+        """The ledger of a home."""
+        return cls(home.submissions / "ledger.csv")
+
+    def rows(self) -> list[Row]:
+        """All rows, oldest first.
+
+        Raises:
+            MelfoldError: a table of other columns, or a status that is none.
+        """
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames != COLUMNS:
+                raise MelfoldError(f"{self.path} has other columns", ", ".join(reader.fieldnames or []), "Mend it by hand")
+            rows = [Row(**row) for row in reader]
+        for row in rows:
+            if row.status not in STATUSES:
+                raise MelfoldError(f"{self.path}: no such status", f"{row.status!r} of {row.id}", f"Use {', '.join(STATUSES)}")
+        return rows
+
+    def of_id(self, id: str) -> list[Row]:
+        """The rows of one submission id."""
+        return [row for row in self.rows() if row.id == id]
+
+    def add(self, row: Row) -> None:
+        """Append a row."""
+        with self._lock():
+            self._write([*self.rows(), row])
+
+    def update(self, tag: str, **changes: str) -> Row:
+        """Change the row of a tag. Returns: the row."""
+        with self._lock():
+            rows = [replace(row, **changes) if row.tag == tag else row for row in self.rows()]
+            self._write(rows)
+        return next(row for row in rows if row.tag == tag)
+
+    def settle(self, tag: str, found: Submission) -> Row:
+        """Write down what Kaggle says of a submission."""
+        status = {"COMPLETE": "complete", "ERROR": "error"}.get(found.status, "submitted")
+        return self.update(
+            tag, ref=found.ref, status=status, public_score=_text(found.public_score), private_score=_text(found.private_score)
+        )
+
+    def _lock(self) -> Any:
+        return locked(self.path.with_name(".ledger.lock"))
+
+    def _write(self, rows: Sequence[Row]) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+        write_text(self.path, text.getvalue())
+
+
+def now() -> str:
+    """UTC to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def code_state() -> str:
+    """The commit, `+` behind it where anything outside submissions/ is not committed; empty outside a repository."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", ".", ":(exclude)submissions") else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of the two submissions to select, and why."""
+
+    row: Row
+    reason: str
+
+
+def choose_two(rows: Sequence[Row]) -> list[Choice]:
+    """The two submissions to select for the Private score.
+
+    First the best out-of-fold score: it was chosen on more clips than the Public half has. Then, as a hedge against an
+    out-of-fold score that flatters, the best Public score among the others.
+    """
+    scored = [row for row in rows if row.status == "complete" and row.public_score]
+    if not scored:
+        return []
+    by_oof = [row for row in scored if row.oof_lwlrap] or scored
+    first = max(by_oof, key=lambda row: (float(row.oof_lwlrap or 0), float(row.public_score)))
+    choices = [Choice(first, f"the best OOF lwlrap, {float(first.oof_lwlrap or 'nan'):.4f}")]
+    others = [row for row in scored if row.tag != first.tag and (row.runs, row.weights) != (first.runs, first.weights)]
+    if others:
+        second = max(others, key=lambda row: (float(row.public_score), float(row.oof_lwlrap or 0)))
+        choices.append(Choice(second, f"the best Public score of the others, {float(second.public_score):.4f}: a hedge"))
+    return choices
+
+
+def _text(score: float | None) -> str:
+    return "" if score is None else f"{score:.5f}"

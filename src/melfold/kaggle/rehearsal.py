@@ -1,0 +1,332 @@
+"""Run a built kernel as Kaggle would, with the network cut off, and say whether it may be pushed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from melfold.combine.submission import check_submission
+from melfold.data.competition import Competition
+from melfold.errors import MelfoldError
+from melfold.files import Home, read_json, write_json, write_text
+from melfold.kaggle import sandbox
+from melfold.kaggle.kernels import Built
+from melfold.probs import read_probs
+
+log = logging.getLogger(__name__)
+
+Layout = Literal["nested", "flat"]
+LAYOUTS: tuple[Layout, ...] = ("nested", "flat")
+"""How Kaggle mounts inputs: below `competitions/`, `datasets/<owner>/`, `notebooks/<owner>/`, or all side by side."""
+
+REAL_SECONDS = 12.9 * 3600 / 4481
+"""The mean length of a FAT2019 test clip."""
+
+REAL_CLIPS = (1120, 3361)
+"""Test clips of the two stages."""
+
+CLOSE = 1e-5
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rehearsal found. `failures` empty: blessed."""
+
+    sha256: str
+    isolation: str
+    failures: list[str]
+    seconds: float
+    peak_mib: float
+    equality: str = ""
+    predicted_seconds: dict[str, float] = field(default_factory=dict)
+    log: str = ""
+
+    @property
+    def blessed(self) -> bool:
+        return not self.failures
+
+
+def rehearse(
+    built: Built, competition: Competition, home: Home, *, minutes: float = 5, isolation: str = "auto", keep: Path | None = None
+) -> Report:
+    """Run a kernel on a competition's real inputs in a fresh process and file tree, without a network.
+
+    The inference kernel runs whole in the newer mount layout and, up to its first submission, in the older one.
+
+    Args:
+        competition: the download that is mounted; the truth of its test clips is not.
+        minutes: how long a training kernel is let run before it must save.
+        isolation: `namespaces`, `prefix` (a path prefix and an audit hook), or `auto`: namespaces where the system has them.
+        keep: a folder for the kernel's working folder and log; without, they are thrown away.
+
+    Returns:
+        The report, also left as `rehearsal.json` beside the kernel.
+    """
+    facts = built.facts
+    if isolation == "auto":
+        isolation = "namespaces" if sandbox.available() else "prefix"
+    failures: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="melfold-rehearsal-") as folder:
+        first = _Stage(built, competition, home, Path(folder) / "nested", "nested", isolation)
+        limit = 60 * minutes if facts["kind"] == "train" else facts["limit_seconds"]
+        done = first.run(limit, {"MELFOLD_MINUTES": str(minutes)} if facts["kind"] == "train" else {})
+        failures += done.failures
+        equality, predicted = "", {}
+        if not failures and facts["kind"] == "infer":
+            more, equality, predicted = _judge_infer(first.working, facts, competition, home)
+            failures += more
+        elif not failures:
+            failures += _judge_train(first.working)
+        if not failures and facts["kind"] == "infer":
+            second = _Stage(built, competition, home, Path(folder) / "flat", "flat", isolation)
+            again = second.run(limit, {"MELFOLD_STOP_AFTER_SETUP": "1"})
+            failures += [f"in the flat layout: {failure}" for failure in again.failures]
+            if not again.failures and not (second.working / "submission.csv").exists():
+                failures.append("in the flat layout: no submission.csv")
+        if keep:
+            shutil.rmtree(keep, ignore_errors=True)
+            shutil.copytree(first.working, keep)
+            write_text(keep / "log.txt", done.log)
+    report = Report(
+        built.sha256, isolation, failures, round(done.seconds, 1), round(done.peak_mib), equality, predicted, done.log
+    )
+    write_json(built.folder / "rehearsal.json", asdict(report) | {"blessed": report.blessed})
+    return report
+
+
+@dataclass(frozen=True)
+class _Done:
+    failures: list[str]
+    seconds: float
+    peak_mib: float
+    log: str
+
+
+class _Stage:
+    """A file tree as Kaggle lays it out, below `root`."""
+
+    def __init__(self, built: Built, competition: Competition, home: Home, root: Path, layout: Layout, isolation: str) -> None:
+        self.built, self.root, self.layout, self.isolation = built, root, layout, isolation
+        self.working, self.tmp, self.watch = root / "kaggle/working", root / "tmp", root / "watch"
+        for path in (self.working, self.tmp, self.watch, root / "kaggle/src", root / "kaggle/input", root / "new"):
+            path.mkdir(parents=True)
+        write_text(self.watch / "sitecustomize.py", sandbox.WATCH)
+        shutil.copy2(built.kernel / "kernel.py", root / "kaggle/src/script.py")
+        self.inputs = _inputs(built, competition, home, root, layout)
+
+    def run(self, limit: float, extra: dict[str, str]) -> _Done:
+        """Run the script; kill it when it is over its limit."""
+        before = _state(self.inputs.values())
+        command, environment, notes = self._command(extra)
+        out = self.root / "log.txt"
+        begun = time.monotonic()
+        with out.open("wb") as file:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=self.working,
+                start_new_session=True,
+            )
+            try:
+                peak, late = _watch_process(process, 1.05 * limit + 20)
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+        seconds = time.monotonic() - begun
+        text = out.read_text(errors="replace")
+        failures = []
+        if late:
+            failures.append(f"it overruns its limit: still running after {seconds:.0f} s of {limit:.0f} s")
+        elif process.returncode:
+            tail = [line for line in text.splitlines() if line.strip()][-1:] or ["no output"]
+            failures.append(f"it fails with exit code {process.returncode}: {tail[0][:300]}")
+        lines = sorted(set(notes.read_text().splitlines())) if notes.exists() else []
+        network = [line.removeprefix("network: ") for line in lines if line.startswith("network: ")]
+        counters = self.root / "counters"
+        if not network and counters.exists() and int(counters.read_text() or 0):
+            network = ["packets for which there was no route"]
+        if network:
+            failures.append(f"it reaches for the network: {network[0]}")
+        wrote = [line.removeprefix("inputs: ") for line in lines if line.startswith("inputs: ")]
+        if not wrote and _state(self.inputs.values()) != before:
+            wrote = ["files have changed"]
+        if wrote:
+            failures.append(f"it writes to its inputs: {wrote[0]}")
+        return _Done(failures, seconds, peak, text)
+
+    def _command(self, extra: dict[str, str]) -> tuple[list[str], dict[str, str], Path]:
+        kept = ("PATH", "LANG", "LC_ALL", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "LD_LIBRARY_PATH")
+        environment = {name: os.environ[name] for name in kept if name in os.environ} | extra
+        spaces = self.isolation == "namespaces"
+        place = Path("/") if spaces else self.root
+        environment |= {
+            "HOME": str(place / "tmp"),
+            "TMPDIR": str(place / "tmp"),
+            "PYTHONPATH": str(place / "watch"),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "MELFOLD_WATCH": str(place / "watch/notes.txt"),
+            "MELFOLD_KERNEL_ROOT": str(place),
+        }
+        if not spaces:
+            for target, source in self.inputs.items():
+                path = self.root / target
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.symlink_to(source)
+            tops = [self.root / "kaggle/input", *self.inputs.values()]
+            environment |= {"MELFOLD_REFUSE": "1", "MELFOLD_INPUTS": os.pathsep.join(map(str, tops))}
+            return [sys.executable, str(self.root / "kaggle/src/script.py")], environment, self.watch / "notes.txt"
+        environment["MELFOLD_INPUTS"] = "/kaggle/input"
+        prefixes = sorted({sys.prefix, sys.base_prefix})
+        binds = [
+            [str(self.tmp), "/tmp", False],
+            # An interpreter below /tmp has to stay visible.
+            *([prefix, prefix, True] for prefix in prefixes if Path(prefix).is_relative_to("/tmp")),
+            [str(self.working), "/kaggle/working", False],
+            [str(self.root / "kaggle/src"), "/kaggle/src", True],
+            [str(self.watch), "/watch", False],
+            *([str(source), f"/{target}", True] for target, source in self.inputs.items()),
+        ]
+        spec = {
+            "root": str(self.root / "new"),
+            "binds": binds,
+            "argv": [sys.executable, "/kaggle/src/script.py"],
+            "env": environment,
+            "cwd": "/kaggle/working",
+            "counters": str(self.root / "counters"),
+        }
+        write_json(self.root / "spec.json", spec)
+        command = [*sandbox.UNSHARE, sys.executable, sandbox.__file__, str(self.root / "spec.json")]
+        return command, os.environ.copy(), self.watch / "notes.txt"
+
+
+def _inputs(built: Built, competition: Competition, home: Home, root: Path, layout: Layout) -> dict[str, Path]:
+    """Mount point -> what is there: the competition without its test truth, the dataset, an earlier kernel's output."""
+    facts = built.facts
+    metadata = read_json(built.kernel / "kernel-metadata.json")
+    slug = facts["competition_slug"]
+    base = f"kaggle/input/competitions/{slug}" if layout == "nested" else f"kaggle/input/{slug}"
+    found: dict[str, Path] = {}
+    sample = competition.root / "sample_submission.csv"
+    if not sample.exists():
+        sample = root / "sample_submission.csv"
+        rows = "".join(f"{fname},{','.join('0' for _ in competition.labels)}\n" for fname in competition.test.index)
+        write_text(sample, f"{','.join(['fname', *competition.labels])}\n{rows}")
+    found[f"{base}/sample_submission.csv"] = sample
+    for split, name in (("curated", "train_curated"), ("noisy", "train_noisy"), ("test", "test")):
+        table = competition.split(split)  # type: ignore[arg-type]
+        if len(table):
+            found[f"{base}/{name}"] = Path(table["path"].iloc[0]).parent.resolve()
+        for csv in (f"{name}.csv", f"FSDKaggle2019.meta/{name}_post_competition.csv"):
+            if split != "test" and len(table) and (competition.root / csv).exists():
+                found[f"{base}/{name}.csv"] = (competition.root / csv).resolve()
+    for dataset in metadata["dataset_sources"]:
+        name = f"datasets/{dataset}" if layout == "nested" else dataset.split("/")[1]
+        for path in built.dataset.iterdir():
+            if path.name != "dataset-metadata.json":
+                found[f"kaggle/input/{name}/{path.name}"] = path.resolve()
+    for kernel in metadata["kernel_sources"]:
+        name = f"notebooks/{kernel}" if layout == "nested" else kernel.split("/")[1]
+        output = home.root / "build" / "kernels" / kernel.split("/")[1] / "output"
+        if not output.exists():
+            raise MelfoldError(f"the output of kernel {kernel} is not here", str(output), "Fetch it: `kernel push DIR --wait`")
+        found[f"kaggle/input/{name}"] = output.resolve()
+    return found
+
+
+def _state(paths: Any) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of all that is mounted."""
+    files = [p for path in paths for p in ([path] if path.is_file() else sorted(path.rglob("*")))]
+    return [(str(p), (s := p.stat()).st_size, s.st_mtime_ns) for p in files]
+
+
+def _watch_process(process: subprocess.Popen[bytes], limit: float) -> tuple[float, bool]:
+    """Wait for a process. Returns: the peak memory of it and its descendants, MiB; whether it was over its limit."""
+    begun, peak = time.monotonic(), 0.0
+    while process.poll() is None:
+        peak = max(peak, _memory_mib(process.pid))
+        if time.monotonic() - begun > limit:
+            return peak, True
+        time.sleep(0.2)
+    return peak, False
+
+
+def _memory_mib(pid: int) -> float:
+    parents: dict[int, int] = {}
+    pages: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+                pages[int(entry.name)] = int((entry / "statm").read_text().split()[1])
+            except (OSError, IndexError):
+                continue
+            parents[int(entry.name)] = int(stat[1])
+    ours = {pid}
+    while more := {p for p, parent in parents.items() if parent in ours and p not in ours}:
+        ours |= more
+    return sum(pages.get(p, 0) for p in ours) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def _judge_infer(
+    working: Path, facts: dict[str, Any], competition: Competition, home: Home
+) -> tuple[list[str], str, dict[str, float]]:
+    """Failures, how near it is to the submission made at home, and the expected seconds at the real sizes."""
+    path = working / "submission.csv"
+    try:
+        check_submission(path, competition)
+        record = read_json(working / "melfold.json")
+    except MelfoldError as error:
+        return list(error.lines), "", {}
+    failures = []
+    passes = record["passes"]
+    skipped = [p for p in passes if not p["done"]]
+    if skipped or not passes:
+        budget = record["budget_s"]
+        failures.append(f"it overruns its budget: {len(skipped)} of {len(passes)} passes do not fit into {budget:.0f} s")
+    equality = ""
+    at_home = home.submissions / facts["id"] / "submission.csv"
+    if not at_home.exists():
+        failures.append(f"there is nothing to compare with: {at_home} is missing")
+    elif at_home.read_bytes() == path.read_bytes():
+        equality = "the same bytes as at home"
+    else:
+        ours, theirs = read_probs(path), read_probs(at_home)
+        same = list(ours.index) == list(theirs.index)
+        apart = float(np.abs(ours.to_numpy() - theirs.to_numpy()).max()) if same else float("inf")
+        equality = f"within {apart:.1e} of what was predicted at home"
+        if apart > CLOSE and not skipped:
+            failures.append(f"its probabilities differ by {apart:.1e} from those predicted at home, more than {CLOSE:.0e}")
+    longer = max(1.0, REAL_SECONDS / max(record.get("audio_s", 0) / record["clips"], 1e-9)) if record.get("audio_s") else 1.0
+    steady = record["cache_s"] - record["cache_start_s"] + sum(p.get("seconds", 0) for p in passes)
+    start = record["setup_s"] + record["cache_start_s"]
+    predicted = {str(clips): round(start + longer * steady * clips / record["clips"], 1) for clips in REAL_CLIPS}
+    if predicted[str(REAL_CLIPS[1])] > record["budget_s"] and not skipped:
+        failures.append(
+            f"it would overrun its budget: {predicted[str(REAL_CLIPS[1])]:.0f} s expected for {REAL_CLIPS[1]:,} clips,"
+            f" {record['budget_s']:.0f} s allowed on {record['device']}"
+        )
+    return failures, equality, predicted
+
+
+def _judge_train(working: Path) -> list[str]:
+    try:
+        state = read_json(working / "melfold.json")["folds"]
+    except MelfoldError as error:
+        return list(error.lines)
+    return [] if any(value != "not begun" for value in state.values()) else [f"nothing was trained: {json.dumps(state)}"]

@@ -1,0 +1,157 @@
+"""What stands between a rehearsed kernel and this machine: its own file tree, no network, and a watch over both.
+
+Run as a script inside fresh user, network and mount namespaces; `WATCH` is the `sitecustomize.py` of the kernel's Python.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+WATCH = '''"""Notes every reach for the network and every write to the inputs, in this Python and in those it starts."""
+import os
+import socket
+import sys
+
+_LOG, _REFUSE = os.environ["MELFOLD_WATCH"], os.environ.get("MELFOLD_REFUSE")
+_INPUTS = os.environ["MELFOLD_INPUTS"].split(os.pathsep)
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_LOCAL = {None, "", "localhost", "127.0.0.1", "::1", b"localhost", socket.gethostname()}
+_CHANGES = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod", "os.link", "os.symlink", "os.utime"}
+
+
+def _note(text):
+    file = os.open(_LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(file, (text + "\\n").encode())
+    os.close(file)
+
+
+def _watch(event, args):
+    if event in ("socket.connect", "socket.sendto", "socket.sendmsg") and args[1] is not None:
+        where = args[1][0] if isinstance(args[1], tuple) else None
+        local = where in _LOCAL or (isinstance(where, str) and where.startswith("127."))
+    elif event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr"):
+        where = args[0]
+        local = where in _LOCAL or (isinstance(where, str) and where.startswith("127."))
+    elif event == "open":
+        path, mode, flags = args
+        if isinstance(path, (str, bytes)) and isinstance(flags, int) and flags & _WRITES:
+            _inside(path, "opened for writing")
+        return
+    elif event in _CHANGES:
+        if isinstance(args[0], (str, bytes)):
+            _inside(args[0], event)
+        return
+    else:
+        return
+    if not local:
+        _note(f"network: {event} {where}")
+        if _REFUSE:
+            raise OSError(101, "Network is unreachable")
+
+
+def _inside(path, what):
+    full = os.path.abspath(os.fsdecode(path))
+    if any(full == top or full.startswith(top + os.sep) for top in _INPUTS):
+        _note(f"inputs: {full} ({what})")
+        if _REFUSE:
+            raise OSError(30, "Read-only file system", full)
+
+
+sys.addaudithook(_watch)
+'''
+
+_RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _NOATIME, _BIND, _REC, _RELATIME = 1, 2, 4, 8, 32, 1024, 4096, 16384, 1 << 21
+
+
+def run_inside(spec: dict) -> int:
+    """Lay out the tree of `spec` and run its command there. Returns: the command's exit code.
+
+    `spec`: `root` (an empty folder), `binds` ([source, target, read-only]), `argv`, `env`, `cwd`, `counters` (a file for
+    how many packets found no route: an attempt that even a swallowed error cannot hide).
+    """
+    root = Path(spec["root"])
+    _mount("tmpfs", root, "tmpfs", 0)
+    for entry in sorted(os.listdir("/")):
+        if entry not in ("kaggle", "tmp"):
+            _bind(Path("/") / entry, root / entry)
+    for source, target, read_only in spec["binds"]:
+        _bind(Path(source), root / target.lstrip("/"), read_only=read_only)
+    _loopback_up()
+    before = _no_route()
+    pid = os.fork()
+    if pid == 0:
+        os.chroot(root)
+        os.chdir(spec["cwd"])
+        os.execve(spec["argv"][0], spec["argv"], spec["env"])
+    _, status = os.waitpid(pid, 0)
+    Path(spec["counters"]).write_text(str(_no_route() - before))
+    return os.waitstatus_to_exitcode(status)
+
+
+def available() -> bool:
+    """Whether this system lets a user make user, network and mount namespaces."""
+    try:
+        done = subprocess.run([*UNSHARE, "true"], capture_output=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return done.returncode == 0
+
+
+UNSHARE = ["unshare", "--map-root-user", "--net", "--mount", "--propagation", "private"]
+
+
+def _mount(source: str | Path, target: Path, kind: str | None, flags: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    encoded = kind.encode() if kind else None
+    if libc.mount(str(source).encode(), str(target).encode(), encoded, ctypes.c_ulong(flags), None):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(target))
+
+
+def _bind(source: Path, target: Path, *, read_only: bool = False) -> None:
+    if source.is_symlink() and not read_only and len(source.parts) == 2:  # /bin -> usr/bin
+        target.symlink_to(os.readlink(source))
+        return
+    if source.is_dir():
+        target.mkdir(parents=True, exist_ok=True)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.touch()
+    _mount(source, target, None, _BIND | _REC)
+    if read_only:
+        kept = os.statvfs(target).f_flag
+        flags = sum(flag for flag in (_NOSUID, _NODEV, _NOEXEC) if kept & flag) | (_NOATIME if kept & 1024 else 0)
+        flags |= _RELATIME if kept & 4096 else 0
+        _mount("none", target, None, _REMOUNT | _BIND | _RDONLY | flags)
+
+
+def _loopback_up() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        name = b"lo"
+        request = struct.pack("16sH14s", name, 0, b"")
+        flags = struct.unpack("16sH14s", fcntl.ioctl(sock, 0x8913, request))[1]  # SIOCGIFFLAGS
+        fcntl.ioctl(sock, 0x8914, struct.pack("16sH14s", name, flags | 1, b""))  # SIOCSIFFLAGS, IFF_UP
+
+
+def _no_route() -> int:
+    total = 0
+    lines = [line.split() for line in Path("/proc/net/snmp").read_text().splitlines() if line.startswith("Ip:")]
+    total += int(dict(zip(*lines, strict=True))["OutNoRoutes"])
+    try:
+        six = dict(line.split() for line in Path("/proc/net/snmp6").read_text().splitlines())
+        total += int(six.get("Ip6OutNoRoutes", 0))
+    except OSError:
+        pass
+    return total
+
+
+if __name__ == "__main__":
+    sys.exit(run_inside(json.loads(Path(sys.argv[1]).read_text())))
