@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -145,6 +146,8 @@ class Kaggle:
         args = ["competitions", "download", self.competition, "-p", str(folder), "-q"]
         self._run(args, safe=True, timeout=stall, growing=folder)
         found = sorted(folder.glob("*.zip"))
+        if partial := sorted(folder.glob("*.kaggle-partial")):
+            raise KaggleError("kaggle: the download is not whole", partial[0].stem, "Run the command again: it goes on")
         if not found:
             raise KaggleError("kaggle: nothing was downloaded", ", ".join(p.name for p in folder.iterdir()) or "an empty folder")
         return found[0]
@@ -171,11 +174,11 @@ class Kaggle:
 
     def create_dataset(self, folder: Path) -> None:
         """A new private dataset of a folder's files."""
-        self._published(self._run(["datasets", "create", "-p", str(folder), "-q"], timeout=30 * self.timeout))
+        self._published(self._run(["datasets", "create", "-p", str(folder)], timeout=30 * self.timeout))
 
     def version_dataset(self, folder: Path, notes: str) -> None:
         """A new version, which replaces all files of the one before."""
-        self._published(self._run(["datasets", "version", "-p", str(folder), "-m", notes, "-q"], timeout=30 * self.timeout))
+        self._published(self._run(["datasets", "version", "-p", str(folder), "-m", notes], timeout=30 * self.timeout))
 
     def _published(self, out: str) -> None:
         if not re.search(r"is being created", out):
@@ -236,7 +239,11 @@ class Kaggle:
     def _once(self, args: Sequence[str], timeout: float, growing: Path | None) -> str:
         what = f"kaggle {' '.join(args[:2])}"
         command = [_executable(), "-W", *args]
-        environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore", "PYTHONIOENCODING": "utf-8"}
+        # The CLI remembers half-finished uploads below TMPDIR, and drops a file in silence where Kaggle has forgotten it.
+        with tempfile.TemporaryDirectory(prefix="melfold-kaggle-") as scratch:
+            return self._call(what, command, timeout, growing, os.environ | {"TMPDIR": scratch, "PYTHONWARNINGS": "ignore"})
+
+    def _call(self, what: str, command: list[str], timeout: float, growing: Path | None, environment: dict[str, str]) -> str:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -289,7 +296,9 @@ _KERNEL_HINT = "Kaggle refuses sources over 1 MB, titles in use and inputs that 
 def _failure(what: str, text: str) -> KaggleError:
     code = int(found[1]) if (found := re.search(r"\b([45]\d\d) (?:Client|Server) Error", text)) else 0
     reason = _last_line(text) or "no output"
-    if re.search(r"could not find kaggle\.json|must authenticate|kaggle auth login|KAGGLE_API_TOKEN", text, re.I):
+    if re.search(
+        r"could not find kaggle\.json|authentication required|must authenticate|kaggle auth login|KAGGLE_API_TOKEN", text, re.I
+    ):
         return _no_credentials(f"{what} was not authorised")
     if code in (401, 403):
         error = KaggleError(
