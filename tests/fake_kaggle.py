@@ -642,7 +642,8 @@ class FakeKaggle:
     ) -> Session:
         """End the newest version of a kernel by hand (with `run_kernels=False`)."""
         session = self.kernels[slug][-1]
-        for name, content in {"log.txt": log.encode()} | {f"kaggle/working/{n}": c for n, c in (outputs or {}).items()}.items():
+        files = {"log.txt": log.encode()} | {f"kaggle/working/{n}": c for n, c in (outputs or {}).items()}
+        for name, content in files.items():
             path = session.tree / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)

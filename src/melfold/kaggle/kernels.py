@@ -373,7 +373,7 @@ def _publish(client: Kaggle, built: Built, dataset: str) -> None:
     """Make sure that the dataset is there, whole and ready."""
     wanted = {p.name: p.stat().st_size for p in built.dataset.iterdir() if p.name != "dataset-metadata.json"}
     for attempt in range(3):
-        status = client.dataset_status(dataset)
+        status, failure = client.dataset_status(dataset), None
         try:
             if status is None:
                 log.info("uploading %d files (%.0f MB) to %s", len(wanted), sum(wanted.values()) / 1e6, dataset)
@@ -390,15 +390,24 @@ def _publish(client: Kaggle, built: Built, dataset: str) -> None:
             if error.outcome == "refused" or attempt == 2:
                 raise
             log.warning("%s; looking whether it arrived", error)
+            failure = error
+            client.wait(10)
         if not wait_until(
             client,
-            lambda: client.dataset_status(dataset) == "ready",
+            lambda failure=failure: _ready(client, dataset, failure),
             minutes=60,
             tell=lambda: log.info("waiting until dataset %s is ready", dataset),
         ):
             raise MelfoldError(f"dataset {dataset} is not ready", "after 60 minutes", "Push again later")
     if not _same(client.dataset_files(dataset), wanted):
         raise MelfoldError(f"dataset {dataset} is incomplete", "after three uploads", "Look at it on kaggle.com, push again")
+
+
+def _ready(client: Kaggle, dataset: str, failure: KaggleError | None) -> bool:
+    status = client.dataset_status(dataset)
+    if status is None and failure:
+        raise failure
+    return status == "ready"
 
 
 def _same(found: dict[str, int], wanted: dict[str, int]) -> bool:

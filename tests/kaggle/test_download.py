@@ -1,0 +1,110 @@
+"""The download: verified, unpacked, gone on with."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from kaggle_world import World, environment
+
+from melfold.data.competition import load_competition
+from melfold.errors import MelfoldError
+from melfold.kaggle.client import Kaggle
+from melfold.kaggle.download import download
+from tests.fake_kaggle import FakeKaggle, Fault
+
+
+@pytest.fixture
+def fake(kaggle_world: World, tmp_path: Path) -> Iterator[FakeKaggle]:
+    with (
+        FakeKaggle(tmp_path / "kaggle", data=kaggle_world.data) as server,
+        environment(server.env(tmp_path / "user") | {"MELFOLD_PACE": "0.01"}),
+    ):
+        yield server
+
+
+def test_the_download_is_the_competition(fake: FakeKaggle, kaggle_world: World, tmp_path: Path) -> None:
+    target = download(Kaggle(), tmp_path / "data")
+    found, wanted = load_competition(target), kaggle_world.competition
+    assert found.labels == wanted.labels
+    for split in ("curated", "noisy", "test"):
+        for ours, theirs in zip(found.split(split)["path"], wanted.split(split)["path"], strict=True):
+            assert ours.read_bytes() == theirs.read_bytes()
+    assert not (target / ".parts").exists()
+    calls = len(fake.calls)
+    assert download(Kaggle(), target) == target
+    assert len(fake.calls) == calls, "what is complete is not asked for again"
+
+
+def test_a_cut_download_goes_on(fake: FakeKaggle, tmp_path: Path) -> None:
+    fake.faults.append(Fault("GET", "cut"))
+    load_competition(download(Kaggle(), tmp_path / "data"))
+
+
+def test_unpacking_goes_on_where_it_was_stopped(fake: FakeKaggle, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(done: int, total: int, text: str) -> None:
+        if done == 40:
+            raise Stop
+
+    target = tmp_path / "data"
+    with pytest.raises(Stop):
+        download(Kaggle(), target, progress=stop)
+    first = {p: p.stat().st_mtime_ns for p in target.rglob("*.wav")}
+    assert first
+    told = []
+    load_competition(download(Kaggle(), target, progress=lambda done, total, text: told.append(total)))
+    assert {p: p.stat().st_mtime_ns for p in first} == first
+    assert told[0] < 150 + 60 + 60
+
+
+def test_a_damaged_archive_is_told_and_removed(fake: FakeKaggle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "data"
+    whole = Kaggle.download
+
+    def damaged(self: Kaggle, folder: Path) -> Path:
+        archive = whole(self, folder)
+        content = bytearray(archive.read_bytes())
+        content[2000] ^= 255
+        archive.write_bytes(content)
+        return archive
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Kaggle, "download", damaged)
+        with pytest.raises(MelfoldError, match="broken download"):
+            download(Kaggle(), target)
+    load_competition(download(Kaggle(), target))
+
+
+def test_an_archive_within_the_archive_is_unpacked_flat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(self: Kaggle, folder: Path) -> Path:
+        folder.mkdir(parents=True)
+        with zipfile.ZipFile(folder / "inner.zip", "w") as inner:
+            inner.writestr("a.wav", b"a")
+        with zipfile.ZipFile(folder / "all.zip", "w") as outer:
+            outer.write(folder / "inner.zip", "test.zip")
+            outer.writestr("sample_submission.csv", "fname,A\na.wav,0\n")
+        (folder / "inner.zip").unlink()
+        return folder / "all.zip"
+
+    monkeypatch.setattr(Kaggle, "download", made)
+    target = download(Kaggle(), tmp_path / "data")
+    visible = {str(p.relative_to(target)) for p in target.rglob("*") if p.is_file() and not p.name.startswith(".")}
+    assert visible == {"test/a.wav", "sample_submission.csv"}
+
+
+def test_a_path_that_leads_out_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(self: Kaggle, folder: Path) -> Path:
+        folder.mkdir(parents=True)
+        with zipfile.ZipFile(folder / "all.zip", "w") as pack:
+            pack.writestr("../out.csv", b"a")
+        return folder / "all.zip"
+
+    monkeypatch.setattr(Kaggle, "download", made)
+    with pytest.raises(MelfoldError, match="path outside"):
+        download(Kaggle(), tmp_path / "data")
+    assert not (tmp_path / "out.csv").exists()

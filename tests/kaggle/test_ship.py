@@ -1,0 +1,62 @@
+"""From a finished run to a scored row, through the command line and the real CLI, in both forms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from kaggle_world import World, melfold
+
+from melfold.kaggle.ledger import Ledger
+from tests.fake_kaggle import FakeKaggle
+
+QUICK = {"MELFOLD_PACE": "0.05"}
+
+
+@pytest.mark.parametrize("layout", ["nested", "flat"])
+def test_the_code_form(layout: str, own: World, tmp_path: Path) -> None:
+    with FakeKaggle(tmp_path / "kaggle", data=own.data, truth=own.truth) as fake:
+        fake.layout = layout
+        env = fake.env(tmp_path / "user") | QUICK
+        shipped = melfold("ship", "tiny", "--cpu", "--data", own.data, env=env, home=own.home)
+        assert shipped.returncode == 0, shipped.stdout + shipped.stderr
+        assert "the same bytes as at home" in shipped.stdout
+        (row,) = Ledger.of(own.home).rows()
+        assert (row.status, row.kernel, row.version) == ("complete", "tester/melfold-infer-tiny", "1")
+        (theirs,) = fake.submissions
+        assert theirs.path.read_bytes() == (own.home.submissions / "tiny" / "submission.csv").read_bytes()
+        again = melfold("ship", "tiny", "--cpu", "--data", own.data, env=env, home=own.home)
+        assert again.returncode == 0, again.stderr
+        assert "rehearsing" not in again.stderr
+        assert len(fake.submissions) == 1
+        assert sum(call.rpc == "SaveKernel" for call in fake.calls) == 1
+
+
+def test_the_file_form_and_the_ledgers_commands(own: World, tmp_path: Path) -> None:
+    with FakeKaggle(tmp_path / "kaggle", data=own.data, truth=own.truth) as fake:
+        env = fake.env(tmp_path / "user") | QUICK
+        shipped = melfold("ship", "tiny", "--file", env=env, home=own.home)
+        assert shipped.returncode == 0, shipped.stdout + shipped.stderr
+        assert melfold("submit", "tiny", "--again", env=env, home=own.home).returncode == 0
+        synced = melfold("ledger", "sync", env=env, home=own.home)
+        assert synced.returncode == 0, synced.stderr
+        for column in ("oof_lwlrap", "time"):
+            shown = melfold("ledger", "show", "--sort", column, env=env, home=own.home)
+            assert "select 1: tiny" in shown.stdout
+        picture = tmp_path / "ledger.png"
+        assert melfold("ledger", "plot", "-o", picture, env=env, home=own.home).returncode == 0
+        assert picture.stat().st_size > 5000
+        bad = melfold("ledger", "show", "--sort", "luck", env=env, home=own.home)
+        assert (bad.returncode, len(bad.stderr.splitlines())) == (2, 1)
+        assert {row.status for row in Ledger.of(own.home).rows()} == {"complete"}
+
+
+def test_download_by_command(own: World, tmp_path: Path) -> None:
+    with FakeKaggle(tmp_path / "kaggle", data=own.data) as fake:
+        env = fake.env(tmp_path / "user") | QUICK
+        done = melfold("download", env=env, home=own.home)
+        assert done.returncode == 0, done.stderr
+        assert (own.home.data / fake.competition / "sample_submission.csv").exists()
+        fake.rules_accepted = False
+        refused = melfold("download", "--to", tmp_path / "other", env=env, home=own.home)
+        assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
