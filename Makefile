@@ -23,8 +23,10 @@ $(READY): requirements.txt pyproject.toml
 	@touch $@
 	@echo "Ready: $(BIN)/melfold --help"
 
-demo: setup  ## the whole job on a synthetic competition: a few minutes
+demo: setup  ## the whole job on a synthetic competition, shipped to a local stand-in for Kaggle: a few minutes
 	$(BIN)/melfold demo
+	MELFOLD_HOME=build/demo MELFOLD_PACE=0.2 $(BIN)/python -m tests.fake_kaggle --root build/demo/kaggle \
+		--data build/demo/data/demo --truth build/demo/data/demo/test_post_competition.csv -- $(BIN)/melfold ship demo --cpu
 
 test: setup lint  ## lint and tests
 	$(BIN)/python -m pytest

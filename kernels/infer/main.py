@@ -156,6 +156,7 @@ def make_log_mels(test: Competition, parts: list[Part], home: Home, budget: floa
         say(f"TEST CLIP {fname} has no file: it keeps the prior")
     limit = CACHE_SHARE * budget
     record |= {"clips": len(test.test), "cache_s": 0.0, "cache_start_s": 0.0}
+    jobs = -1 if len(there) < 400 else os.cpu_count() or 1  # the steps below are too small to decide it by
     fronts = list({part.recipe.logmel.fingerprint(): part.recipe.logmel for part in parts}.values())
     stores: dict[str, ClipStore | None] = {}
     for number, front in enumerate(fronts):
@@ -169,13 +170,13 @@ def make_log_mels(test: Competition, parts: list[Part], home: Home, budget: floa
                 say(f"no time for more log-mels: {len(there) - made} clips keep the prior")
                 break
             if not made:  # a few clips first, with which the worker processes start: their pace would say little
-                folder = build_cache(replace(test, test=there.iloc[:CACHE_FIRST]), front, home, splits=["test"])
+                folder = build_cache(replace(test, test=there.iloc[:CACHE_FIRST]), front, home, splits=["test"], jobs=jobs)
                 start = time.monotonic()
                 record["cache_start_s"] += round(start - step, 2)
                 step, count = start, max(count - CACHE_FIRST, 1)
                 made = min(CACHE_FIRST, len(there))
             made = min(made + count, len(there))
-            folder = build_cache(replace(test, test=there.iloc[:made]), front, home, splits=["test"])
+            folder = build_cache(replace(test, test=there.iloc[:made]), front, home, splits=["test"], jobs=jobs)
             pace = (time.monotonic() - step) / count
         stores[front.fingerprint()] = None
         if folder and made:

@@ -244,6 +244,7 @@ def test_a_training_kernel_brings_its_run_home(own: World) -> None:
     assert open_run(own.home, "far").done_folds() == ["0", "1"]
 
 
+@pytest.mark.soak
 def test_training_stops_in_time_and_goes_on_in_a_second_session(own: World) -> None:
     """The first session gets more time until it has trained at all; the second must go on from where that one stopped."""
     steps = []

@@ -13,7 +13,7 @@ from tests.fake_kaggle import FakeKaggle
 QUICK = {"MELFOLD_PACE": "0.05"}
 
 
-@pytest.mark.parametrize("layout", ["nested", "flat"])
+@pytest.mark.parametrize("layout", ["nested", pytest.param("flat", marks=pytest.mark.soak)])
 def test_the_code_form(layout: str, own: World, tmp_path: Path) -> None:
     with FakeKaggle(tmp_path / "kaggle", data=own.data, truth=own.truth) as fake:
         fake.layout = layout

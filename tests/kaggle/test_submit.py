@@ -96,7 +96,7 @@ def test_a_refusal_is_recorded_and_may_be_tried_again(fake: FakeKaggle, own: Wor
 
 @pytest.mark.parametrize("kind", ["500_after", "drop_after", "hang_after", "cut"])
 def test_a_lost_answer_is_settled_by_looking_the_tag_up(kind: str, fake: FakeKaggle, own: World) -> None:
-    fake.faults.append(Fault("CreateSubmission", kind, seconds=30 if kind.startswith("hang") else None))
+    fake.faults.append(Fault("CreateSubmission", kind, seconds=4 if kind.startswith("hang") else None))
     row = submit(Kaggle(), own.home, "tiny")
     assert row.status in SPENT
     assert row.ref == str(fake.submissions[0].ref)
@@ -116,7 +116,7 @@ def test_what_cannot_be_found_is_unknown_and_never_repeated_by_itself(kind: str,
 
 
 def test_a_late_arrival_is_found_by_sync(fake: FakeKaggle, own: World) -> None:
-    fake.faults.append(Fault("CreateSubmission", "late", seconds=6))
+    fake.faults.append(Fault("CreateSubmission", "late", seconds=4))
     with pytest.raises(MelfoldError, match="unknown"):
         submit(Kaggle(), own.home, "tiny")
     while not fake.submissions:

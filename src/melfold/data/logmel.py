@@ -26,6 +26,7 @@ NPY_HEADER = 128
 
 _AMIN = 1e-10  # the power below which librosa's power_to_db cuts off: -100 dB
 _BLOCK = 48  # frames at a time: windows, spectra and powers of a block stay in the processor's cache
+_FEW = 400  # clips: fewer are made before workers have started
 _GROUP = 16  # neighbouring mel bands that share one small matrix product over the bins they cover
 
 
@@ -167,7 +168,7 @@ def build_cache(
     Args:
         splits: which parts of the competition.
         exclude: training clips to leave out; they need not be readable.
-        jobs: worker processes, -1 for one a core.
+        jobs: worker processes; -1 for one a core, or none where there is too little to do for them to pay.
 
     Returns:
         The cache's folder.
@@ -232,6 +233,8 @@ def _make(
     # A chunk is one task: large enough to hide the cost of passing it, small enough that a kill loses little.
     chunks = [items[i : i + 8] for i in range(0, len(items), 8)]
     transform = log_mel_of(config)  # made here, so that no worker has to import librosa
+    if jobs == -1 and len(work) < _FEW:
+        jobs = 1
     with (folder / "journal.jsonl").open("a") as journal:
         results: Iterator[list[ClipInfo]] = Parallel(n_jobs=jobs, return_as="generator_unordered")(
             delayed(_make_chunk)(folder, chunk, transform) for chunk in chunks
