@@ -41,5 +41,5 @@ soak: setup  ## long trials
 bench: setup  ## speed, as ratios within one run
 	$(BIN)/python -m tests.bench
 
-clean:  ## remove what was made here, not data/, folds/ or submissions/
+clean:  ## remove the environment and build/; data, caches, runs, folds and submissions stay
 	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis

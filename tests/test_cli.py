@@ -101,7 +101,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "train: bad device": (["train", "DATA", "--recipe", "demo", "--device", "gpu"], "unknown device: 'gpu'"),
     "train: no such device": (["train", "DATA", "--recipe", "demo", "--device", "cuda:99"], "no such device: cuda:99"),
     "train: bad type": (["train", "DATA", "--recipe", "demo", "--set", "train.lr=fast"], "train.lr"),
-    "oof: no run": (["oof", "nosuch"], "no such run: nosuch. Known: none"),
+    "oof: no run": (["oof", "nosuch"], "no such run: nosuch in"),
     "oof: --set": (["oof", "nosuch", "--set", "seed=1"], "--set changes nothing here: seed=1"),
     "predict: no run": (["predict", "nosuch", "--data", "DATA"], "no such run: nosuch"),
     "predict: --set": (["predict", "nosuch", "--data", "DATA", "--set", "seed=1"], "--set changes nothing here"),

@@ -89,11 +89,16 @@ def test_2_a_score_that_is_not_whole_says_so(road: Road) -> None:
     assert re.search(r"INCOMPLETE: folds 1, 2 are missing; this covers \d+ clips only.", shown)
     assert "mean_fold_lwlrap" in shown
     assert json.loads((road.run / "scores.json").read_text())["missing"] == [1, 2]
+    predicted = road("predict", "road", "--data", road.data)
+    built = road("submission", "build", "road", "--data", road.data)
+    assert "INCOMPLETE" in predicted.stderr
+    assert "INCOMPLETE" in built.stderr
 
 
 def test_3_run_completes_what_is_missing(road: Road) -> None:
-    first = times(road.run, "fold0/weights.safetensors")
+    first, partial = times(road.run, "fold0/weights.safetensors"), road.submission.read_bytes()
     shown = road.train(command="run").stdout
+    assert road.submission.read_bytes() != partial, "the partial run's submission, which Kaggle never had, is replaced"
     assert "INCOMPLETE" not in shown
     assert f"{road.submission}  (track: open)" in shown
     assert times(road.run, "fold0/weights.safetensors") == first

@@ -30,7 +30,7 @@ from melfold.probs import Probs, make_probs, mean_probs, write_probs
 CACHE_SHARE = 0.5
 """Of the budget, at most, for log-mels: what is not made by then keeps the prior."""
 
-CACHE_STEP = 256
+CACHE_STEP = 1024
 """Clips between looks at the clock."""
 
 CACHE_FIRST = 16

@@ -100,7 +100,7 @@ def folds(
 
     asked = {"n_folds": n_folds, "seed": seed, "group_identical": "true" if group_identical else None}
     changes = [f"folds.{key}={value}" for key, value in asked.items() if value is not None]
-    path, deviation = pipeline.folds(load_competition(data), Home.find(home), _recipe(recipe, [*changes, *(set_ or [])]))
+    path, deviation = pipeline.folds(load_competition(data), Home.find(home), _recipe(recipe, [*(set_ or []), *changes]))
     typer.echo(f"{path}\nNo label is more than {deviation} clips off an even split.")
 
 
@@ -126,7 +126,9 @@ def train(
     competition, target = load_competition(data), pick_device(device, resolved.train.amp)
     name = _run_name(run, recipe, resolved)
     result = pipeline.train(competition, place, resolved, name, which, target, jobs=jobs, progress=bar())
-    typer.echo(f"{result.folder}\nDone: {', '.join(result.done_folds())}. Next: melfold oof {result.name}")
+    scored = any(fold != "full" for fold in result.done_folds())
+    follow = f"melfold oof {result.name}" if scored else f"melfold predict {result.name} --data {data}"
+    typer.echo(f"{result.folder}\nDone: {', '.join(result.done_folds())}. Next: {follow}")
 
 
 @command(app, "oof", "melfold oof open")
@@ -263,7 +265,9 @@ def demo(home: HomeOpt = None, set_: SetOpt = None, device: DeviceOpt = "auto") 
         ("submission", path),
     ):
         typer.echo(f"  {what:<24} {where}")
-    typer.echo(f"Next: melfold show {data} {next(p.name for p in sorted((data / 'test').iterdir()))} --recipe demo -o clips.png")
+    at = f"--home {place.root}"
+    typer.echo(f"Next: melfold oof {result.name} {at}")
+    typer.echo(f"      melfold show {data} {next(p.name for p in sorted((data / 'test').iterdir()))} --recipe demo -o clips.png")
     typer.echo("      melfold run PATH/TO/THE/DOWNLOAD --recipe open")
 
 

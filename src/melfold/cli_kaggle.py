@@ -199,6 +199,9 @@ def kernel_rehearse(
     data: DataPathOpt = None,
     minutes: Annotated[float, typer.Option("--minutes", help="How long a training kernel may run before it must save.")] = 5,
     isolation: Annotated[str, typer.Option("--isolation", help="auto, namespaces or prefix.")] = "auto",
+    python: Annotated[
+        Path | None, typer.Option("--python", help="The python of another environment, such as one with Kaggle's versions.")
+    ] = None,
     keep: Annotated[Path | None, typer.Option("--keep", help="Keep the kernel's working folder and log here.")] = None,
     home: HomeOpt = None,
     set_: SetOpt = None,
@@ -208,7 +211,9 @@ def kernel_rehearse(
 
     refuse_set(set_)
     place, built = Home.find(home), Built(folder.resolve())
-    report = _rehearse(built, _competition(place, built, data), place, minutes=minutes, isolation=isolation, keep=keep)
+    report = _rehearse(
+        built, _competition(place, built, data), place, minutes=minutes, isolation=isolation, keep=keep, python=python
+    )
     _print_report(report, built)
     typer.echo(f"Next: melfold kernel push {folder}")
 

@@ -14,7 +14,7 @@ import pandas as pd
 from melfold.config import Recipe
 from melfold.data.competition import SPLITS, Competition, load_competition
 from melfold.data.folds import find_identical, fold_table_name, label_deviation, make_folds, read_folds, write_folds
-from melfold.data.logmel import build_cache, read_manifest
+from melfold.data.logmel import build_cache, cut_short, read_manifest
 from melfold.errors import MelfoldError
 from melfold.files import Home, Progress, read_json, silent
 from melfold.probs import make_probs
@@ -62,8 +62,9 @@ def check(root: Path, home: Home, recipe: Recipe, *, progress: Progress = silent
             finally:
                 done += 1
                 progress(done, total, "reading headers")
-            if not header.frames and fname not in recipe.data.exclude:
-                problems.append(MelfoldError(f"{split}: no samples", str(fname), "Download it again"))
+            cut = "" if header.frames else "no samples"
+            if (cut := cut or cut_short(path)) and fname not in recipe.data.exclude:
+                problems.append(MelfoldError(f"{split}: unreadable audio", f"{fname} ({cut})", "Download it again"))
             seconds.append(header.duration)
             kinds[f"{header.samplerate} Hz, {header.channels} ch, {header.format} {header.subtype}"] += 1
         if len(table):
@@ -150,8 +151,7 @@ def train(
     from melfold.learn.runs import start_run
     from melfold.learn.train import train_fold
 
-    if not (home.runs / name / "run.json").exists():
-        try_model(competition, recipe)
+    try_recipe(home, name, competition, recipe)
     folder = cache(competition, home, recipe, jobs=jobs, progress=progress)
     table, _ = folds(competition, home, recipe)
     run = start_run(home, name, recipe, competition, table)
@@ -160,11 +160,15 @@ def train(
     return run
 
 
-def try_model(competition: Competition, recipe: Recipe) -> None:
-    """Make a recipe's model once, so that one that cannot be made is not found out after an hour of caching."""
+def try_recipe(home: Home, name: str, competition: Competition, recipe: Recipe) -> None:
+    """Find out before an hour of caching, not after, that a run's name is taken or that its model cannot be made."""
     from melfold.learn.model import build_model
+    from melfold.learn.runs import begun, open_run, refuse_changes
 
-    build_model(recipe.model, len(competition.labels), recipe.logmel.n_mels, recipe.crop_frames)
+    if begun(home, name):
+        refuse_changes(open_run(home, name), recipe)
+    else:
+        build_model(recipe.model, len(competition.labels), recipe.logmel.n_mels, recipe.crop_frames)
 
 
 def predict(run: Run, competition: Competition, home: Home, device: Device, *, progress: Progress = silent) -> Path:
@@ -184,10 +188,16 @@ def predict(run: Run, competition: Competition, home: Home, device: Device, *, p
     recipe = run.recipe
     if list(competition.labels) != run.info.labels:
         raise MelfoldError(
-            f"run {run.name} knows other labels", f"{len(run.info.labels)}, the data has {len(competition.labels)}"
+            f"run {run.name} knows other labels than this data",
+            ", ".join(sorted(set(run.info.labels) ^ set(competition.labels))[:6]) or "another order",
+            "Give the competition it was trained for",
         )
     done = run.done_folds()
     which = [f for f in done if f != FULL] or done
+    if run.missing_folds() and which != [FULL]:
+        log.warning("run %s is INCOMPLETE: predicting with folds %s alone", run.name, ", ".join(which))
+    if competition.name != run.info.competition:
+        log.warning("run %s was trained on %s, this is %s", run.name, run.info.competition, competition.name)
     if not which:
         raise MelfoldError(f"run {run.name} has no trained fold", str(run.folder), "Run `melfold train`")
     folder = build_cache(competition, recipe.logmel, home, splits=["test"], progress=progress)
@@ -223,10 +233,10 @@ def run_all(
     """The whole road from a download to a checked `submission.csv`, skipping what is done."""
     from melfold.combine.ensemble import pool_oof
     from melfold.combine.submission import build_submission
+    from melfold.kaggle.ledger import Ledger
 
     competition = load_competition(root)
-    if not (home.runs / name / "run.json").exists():
-        try_model(competition, recipe)
+    try_recipe(home, name, competition, recipe)
     log.info("1/6 %s: %d curated, %d noisy, %d test clips, %d labels", competition.name, *_sizes(competition))
     folder = cache(competition, home, recipe, jobs=jobs, progress=progress)
     log.info("2/6 log-mels in %s", folder)
@@ -237,7 +247,9 @@ def run_all(
     scores = pool_oof(run)
     log.info("5/6 OOF lwlrap %.4f (%.3f to %.3f)", scores.oof_lwlrap, scores.low, scores.high)
     predict(run, competition, home, device, progress=progress)
-    path = build_submission(home, [run], competition, id=run.name, mean=recipe.predict.fold_mean)
+    submitted = {row.id for row in Ledger.of(home).rows()}
+    mean = recipe.predict.fold_mean
+    path = build_submission(home, [run], competition, id=run.name, mean=mean, replace=run.name not in submitted)
     log.info("6/6 checked submission in %s", path)
     return run, scores, path
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -54,7 +56,7 @@ def command(on: typer.Typer, name: str, example: str) -> Callable[[Callable[...,
                     typer.secho(f"melfold: {line}", fg="red", err=True)
                 raise typer.Exit(2) from None
             except OSError as error:
-                typer.secho(f"melfold: {error.strerror or error}: {error.filename or 'no file named'}", fg="red", err=True)
+                typer.secho(f"melfold: {_system_error(error)}", fg="red", err=True)
                 raise typer.Exit(2) from None
             except KeyboardInterrupt:
                 typer.echo("melfold: stopped. The same command goes on from here.", err=True)
@@ -124,10 +126,17 @@ def _set_up_logging() -> None:
     logger.setLevel(logging.INFO)
 
 
+def _system_error(error: OSError) -> str:
+    name = re.sub(r"\.([^/]+)\.\d+\.tmp$", r"\1", str(error.filename or ""))  # what it would have been named
+    where = f": {name}" if name else ""
+    refused = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+    return f"{error.strerror or error}{where}" + (". Make room, or choose another folder: --home" if refused else "")
+
+
 def refuse_set(sets: list[str] | None) -> None:
     """A finished run's recipe is read from the run; to let it be changed here would make its record untrue."""
     if sets:
-        raise MelfoldError("--set changes nothing here", " ".join(sets), "This command reads the recipe saved with the run")
+        raise MelfoldError("--set changes nothing here", " ".join(sets), "What this command works on was decided before")
 
 
 def print_table(table: pd.DataFrame, index: str) -> None:

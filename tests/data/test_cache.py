@@ -274,3 +274,34 @@ def test_a_torn_last_line_of_the_journal_costs_one_clip(tiny_download: Maker, ho
 def test_a_missing_cache_is_told_with_its_stage(tmp_path: Path) -> None:
     with pytest.raises(MelfoldError, match=r"no cache: .*Run `melfold cache`"):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "\n", "fname\n", "fname,other\na,1\n", 'a "garbled\n1,2'])
+def test_a_broken_manifest_is_told_and_its_log_mels_are_made_again(content: str, tiny_download: Maker, tmp_path: Path) -> None:
+    competition, home = load_competition(tiny_download()), Home(tmp_path / "home")
+    folder = build_cache(competition, CONFIG, home, jobs=1)
+    whole = (folder / "manifest.csv").read_text()
+    (folder / "manifest.csv").write_text(content)
+    with pytest.raises(MelfoldError, match="manifest"):
+        read_manifest(folder).loc[list(competition.curated.index)]["frames"].sum() or pytest.fail("read as if whole")
+    build_cache(competition, CONFIG, home, jobs=1)
+    assert (folder / "manifest.csv").read_text() == whole
+
+
+def test_a_stage_stopped_before_its_first_clip_goes_on(tiny_download: Maker, tmp_path: Path) -> None:
+    competition, home = load_competition(tiny_download()), Home(tmp_path / "home")
+    folder = cache_folder(home, competition.name, CONFIG)
+    folder.mkdir(parents=True)
+    (folder / "journal.jsonl").touch()
+    build_cache(competition, CONFIG, home, splits=[], jobs=1)
+    build_cache(competition, CONFIG, home, jobs=1)
+    assert len(read_manifest(folder)) == len(competition.curated) + len(competition.test)
+
+
+def test_a_wav_that_was_cut_short_is_unreadable(tiny_download: Maker, tmp_path: Path) -> None:
+    root = tiny_download()
+    competition = load_competition(root)
+    path = competition.curated["path"].iloc[0]
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(MelfoldError, match=r"unreadable audio: c0000.wav \(cut short: 3,000 of"):
+        build_cache(competition, CONFIG, Home(tmp_path / "home"), jobs=1)

@@ -181,7 +181,10 @@ PROBLEMS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no name": (lambda r: add_row(r / "train_curated.csv", ",Bark"), "fname must be a plain file name: ''"),
     "suffix": (lambda r: add_row(r / "train_curated.csv", "c0001.mp3,Bark"), "fname must end in .wav, .flac, .ogg: c0001.mp3"),
     "row without file": (lambda r: (r / "test/t0002.wav").unlink(), "a row without a file: test/t0002.wav"),
-    "file without row": (lambda r: (r / "train_noisy/extra.wav").touch(), "a file without a row: train_noisy/extra.wav"),
+    "file without row": (
+        lambda r: (r / "train_noisy/extra.wav").touch(),
+        "a file without a row in train_noisy.csv: train_noisy/extra.wav",
+    ),
     "no audio folder": (lambda r: shutil.rmtree(r / "test"), "audio folder missing: "),
     "one clip in two splits": (
         lambda r: (add_row(r / "train_noisy.csv", "t0001.wav,Bark"), shutil.copy(r / "test/t0001.wav", r / "train_noisy")),

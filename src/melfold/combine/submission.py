@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,15 +15,22 @@ import pandas as pd
 from melfold.data.competition import Competition
 from melfold.errors import MelfoldError
 from melfold.files import Home, digest, read_json, sha256_file, write_json
-from melfold.learn.runs import Run
+from melfold.learn.runs import FULL, Run
 from melfold.metrics import bootstrap_interval, lwlrap
 from melfold.probs import Probs, align, mean_probs, read_probs, write_probs
 
+log = logging.getLogger(__name__)
 
-def build_submission(home: Home, runs: Sequence[Run], competition: Competition, *, id: str, mean: str) -> Path:
+
+def build_submission(
+    home: Home, runs: Sequence[Run], competition: Competition, *, id: str, mean: str, replace: bool = False
+) -> Path:
     """Combine the test predictions of runs into `submissions/<id>/submission.csv`, with `recipe.json` beside it.
 
     Rows and columns are in the order of `sample_submission.csv`. The same inputs under the same id change nothing.
+
+    Args:
+        replace: put it in the place of one of other inputs under this id.
 
     Raises:
         MelfoldError: no predictions, a submission of other inputs under this id, or one that its own check refuses.
@@ -31,8 +39,13 @@ def build_submission(home: Home, runs: Sequence[Run], competition: Competition, 
         raise MelfoldError("a submission's name is letters, digits, dots, dashes, +", repr(id), "Use --id NAME")
     if mean not in ("arithmetic", "geometric"):
         raise MelfoldError("unknown mean", mean, "Use arithmetic or geometric")
+    if len({run.folder for run in runs}) < len(runs):
+        raise MelfoldError("a run is named twice", ", ".join(run.name for run in runs), "Name each once")
     folder = home.submissions / id
     for run in runs:
+        if run.missing_folds() and run.done_folds() != [FULL]:
+            missing = ", ".join(map(str, run.missing_folds()))
+            log.warning("run %s is INCOMPLETE: not trained: fold %s", run.name, missing)
         if not run.test.exists():
             raise MelfoldError(f"run {run.name} has no test predictions", str(run.test), f"Run `melfold predict {run.name}`")
     recipe = _recipe(runs, competition, id, mean)
@@ -40,7 +53,11 @@ def build_submission(home: Home, runs: Sequence[Run], competition: Competition, 
     if noted.exists():
         before = read_json(noted)
         if any(before.get(k) != v for k, v in recipe.items()):
-            raise MelfoldError(f"submission {id} stands already, of other inputs", str(noted), "Use another name: --id NAME")
+            if not replace:
+                mend = "Use another name: `melfold submission build ... --id NAME`"
+                raise MelfoldError(f"submission {id} stands already, of other inputs", str(noted), mend)
+            noted.unlink()
+            path.unlink(missing_ok=True)
     tables = [read_probs(run.test) for run in runs]
     probs = tables[0] if len(tables) == 1 else mean_probs(tables, mean)
     probs = align(probs, competition.test.index, competition.labels, "test predictions")
@@ -169,7 +186,12 @@ def score_submission(path: Path, truth: Path) -> pd.DataFrame:
     rows = []
     for half in ("Public", "Private"):
         fnames = table.index[usage == half]
-        if len(fnames) and fnames.isin(probs.index).all():
+        missing = fnames.difference(probs.index)
+        if len(fnames) and 0 < len(missing) < len(fnames):
+            log.warning(
+                "the %s half is not scored: %d of %d clips missing, first %s", half, len(missing), len(fnames), missing[0]
+            )
+        if len(fnames) and not len(missing):
             own = [set(labels[f]) for f in fnames]
             values = np.array([[label in names for label in probs.columns] for names in own], np.float32)
             targets = pd.DataFrame(values, index=fnames, columns=probs.columns)

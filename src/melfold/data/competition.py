@@ -77,7 +77,7 @@ def load_competition(root: Path) -> Competition:
         if rows is None:
             continue
         _check_rows(rows, layout.tables[split].name, set(labels) if split != "test" else None, problems)
-        paths = _find_audio(rows.index, layout.audio[split], problems)
+        paths = _find_audio(rows.index, layout.audio[split], layout.tables[split].name, problems)
         tables[split] = rows.assign(path=[paths.get(f) for f in rows.index])
     _check_across(tables, problems)
     if problems:
@@ -102,7 +102,7 @@ def read_test(root: Path) -> Competition:
         _check_rows(rows, layout.tables["test"].name, None, problems)
     if problems or rows is None:
         raise MelfoldError.many(problems)
-    paths = _find_audio(rows.index, layout.audio["test"], [])
+    paths = _find_audio(rows.index, layout.audio["test"], "", [])
     test = rows.assign(path=pd.Series([paths.get(f) for f in rows.index], index=rows.index, dtype=object))
     empty = pd.DataFrame({"labels": [], "path": []}, index=pd.Index([], name="fname", dtype=str))
     return Competition(_name(root, labels), root, labels, empty, empty, test if layout.sample else test.sort_index())
@@ -118,6 +118,8 @@ class _Layout:
 
     @classmethod
     def find(cls, root: Path) -> _Layout:
+        if root.is_file():
+            raise MelfoldError("a file is no data folder", str(root), "Unpack it, and give the folder")
         if not root.is_dir():
             raise MelfoldError("no such data folder", str(root), "Give the folder that holds the competition's download")
         if (meta := root / "FSDKaggle2019.meta").is_dir():
@@ -229,7 +231,7 @@ def _audio_folder(folder: Path) -> Path:
     return nested if nested.is_dir() else folder
 
 
-def _find_audio(fnames: pd.Index, folder: Path, problems: list[MelfoldError]) -> dict[str, Path]:
+def _find_audio(fnames: pd.Index, folder: Path, table: str, problems: list[MelfoldError]) -> dict[str, Path]:
     folder = _audio_folder(folder)
     if not folder.is_dir():
         problems.append(MelfoldError("audio folder missing", f"{folder} ({len(fnames)} clips)", "Unpack it there"))
@@ -239,7 +241,7 @@ def _find_audio(fnames: pd.Index, folder: Path, problems: list[MelfoldError]) ->
     for fname in sorted(wanted - present.keys()):
         problems.append(MelfoldError("a row without a file", f"{folder.name}/{fname}", "Download it again"))
     for fname in sorted(present.keys() - wanted):
-        problems.append(MelfoldError("a file without a row", f"{folder.name}/{fname}", "Remove it, or add its row"))
+        problems.append(MelfoldError(f"a file without a row in {table}", f"{folder.name}/{fname}", f"Download {table} again"))
     return present
 
 

@@ -128,6 +128,8 @@ def read_waveform(path: Path, sr: int) -> tuple[np.ndarray, list[str]]:
         raise MelfoldError("unreadable audio", f"{path.name} ({str(error).strip()})", "Download it again") from None
     if not len(samples):
         raise MelfoldError("unreadable audio", f"{path.name} (no samples)", "Download it again")
+    if cut := cut_short(path):
+        raise MelfoldError("unreadable audio", f"{path.name} ({cut})", "Download it again")
     if not np.isfinite(samples).all():
         raise MelfoldError("unreadable audio", f"{path.name} (samples that are not finite)", "Download it again")
     if samples.shape[1] > 1:
@@ -141,6 +143,18 @@ def read_waveform(path: Path, sr: int) -> tuple[np.ndarray, list[str]]:
         if not len(waveform):
             raise MelfoldError("unreadable audio", f"{path.name} (no samples left at {sr} Hz)", "Download it again")
     return waveform, flags
+
+
+def cut_short(path: Path) -> str:
+    """What tells that a wav holds less than its header says, as a broken-off download does; libsndfile reads it in silence."""
+    with path.open("rb") as file:
+        head = file.read(8)
+        size = os.fstat(file.fileno()).st_size
+    said = int.from_bytes(head[4:8], "little") + 8
+    # Programs that write to a pipe leave 0 or the largest number; an odd chunk may lack its padding byte.
+    if head[:4] == b"RIFF" and 8 < said < 2**32 - 8 and said > size + 1:
+        return f"cut short: {size:,} of {said:,} bytes"
+    return ""
 
 
 def cache_folder(home: Home, competition_name: str, config: LogMelConfig) -> Path:
@@ -201,7 +215,11 @@ def read_manifest(folder: Path) -> pd.DataFrame:
     path = folder / "manifest.csv"
     if not path.exists():
         raise MelfoldError("no cache", str(folder), "Run `melfold cache`")
-    return pd.read_csv(path, index_col="fname", dtype={"fname": str}, keep_default_na=False, float_precision="round_trip")
+    try:
+        table = pd.read_csv(path, index_col="fname", dtype={"fname": str}, keep_default_na=False, float_precision="round_trip")
+        return table[[f.name for f in fields(ClipInfo) if f.name != "fname"]]
+    except (ValueError, KeyError) as error:
+        raise MelfoldError("a broken manifest", f"{path} ({error})", "Delete it and run `melfold cache`") from None
 
 
 def _stale(folder: Path, paths: dict[str, Path], known: dict[str, ClipInfo], config: LogMelConfig) -> dict[str, Path]:
@@ -246,6 +264,10 @@ def _make(
             journal.flush()
             done += len(infos)
             progress(done, len(work), "caching log-mels")
+    if jobs != 1:
+        from joblib.externals.loky import get_reusable_executor
+
+        get_reusable_executor().shutdown(wait=True)  # idle workers would hold their memory for minutes
 
 
 def _make_chunk(folder: Path, chunk: list[tuple[str, Path]], transform: LogMel) -> list[ClipInfo]:
@@ -296,16 +318,17 @@ def _read_manifest(folder: Path) -> dict[str, ClipInfo]:
     """The manifest, and what an interrupted stage had noted in its journal."""
     known = {}
     if (folder / "manifest.csv").exists():
-        table = read_manifest(folder)
-        columns = [f.name for f in fields(ClipInfo) if f.name != "fname"]
-        for row in table[columns].itertuples():
-            known[row.Index] = ClipInfo(*row)
+        try:
+            for row in read_manifest(folder).itertuples():
+                known[row.Index] = ClipInfo(*row)
+        except MelfoldError as error:
+            log.warning("%s: making its log-mels again", error.lines[0].split(". ")[0])
     journal = folder / "journal.jsonl"
     if journal.exists():
         for line in journal.read_text().splitlines():
             try:
                 info = ClipInfo(**json.loads(line))
-            except json.JSONDecodeError:
+            except (json.JSONDecodeError, TypeError):
                 break  # the kill fell into this line
             known[info.fname] = info
         _write_manifest(folder, known)
@@ -315,7 +338,7 @@ def _read_manifest(folder: Path) -> dict[str, ClipInfo]:
 def _write_manifest(folder: Path, known: dict[str, ClipInfo]) -> None:
     rows: list[dict[str, Any]] = [asdict(known[fname]) for fname in sorted(known)]
     with atomic_path(folder / "manifest.csv") as temporary:
-        pd.DataFrame(rows).to_csv(temporary, index=False, lineterminator="\n")
+        pd.DataFrame(rows, columns=[f.name for f in fields(ClipInfo)]).to_csv(temporary, index=False, lineterminator="\n")
     (folder / "journal.jsonl").unlink(missing_ok=True)
 
 

@@ -59,7 +59,14 @@ class Report:
 
 
 def rehearse(
-    built: Built, competition: Competition, home: Home, *, minutes: float = 5, isolation: str = "auto", keep: Path | None = None
+    built: Built,
+    competition: Competition,
+    home: Home,
+    *,
+    minutes: float = 5,
+    isolation: str = "auto",
+    keep: Path | None = None,
+    python: Path | None = None,
 ) -> Report:
     """Run a kernel on a competition's real inputs in a fresh process and file tree, without a network.
 
@@ -69,6 +76,7 @@ def rehearse(
         competition: the download that is mounted; the truth of its test clips is not.
         minutes: how long a training kernel is let run before it must save.
         isolation: `namespaces`, `prefix` (a path prefix and an audit hook), or `auto`: namespaces where the system has them.
+        python: the interpreter of another environment, such as one with the versions of Kaggle's image.
         keep: a folder for the kernel's working folder and log; without, they are thrown away.
 
     Returns:
@@ -79,7 +87,7 @@ def rehearse(
         isolation = "namespaces" if sandbox.available() else "prefix"
     failures: list[str] = []
     with tempfile.TemporaryDirectory(prefix="melfold-rehearsal-") as folder:
-        first = _Stage(built, competition, home, Path(folder) / "nested", "nested", isolation)
+        first = _Stage(built, competition, home, Path(folder) / "nested", "nested", isolation, python)
         limit = 60 * minutes if facts["kind"] == "train" else facts["limit_seconds"]
         done = first.run(limit, {"MELFOLD_MINUTES": str(minutes)} if facts["kind"] == "train" else {})
         failures += done.failures
@@ -90,7 +98,7 @@ def rehearse(
         elif not failures:
             failures += _judge_train(first.working)
         if not failures and facts["kind"] == "infer":
-            second = _Stage(built, competition, home, Path(folder) / "flat", "flat", isolation)
+            second = _Stage(built, competition, home, Path(folder) / "flat", "flat", isolation, python)
             again = second.run(limit, {"MELFOLD_STOP_AFTER_SETUP": "1"})
             failures += [f"in the flat layout: {failure}" for failure in again.failures]
             if not again.failures and not (second.working / "submission.csv").exists():
@@ -117,7 +125,10 @@ class _Done:
 class _Stage:
     """A file tree as Kaggle lays it out, below `root`."""
 
-    def __init__(self, built: Built, competition: Competition, home: Home, root: Path, layout: Layout, isolation: str) -> None:
+    def __init__(
+        self, built: Built, competition: Competition, home: Home, root: Path, layout: Layout, isolation: str, python: Path | None
+    ) -> None:
+        self.python = python or Path(sys.executable)
         self.built, self.root, self.layout, self.isolation = built, root, layout, isolation
         self.working, self.tmp, self.watch = root / "kaggle/working", root / "tmp", root / "watch"
         for path in (self.working, self.tmp, self.watch, root / "kaggle/src", root / "kaggle/input", root / "new"):
@@ -190,9 +201,9 @@ class _Stage:
                 path.symlink_to(source)
             tops = [self.root / "kaggle/input", *self.inputs.values()]
             environment |= {"MELFOLD_REFUSE": "1", "MELFOLD_INPUTS": os.pathsep.join(map(str, tops))}
-            return [sys.executable, str(self.root / "kaggle/src/script.py")], environment, self.watch / "notes.txt"
+            return [str(self.python), str(self.root / "kaggle/src/script.py")], environment, self.watch / "notes.txt"
         environment["MELFOLD_INPUTS"] = "/kaggle/input"
-        prefixes = sorted({sys.prefix, sys.base_prefix})
+        prefixes = sorted({str(self.python.parents[1]), str(self.python.resolve().parents[1]), sys.base_prefix})
         binds = [
             [str(self.tmp), "/tmp", False],
             # An interpreter below /tmp has to stay visible.
@@ -205,7 +216,7 @@ class _Stage:
         spec = {
             "root": str(self.root / "new"),
             "binds": binds,
-            "argv": [sys.executable, "/kaggle/src/script.py"],
+            "argv": [str(self.python), "/kaggle/src/script.py"],
             "env": environment,
             "cwd": "/kaggle/working",
             "counters": str(self.root / "counters"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,22 +75,24 @@ def build_model(config: ModelConfig, n_labels: int, n_mels: int, frames: int, *,
         MelfoldError: an unknown model, one without a feature map, arguments it refuses, or weights that do not fit.
     """
     timm.models.set_pretrained_download_progress(False) if hasattr(timm.models, "set_pretrained_download_progress") else None
-    if config.name.split(".")[0] not in timm.list_models():
-        raise MelfoldError("unknown model", config.name, "`python -c 'import timm; print(timm.list_models())'` lists them")
+    name, known = config.name.split(".")[0], timm.list_models()
+    if name not in known:
+        near = ", ".join(difflib.get_close_matches(name, known, 3))
+        raise MelfoldError("unknown model", config.name, f"Did you mean {near}?" if near else "timm.list_models() lists them")
     # TOML has no null: "none" stands for it.
     kwargs = {"in_chans": 1, "num_classes": 0} | {k: None if v == "none" else v for k, v in config.kwargs.items()}
     if config.drop_path_rate:
         kwargs["drop_path_rate"] = config.drop_path_rate
     try:
         backbone = timm.create_model(config.name, pretrained=initial and config.weights == "hub", **kwargs)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise MelfoldError(f"timm refuses {config.name}", _first_line(error), "Mend model.name or model.kwargs") from error
     except OSError as error:
         raise MelfoldError(
             f"cannot download the weights of {config.name}",
             _first_line(error),
             "Get them on a machine with a network and use --set model.weights=file:PATH",
         ) from error
+    except Exception as error:  # timm's models refuse arguments in many ways, assertions among them
+        raise MelfoldError(f"timm refuses {config.name}", _first_line(error), "Mend model.name or model.kwargs") from error
     if initial and config.weights.startswith("file:"):
         load_backbone(backbone, Path(config.weights.removeprefix("file:")).expanduser(), config.name)
     width = _width(backbone, config.name, n_mels, frames)
@@ -201,7 +204,10 @@ def load_weights(path: Path, model: Tagger) -> None:
     Raises:
         MelfoldError: a missing or broken file, or one that does not fit.
     """
-    state = read_state(path)
+    try:
+        state = read_state(path)
+    except MelfoldError as error:
+        raise MelfoldError(error.lines[0].split(". ")[0], "", f"Delete {path.parent} and train that fold again") from None
     check_fit(model.state_dict(), state, f"{path} does not fit its recipe")
     model.load_state_dict(state)
 

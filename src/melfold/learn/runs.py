@@ -122,6 +122,10 @@ class Run:
         """The curated clips a fold learns from."""
         return list(self.clips.index if fold == FULL else self.clips.index[self.clips["fold"] != int(fold)])
 
+    def missing_folds(self) -> list[int]:
+        """The folds that are not trained."""
+        return [k for k in range(self.recipe.folds.n_folds) if not self.fold(k).done]
+
     def done_folds(self) -> list[str]:
         """The folds (and `full`) that are trained."""
         return [f for f in [*map(str, range(self.recipe.folds.n_folds)), FULL] if self.fold(f).done]
@@ -174,22 +178,40 @@ def start_run(home: Home, name: str, recipe: Recipe, competition: Competition, f
         track=recipe.track,
         commit=current_commit(),
     )
-    # A run of which no fold was begun holds nothing to lose: a recipe that was refused then is mended under its own name.
-    if (folder / "run.json").exists() and any(folder.glob("*/[!.]*")):
+    if begun(home, name):
         run = open_run(home, name)
-        changes = recipe_differences(run.recipe, recipe)
+        changes = []
         for key, old in asdict(run.info).items():
             new = getattr(info, key)
             if key not in ("commit", "logmel_fingerprint") and new != old:
                 changes.append(f"{key}: {_short(old)} -> {_short(new)}")
-        if changes:
-            raise MelfoldError(f"run {name} rests on something else", "; ".join(changes), "Use another name: --run NAME")
+        refuse_changes(run, recipe, changes)
         return run
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "clips.csv", clips)
     write_json(folder / "recipe.json", recipe.model_dump(mode="json"))
     write_json(folder / "run.json", asdict(info))  # last: it marks the folder as a run
     return Run(folder, recipe, info)
+
+
+def begun(home: Home, name: str) -> bool:
+    """Whether a run holds something to lose: one of which no fold was begun gives way to a mended recipe of the same name."""
+    folder = home.runs / name
+    return (folder / "run.json").exists() and any(folder.glob("*/[!.]*"))
+
+
+def refuse_changes(run: Run, recipe: Recipe, others: Sequence[str] = ()) -> None:
+    """Refuse to go on with a run under another recipe, or with other changes.
+
+    Raises:
+        MelfoldError: naming what differs.
+    """
+    changes = [*recipe_differences(run.recipe, recipe), *others]
+    if changes:
+        more = f"; and {len(changes) - 6} more" if len(changes) > 6 else ""
+        raise MelfoldError(
+            f"run {run.name} rests on something else", "; ".join(changes[:6]) + more, "Use another name: --run NAME"
+        )
 
 
 def open_run(home: Home, name: str | Path) -> Run:
@@ -201,7 +223,8 @@ def open_run(home: Home, name: str | Path) -> Run:
     folder = Path(name) if (Path(name) / "run.json").exists() else home.runs / str(name)
     if not (folder / "run.json").exists():
         known = sorted(p.parent.name for p in home.runs.glob("*/run.json"))
-        raise MelfoldError("no such run", str(name), f"Known: {', '.join(known) or 'none; run `melfold train` first'}")
+        mend = f"Known: {', '.join(known)}" if known else "Give the right --home, or run `melfold train` first"
+        raise MelfoldError("no such run", f"{name} in {home.runs}", mend)
     recipe = parse_recipe(read_json(folder / "recipe.json"), f"{folder}/recipe.json")
     try:
         info = RunInfo(**read_json(folder / "run.json"))

@@ -194,6 +194,8 @@ class _Fold:
             )
         except (TypeError, ValueError) as error:
             raise MelfoldError(f"timm refuses optimizer {config.optimizer}", str(error), "Mend train.optimizer") from error
+        # Where warm-up fills a short run, timm remarks that nothing is left to anneal.
+        logging.getLogger("timm.scheduler.cosine_lr").setLevel(logging.ERROR)
         self.schedule = CosineLRScheduler(
             self.optimizer,
             t_initial=max(1, self.total - self._warmup()),
