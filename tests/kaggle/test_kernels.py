@@ -116,6 +116,11 @@ def test_a_rehearsal_gives_the_bytes_of_home(isolation: str, own: World, tmp_pat
     assert [(p["fold"], p["shift"] > 0) for p in passes] == [("0", False), ("1", False), ("0", True), ("1", True)]
     assert (built.noted("rehearsal.json") or {})["blessed"]
     assert {p.name for p in (tmp_path / "kept").iterdir()} == {"submission.csv", "melfold.json", "log.txt"}
+    assert own.build().noted("rehearsal.json"), "the same build again keeps its blessing"
+    with (built.kernel / "kernel.py").open("a") as file:
+        file.write("\n")
+    with pytest.raises(MelfoldError, match="not rehearsed since it was built"):
+        push(Kaggle(SLUG), built)
 
 
 @pytest.mark.parametrize("isolation", ISOLATIONS)
@@ -214,16 +219,6 @@ def test_damaged_weights_are_refused(own: World) -> None:
     path.write_bytes(content)
     report = rehearse(built, own.competition, own.home)
     assert "missing or damaged" in report.failures[0]
-
-
-def test_a_change_after_the_rehearsal_needs_another(own: World) -> None:
-    built = own.build()
-    assert rehearse(built, own.competition, own.home, isolation="prefix").blessed
-    assert own.build().noted("rehearsal.json"), "the same build again keeps its blessing"
-    with (built.kernel / "kernel.py").open("a") as file:
-        file.write("\n")
-    with pytest.raises(MelfoldError, match="not rehearsed since it was built"):
-        push(Kaggle(SLUG), built)
 
 
 def build_training(world: World, *sets: str, session: int = 1, folds: list[int | str]) -> Built:
