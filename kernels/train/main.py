@@ -38,6 +38,8 @@ def main(bundle: dict[str, Any], root: Path) -> None:
     minutes = float(os.environ.get("MELFOLD_MINUTES", bundle["budget_minutes"]))
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     say(f"melfold {bundle['build_id'][:12]}: run {bundle['name']}, folds {bundle['folds']}, {devices}, {minutes:.0f} minutes")
+    for facts in bundle["provenance"]:
+        say(", ".join(f"{key} {value[:16]}" for key, value in facts.items()))
     recipe = parse_recipe(bundle["recipe"] | weights(bundle, inputs, scratch), bundle["name"])
     found = sorted(inputs.rglob("train_curated.csv"), key=lambda p: len(p.parts))
     if not found:

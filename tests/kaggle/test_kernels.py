@@ -163,7 +163,7 @@ def test_a_reach_for_the_network_past_python_is_seen_too(own: World) -> None:
 def test_a_kernel_over_its_limit_is_stopped(own: World) -> None:
     built = own.build()
     rewrite(built, "import time\ntime.sleep(600)\n")
-    facts = built.facts | {"limit_seconds": -18}
+    facts = built.facts | {"budget_minutes": {"cpu": -0.3}}
     (built.folder / "build.json").write_text(json.dumps(facts))
     report = rehearse(built, own.competition, own.home)
     assert "overruns its limit" in report.failures[0]

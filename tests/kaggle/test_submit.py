@@ -112,6 +112,8 @@ def test_what_cannot_be_found_is_unknown_and_never_repeated_by_itself(fake: Fake
     assert fake.submissions == []
     assert submit(Kaggle(), own.home, "tiny", again=True).status in SPENT
     assert [row.status for row in Ledger.of(own.home).rows()] == ["unknown", "complete"]
+    assert submit(Kaggle(), own.home, "tiny").status == "complete", "the one that is there answers for the one in doubt"
+    assert len(fake.submissions) == 1
 
 
 def test_a_late_arrival_is_found_by_sync(fake: FakeKaggle, own: World) -> None:

@@ -215,13 +215,16 @@ def build_train(
         "kind": "train",
         "id": name,
         "competition": competition.name,
-        "provenance": {
-            "recipe": recipe.fingerprint(),
-            "folds_sha256": sha256_file(table),
-            "logmel": recipe.logmel.fingerprint(),
-            "track": recipe.track,
-            "commit": current_commit(),
-        },
+        "provenance": [
+            {
+                "run": name,
+                "recipe": recipe.fingerprint(),
+                "folds_sha256": sha256_file(table),
+                "logmel": recipe.logmel.fingerprint(),
+                "track": recipe.track,
+                "commit": current_commit(),
+            }
+        ],
     }
     before = f"{owner}/{slug_of(title_for('train', f'{name} s{session - 1}'))}" if session > 1 else ""
     return _build(
@@ -264,6 +267,7 @@ def _build(
 ) -> Built:
     title = title_for(kind, name)
     packed = pack_source()
+    bundle["provenance"] = facts["provenance"]
     bundle["build_id"] = digest([bundle, digest(base64.b85encode(packed).decode()), _main_source(kind)])
     script = _BOOT.format(title=title, bundle=json.dumps(bundle), packed=base64.b85encode(packed)) + _main_source(kind)
     size = len(script.encode())
@@ -311,6 +315,7 @@ def _build(
         "competition_slug": competition_slug,
         "limit_seconds": 60 * limit,
         "budget_minutes": minutes,
+        "gpu": gpu,
     }
     write_json(temporary / "build.json", facts)
     for name_ in ("rehearsal.json", "pushed.json"):

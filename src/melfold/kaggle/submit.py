@@ -50,14 +50,18 @@ def submit(client: Kaggle, home: Home, id: str, *, kernel: Kernel | None = None,
         log.warning("waiting for another melfold that submits from %s", home.submissions)
 
     with locked(home.submissions / ".submit.lock", busy):
-        for row in ledger.of_id(id):
-            if row.status in ("pending", "unknown"):
-                row = settle(client, ledger, row.tag, "found in doubt, and not at Kaggle")
-                if row.status == "unknown" and not again:
+        rows = [
+            settle(client, ledger, row.tag, row.note or "left pending") if row.status in ("pending", "unknown") else row
+            for row in ledger.of_id(id)
+        ]
+        if not again:
+            for row in reversed(rows):
+                if row.status in SPENT:
+                    log.info("%s is at Kaggle already: %s, %s", id, row.ref or row.tag, row.status)
+                    return row
+            for row in rows:
+                if row.status == "unknown":
                     raise _unknown(row)
-            if row.status in SPENT and not again:
-                log.info("%s is at Kaggle already: %s, %s", id, row.ref or row.tag, row.status)
-                return row
         if client.remaining() < 1:
             raise MelfoldError("no submissions left today", client.competition, "The count starts anew at 00:00 UTC")
         if kernel:
