@@ -21,7 +21,7 @@ import pandas as pd
 from melfold.config import Recipe, parse_recipe
 from melfold.data.clips import ClipStore, window_starts
 from melfold.data.competition import Competition, read_test
-from melfold.data.logmel import build_cache, read_manifest
+from melfold.data.logmel import build_cache, read_manifest, stop_workers
 from melfold.errors import MelfoldError
 from melfold.files import Home, sha256_file, write_json
 from melfold.learn.devices import Device, pick_device
@@ -35,7 +35,7 @@ OWN_SHARE = 0.93
 CACHE_SHARE = 0.5
 """Of the budget, at most, for log-mels: what is not made by then keeps the prior."""
 
-CACHE_STEP = 1024
+CACHE_STEP = 256
 """Clips between looks at the clock."""
 
 CACHE_FIRST = 16
@@ -204,6 +204,7 @@ def make_log_mels(test: Competition, parts: list[Part], home: Home, budget: floa
                 stores[front.fingerprint()] = ClipStore(folder, heard, front.n_mels, front.top_db)
         record["cache_s"] += round(time.monotonic() - begun, 2)
         say(f"log-mels of {made} clips in {time.monotonic() - begun:.1f} s")
+    stop_workers()
     for part in parts:
         part.store = stores[part.recipe.logmel.fingerprint()]
 

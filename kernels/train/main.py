@@ -19,7 +19,7 @@ import torch
 from melfold.combine.ensemble import pool_oof
 from melfold.config import parse_recipe
 from melfold.data.competition import load_competition
-from melfold.data.logmel import build_cache
+from melfold.data.logmel import build_cache, stop_workers
 from melfold.errors import MelfoldError
 from melfold.files import Home, sha256_file, write_json, write_text
 from melfold.learn.runs import FULL, Run, start_run
@@ -49,6 +49,7 @@ def main(bundle: dict[str, Any], root: Path) -> None:
     table = working / "folds" / bundle["folds_name"]
     write_text(table, bundle["folds_table"])
     cache = build_cache(competition, recipe.logmel, Home(scratch), splits=["curated"], exclude=recipe.data.exclude)
+    stop_workers()
     say("log-mels are made")
     run = start_run(Home(working), bundle["name"], recipe, competition, table)
     left = 60 * minutes * (1 - SAVE_SHARE) - (time.monotonic() - STARTED)

@@ -9,7 +9,7 @@ import typer
 
 from melfold.errors import MelfoldError
 from melfold.files import Home
-from melfold.terminal import DataArg, HomeOpt, RecipeOpt, RunOpt, SetOpt, bar, command, print_table, refuse_set
+from melfold.terminal import HomeOpt, RecipeOpt, RunOpt, SetOpt, bar, command, print_table, refuse_set
 
 if TYPE_CHECKING:
     from melfold.data.competition import Competition
@@ -151,9 +151,11 @@ def kernel_build_infer(
     typer.echo(f"{built.folder}\nNext: melfold kernel rehearse {built.folder}")
 
 
-@command(build_app, "train", "melfold kernel build train data/freesound-audio-tagging-2019 --recipe scratch")
+@command(build_app, "train", "melfold kernel build train --recipe scratch")
 def kernel_build_train(
-    data: DataArg,
+    data: Annotated[
+        Path | None, typer.Argument(metavar="[DATA]", help="The competition's download (else where `download` put it).")
+    ] = None,
     recipe: RecipeOpt = "open",
     folds: Annotated[str, typer.Option("--folds", help="0,1 or all or full.")] = "all",
     run: RunOpt = None,
@@ -173,6 +175,7 @@ def kernel_build_train(
     from melfold.learn.runs import default_run_name, parse_folds
 
     place, resolved = Home.find(home), load_recipe(recipe, set_ or [])
+    data = data or place.data / competition
     download = load_competition(data)
     table, _ = pipeline.folds(download, place, resolved)
     name = run or default_run_name(resolved, load_recipe(recipe))

@@ -14,7 +14,7 @@ import pandas as pd
 from melfold.config import Recipe
 from melfold.data.competition import SPLITS, Competition, load_competition
 from melfold.data.folds import find_identical, fold_table_name, label_deviation, make_folds, read_folds, write_folds
-from melfold.data.logmel import build_cache, cut_short, read_manifest
+from melfold.data.logmel import build_cache, cut_short, read_manifest, stop_workers
 from melfold.errors import MelfoldError
 from melfold.files import Home, Progress, read_json, silent
 from melfold.probs import make_probs
@@ -108,7 +108,10 @@ def _identical_notes(competition: Competition, home: Home, recipe: Recipe) -> li
 
 def cache(competition: Competition, home: Home, recipe: Recipe, *, jobs: int = -1, progress: Progress = silent) -> Path:
     """Make the log-mels a recipe needs. Returns the cache's folder."""
-    return build_cache(competition, recipe.logmel, home, exclude=recipe.data.exclude, jobs=jobs, progress=progress)
+    try:
+        return build_cache(competition, recipe.logmel, home, exclude=recipe.data.exclude, jobs=jobs, progress=progress)
+    finally:
+        stop_workers()
 
 
 def folds_path(home: Home, competition: Competition, recipe: Recipe) -> Path:

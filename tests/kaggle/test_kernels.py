@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 import sys
 import zipfile
 from io import BytesIO
@@ -190,8 +191,6 @@ def test_a_budget_for_half_gives_first_passes_before_shifts(own: World, tmp_path
 
 
 def test_a_test_clip_that_cannot_be_read_keeps_the_prior(own: World, tmp_path: Path) -> None:
-    import shutil
-
     from melfold.combine.ensemble import prior_of
     from melfold.data.competition import load_competition
     from melfold.probs import read_probs
@@ -208,6 +207,18 @@ def test_a_test_clip_that_cannot_be_read_keeps_the_prior(own: World, tmp_path: P
     assert (probs.loc[first] == prior[probs.columns]).all()
     assert not (probs.loc[second] == prior[probs.columns]).all()
     assert f"TEST CLIP {first} cannot be read" in (tmp_path / "kept" / "log.txt").read_text()
+
+
+def test_weights_may_come_from_a_training_kernels_output(own: World) -> None:
+    output = own.home.root / "build/kernels/melfold-train-far-s1/output/runs"
+    shutil.copytree(open_run(own.home, "tiny").folder, output / "tiny")
+    built = own.build(source="tester/melfold-train-far-s1")
+    assert not built.dataset.exists()
+    metadata = json.loads((built.kernel / "kernel-metadata.json").read_text())
+    assert (metadata["dataset_sources"], metadata["kernel_sources"]) == ([], ["tester/melfold-train-far-s1"])
+    report = rehearse(built, own.competition, own.home)
+    assert report.failures == [], report.log
+    assert report.equality == "the same bytes as at home"
 
 
 def test_damaged_weights_are_refused(own: World) -> None:

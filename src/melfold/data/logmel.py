@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
@@ -264,10 +265,13 @@ def _make(
             journal.flush()
             done += len(infos)
             progress(done, len(work), "caching log-mels")
-    if jobs != 1:
-        from joblib.externals.loky import get_reusable_executor
 
-        get_reusable_executor().shutdown(wait=True)  # idle workers would hold their memory for minutes
+
+def stop_workers() -> None:
+    """End the worker processes that `build_cache` may have left waiting for more: they would hold their memory for minutes."""
+    loky = sys.modules.get("joblib.externals.loky.reusable_executor")
+    if loky and loky._executor is not None:
+        loky._executor.shutdown(wait=True)
 
 
 def _make_chunk(folder: Path, chunk: list[tuple[str, Path]], transform: LogMel) -> list[ClipInfo]:
