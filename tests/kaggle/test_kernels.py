@@ -130,7 +130,7 @@ def test_a_rehearsal_gives_the_bytes_of_home(isolation: str, own: World, tmp_pat
     [
         ("import socket\ntry:\n    socket.create_connection(('192.0.2.1', 80), 2)\nexcept OSError:\n    pass\n", "network"),
         (
-            "import urllib.request\ntry:\n    urllib.request.urlopen('http://example.org')\nexcept Exception:\n    pass\n",
+            "import urllib.request\ntry:\n    urllib.request.urlopen('http://nowhere.invalid')\nexcept Exception:\n    pass\n",
             "network",
         ),
         (
