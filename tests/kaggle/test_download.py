@@ -32,10 +32,17 @@ def test_the_download_is_the_competition(fake: FakeKaggle, kaggle_world: World, 
     for split in ("curated", "noisy", "test"):
         for ours, theirs in zip(found.split(split)["path"], wanted.split(split)["path"], strict=True):
             assert ours.read_bytes() == theirs.read_bytes()
-    assert not (target / ".parts").exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"data", "kaggle", "user"}
     calls = len(fake.calls)
     assert download(Kaggle(), target) == target
     assert len(fake.calls) == calls, "what is complete is not asked for again"
+
+
+def test_a_refused_download_leaves_nothing(fake: FakeKaggle, tmp_path: Path) -> None:
+    fake.rules_accepted = False
+    with pytest.raises(MelfoldError, match="rules"):
+        download(Kaggle(), tmp_path / "data")
+    assert {p.name for p in tmp_path.iterdir()} == {"kaggle", "user"}
 
 
 def test_a_cut_download_goes_on(fake: FakeKaggle, tmp_path: Path) -> None:
@@ -82,7 +89,7 @@ def test_a_damaged_archive_is_told_and_removed(fake: FakeKaggle, tmp_path: Path,
 
 def test_an_archive_within_the_archive_is_unpacked_flat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def made(self: Kaggle, folder: Path) -> Path:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(folder / "inner.zip", "w") as inner:
             inner.writestr("a.wav", b"a")
         with zipfile.ZipFile(folder / "all.zip", "w") as outer:
@@ -99,7 +106,7 @@ def test_an_archive_within_the_archive_is_unpacked_flat(tmp_path: Path, monkeypa
 
 def test_a_path_that_leads_out_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def made(self: Kaggle, folder: Path) -> Path:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(folder / "all.zip", "w") as pack:
             pack.writestr("../out.csv", b"a")
         return folder / "all.zip"

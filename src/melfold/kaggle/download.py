@@ -30,12 +30,17 @@ def download(client: Kaggle, target: Path, *, progress: Progress = silent) -> Pa
     """
     if (target / _DONE).exists():
         return target
-    target.mkdir(parents=True, exist_ok=True)
-    with locked(target / ".lock", lambda: log.warning("waiting for another download into %s", target)):
+    parts = target.with_name(f".{target.name}.download")  # beside it, so that a refused download leaves no empty competition
+    with locked(parts / ".lock", lambda: log.warning("waiting for another download into %s", target)):
         if (target / _DONE).exists():
             return target
-        parts = target / ".parts"
-        archive = client.download(parts)
+        try:
+            archive = client.download(parts)
+        except MelfoldError:
+            if {path.name for path in parts.iterdir()} == {".lock"}:
+                shutil.rmtree(parts)
+            raise
+        target.mkdir(parents=True, exist_ok=True)
         _unpack(archive, target, progress)
         for inner in sorted(target.glob("*.zip")):
             _unpack(inner, target / inner.stem, progress)
