@@ -13,6 +13,8 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
+from functools import lru_cache
 from pathlib import Path
 
 WATCH = '''"""Notes every reach for the network and every write to the inputs, in this Python and in those it starts."""
@@ -96,13 +98,20 @@ def run_inside(spec: dict) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
+@lru_cache(maxsize=1)
 def available() -> bool:
-    """Whether this system lets a user make user, network and mount namespaces."""
-    try:
-        done = subprocess.run([*UNSHARE, "true"], capture_output=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return False
-    return done.returncode == 0
+    """Whether this system lets a user do all of this: tried once, with a command that does nothing."""
+    with tempfile.TemporaryDirectory(prefix="melfold-sandbox-") as folder:
+        place = Path(folder)
+        (place / "new").mkdir()
+        spec = {"root": f"{folder}/new", "binds": [[folder, "/tmp", True]], "argv": ["/bin/sh", "-c", "test ! -w /tmp"]}
+        spec |= {"env": {"PATH": os.environ.get("PATH", "")}, "cwd": "/tmp", "counters": f"{folder}/counters"}
+        (place / "spec.json").write_text(json.dumps(spec))
+        try:
+            done = subprocess.run([*UNSHARE, sys.executable, __file__, f"{folder}/spec.json"], capture_output=True, timeout=20)
+        except (OSError, subprocess.SubprocessError):
+            return False
+        return done.returncode == 0
 
 
 UNSHARE = ["unshare", "--map-root-user", "--net", "--mount", "--propagation", "private"]
