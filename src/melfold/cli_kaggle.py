@@ -9,6 +9,7 @@ import typer
 
 from melfold.errors import MelfoldError
 from melfold.files import Home
+from melfold.kaggle.client import COMPETITION
 from melfold.terminal import HomeOpt, RecipeOpt, RunOpt, SetOpt, bar, command, print_table, refuse_set
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ kernel_app = typer.Typer(help="Offline Kaggle kernels: build, rehearse, push.", 
 build_app = typer.Typer(help="Build a kernel: infer or train.", no_args_is_help=True)
 ledger_app = typer.Typer(help="Every submission's OOF score beside its leaderboard scores.", no_args_is_help=True)
 kernel_app.add_typer(build_app, name="build")
-
-SLUG = "freesound-audio-tagging-2019"
 
 IdArg = Annotated[str, typer.Argument(metavar="ID", help="A submission's name in submissions/.")]
 DirArg = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `kernel build` made.")]
@@ -46,7 +45,7 @@ def register(app: typer.Typer) -> None:
     @command(app, "download", "melfold download")
     def download(
         to: Annotated[Path | None, typer.Option("--to", help="The folder (else data/<competition>).")] = None,
-        competition: CompetitionOpt = SLUG,
+        competition: CompetitionOpt = COMPETITION,
         home: HomeOpt = None,
         set_: SetOpt = None,
     ) -> None:
@@ -65,7 +64,7 @@ def register(app: typer.Typer) -> None:
         ] = False,
         again: AgainOpt = False,
         wait: WaitOpt = False,
-        competition: CompetitionOpt = SLUG,
+        competition: CompetitionOpt = COMPETITION,
         home: HomeOpt = None,
         set_: SetOpt = None,
     ) -> None:
@@ -98,7 +97,7 @@ def register(app: typer.Typer) -> None:
         budget: BudgetOpt = None,
         again: AgainOpt = False,
         owner: OwnerOpt = None,
-        competition: CompetitionOpt = SLUG,
+        competition: CompetitionOpt = COMPETITION,
         home: HomeOpt = None,
         set_: SetOpt = None,
     ) -> None:
@@ -141,7 +140,7 @@ def kernel_build_infer(
     owner: OwnerOpt = None,
     home: HomeOpt = None,
     set_: SetOpt = None,
-    competition: CompetitionOpt = SLUG,
+    competition: CompetitionOpt = COMPETITION,
 ) -> None:
     """A kernel that makes a submission anew from its weights, within a time budget."""
     refuse_set(set_)
@@ -163,7 +162,7 @@ def kernel_build_train(
     minutes: Annotated[int, typer.Option("--minutes", min=1, help="The session's length; it saves in time.")] = 660,
     gpu: GpuOpt = True,
     owner: OwnerOpt = None,
-    competition: CompetitionOpt = SLUG,
+    competition: CompetitionOpt = COMPETITION,
     home: HomeOpt = None,
     set_: SetOpt = None,
 ) -> None:
@@ -226,7 +225,7 @@ def kernel_push(
     folder: DirArg,
     wait: WaitOpt = False,
     unrehearsed: Annotated[bool, typer.Option("--unrehearsed", help="Push a kernel that was not rehearsed.")] = False,
-    competition: CompetitionOpt = SLUG,
+    competition: CompetitionOpt = COMPETITION,
     home: HomeOpt = None,
     set_: SetOpt = None,
 ) -> None:
@@ -246,7 +245,7 @@ def kernel_push(
 
 
 @command(ledger_app, "sync", "melfold ledger sync")
-def ledger_sync(competition: CompetitionOpt = SLUG, home: HomeOpt = None, set_: SetOpt = None) -> None:
+def ledger_sync(competition: CompetitionOpt = COMPETITION, home: HomeOpt = None, set_: SetOpt = None) -> None:
     """Fetch statuses and scores from Kaggle; look again for what is unknown."""
     from melfold.kaggle.submit import sync
 

@@ -47,7 +47,7 @@ def test_a_refused_download_leaves_nothing(fake: FakeKaggle, tmp_path: Path) -> 
 
 def test_a_cut_download_goes_on(fake: FakeKaggle, tmp_path: Path) -> None:
     fake.faults.append(Fault("GET", "cut"))
-    load_competition(download(Kaggle(), tmp_path / "data"))
+    assert len(load_competition(download(Kaggle(), tmp_path / "data")).test) == 60
 
 
 def test_unpacking_goes_on_where_it_was_stopped(fake: FakeKaggle, tmp_path: Path) -> None:

@@ -266,10 +266,10 @@ def _build(
     keep: bool = False,
 ) -> Built:
     title = title_for(kind, name)
-    packed = pack_source()
+    packed = base64.b85encode(pack_source())
     bundle["provenance"] = facts["provenance"]
-    bundle["build_id"] = digest([bundle, digest(base64.b85encode(packed).decode()), _main_source(kind)])
-    script = _BOOT.format(title=title, bundle=json.dumps(bundle), packed=base64.b85encode(packed)) + _main_source(kind)
+    bundle["build_id"] = digest([bundle, packed.decode(), _main_source(kind)])
+    script = _BOOT.format(title=title, bundle=json.dumps(bundle), packed=packed) + _main_source(kind)
     size = len(script.encode())
     if size >= MOST_BYTES:
         raise MelfoldError("the kernel's script is too large for Kaggle", f"{size:,} bytes, under {MOST_BYTES:,} wanted")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
@@ -114,18 +113,6 @@ class Ledger:
 def now() -> str:
     """UTC to the second."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def code_state() -> str:
-    """The commit, `+` behind it where anything outside submissions/ is not committed; empty outside a repository."""
-
-    def git(*args: str) -> str:
-        return subprocess.run(["git", *args], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", ".", ":(exclude)submissions") else "")
-    except (OSError, subprocess.SubprocessError):
-        return ""
 
 
 @dataclass(frozen=True)

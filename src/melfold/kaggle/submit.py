@@ -11,7 +11,8 @@ from typing import Any
 from melfold.errors import MelfoldError
 from melfold.files import Home, digest, locked, read_json, sha256_file
 from melfold.kaggle.client import Kaggle, KaggleError, Submission, wait_until
-from melfold.kaggle.ledger import SPENT, Ledger, Row, code_state, now
+from melfold.kaggle.ledger import SPENT, Ledger, Row, now
+from melfold.learn.runs import current_commit
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def submit(client: Kaggle, home: Home, id: str, *, kernel: Kernel | None = None,
             tag=secrets.token_hex(6),
             id=id,
             time=now(),
-            commit=code_state(),
+            commit=current_commit(but="submissions"),
             kernel=kernel.slug if kernel else "",
             version=str(kernel.version) if kernel else "",
             **_provenance(recipe),

@@ -247,15 +247,19 @@ def weights_sha256(weights: str) -> str:
     return sha256_file(path)
 
 
-def current_commit() -> str:
-    """The commit of the working folder, `+` behind it where something is not committed; empty outside a repository."""
+def current_commit(but: str = "") -> str:
+    """The commit of the working folder, `+` behind it where something (outside the folder `but`) is not committed.
+
+    Empty outside a repository.
+    """
+    outside = ["--", ".", f":(exclude){but}"] if but else []
 
     def git(*args: str) -> str:
         done = subprocess.run(["git", *args], capture_output=True, text=True, check=True, timeout=10)
         return done.stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", *outside) else "")
     except (OSError, subprocess.SubprocessError):
         return ""
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from melfold.errors import MelfoldError
@@ -67,13 +66,12 @@ def train_session(
 def _start(run: Run, fold: str, cache: Path, device: str, amp: str) -> subprocess.Popen[bytes]:
     log.info("%s fold %s on %s", run.name, fold, device)
     command = [sys.executable, "-m", "melfold.learn.session", str(run.folder), fold, str(cache), device, amp]
-    threads = os.environ.get("OMP_NUM_THREADS")
-    return subprocess.Popen(command, env=os.environ | ({"OMP_NUM_THREADS": threads} if threads else {}))
+    return subprocess.Popen(command)
 
 
-def _stop(processes: object, grace: float = 120) -> None:
+def _stop(processes: Iterable[subprocess.Popen[bytes]], grace: float = 120) -> None:
     """Ask to save and end; after `grace` seconds insist: the last checkpoint stands."""
-    alive = [p for p in processes if p.poll() is None]  # type: ignore[attr-defined]
+    alive = [p for p in processes if p.poll() is None]
     for process in alive:
         process.send_signal(signal.SIGTERM)
     limit = time.monotonic() + grace

@@ -39,6 +39,7 @@ def plot_ledger(rows: Sequence[Row], path: Path) -> None:
         if half == "public":
             for x, y, name in pairs:
                 axes.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7)
+    axes.margins(0.12)  # room for the names
     axes.set_xlabel("out-of-fold lwlrap")
     axes.set_ylabel("leaderboard lwlrap")
     axes.legend(fontsize=8)
