@@ -52,6 +52,7 @@ def test_there_is_a_command_a_stage() -> None:
     words = {" ".join(w) for w in commands()}
     assert words >= {"check", "show", "cache", "folds", "train", "oof", "predict", "run", "demo", "recipe list", "recipe show"}
     assert words >= {"submission build", "submission check", "submission score"}
+    assert words >= {"ensemble suggest", "relabel suggest", "compare"}
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
@@ -106,6 +107,20 @@ BAD: dict[str, tuple[list[str], str]] = {
     "predict: no run": (["predict", "nosuch", "--data", "DATA"], "no such run: nosuch"),
     "predict: --set": (["predict", "nosuch", "--data", "DATA", "--set", "seed=1"], "--set changes nothing here"),
     "build: no run": (["submission", "build", "nosuch", "--data", "DATA"], "no such run: nosuch"),
+    "build: bad weights": (["submission", "build", "nosuch", "--data", "DATA", "--weights", "a,b"], "no such run: nosuch"),
+    "ensemble: no runs": (["ensemble", "suggest"], "an ensemble needs two runs: none. Train another recipe or seed"),
+    "ensemble: no run": (["ensemble", "suggest", "nosuch"], "no such run: nosuch"),
+    "ensemble: --set": (["ensemble", "suggest", "--set", "seed=1"], "--set changes nothing here"),
+    "compare: no run": (["compare", "nosuch"], "no such run: nosuch"),
+    "relabel: no run": (["relabel", "suggest", "nosuch"], "no such run: nosuch"),
+    "train: no corrections": (
+        ["train", "DATA", "--recipe", "demo", "--set", "data.corrections=no.csv"],
+        "cannot read data.corrections: no.csv",
+    ),
+    "train: no teacher": (
+        ["train", "DATA", "--recipe", "demo", "--set", "noisy.use=true", "--set", "noisy.teacher=nosuch"],
+        "no such run: nosuch",
+    ),
     "submission check: no file": (["submission", "check", "NOSUCH", "--data", "DATA"], "NOSUCH is no CSV"),
     "submission check: no table": (
         ["submission", "check", "DATA/train_curated.csv", "--data", "DATA"],

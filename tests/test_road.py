@@ -134,7 +134,12 @@ def test_6_a_submission_built_again_is_the_same_and_passes_and_scores(road: Road
     before = road.submission.read_bytes(), road.recipe.read_bytes()
     road.submission.unlink()
     built = road("submission", "build", "road", "--data", road.data)
-    assert built.stdout.splitlines() == [str(road.submission), "Track: open"]
+    assert built.stdout.splitlines() == [
+        str(road.submission),
+        "Track: open. Data: curated. Licences of first weights: unknown.",
+        "BREAKS: no pretrained models and no external data (road)",
+        "BREAKS: the licence of its first weights is not known: name it with --set model.licence=…",
+    ]
     assert (road.submission.read_bytes(), road.recipe.read_bytes()) == before
     checked = road("submission", "check", road.submission, "--data", road.data)
     assert "60 clips, 10 labels, in order." in checked.stdout
@@ -184,3 +189,37 @@ def test_9_a_model_of_every_clip_predicts_where_there_is_no_other(road: Road) ->
     assert "has no trained fold to score: full" in road("oof", "all", code=2).stderr
     road("predict", "all", "--data", road.data)
     assert len(read_probs(road.home / "runs" / "all" / "test.csv")) == 60
+
+
+def test_runs_are_compared_and_combined_and_their_labels_doubted(road: Road, tmp_path: Path) -> None:
+    args = ("train", road.data, "--run", "seed1", "--device", "cpu", "--jobs", 1, "--set", "seed=1")
+    road(*args, "--set", "noisy.use=true", "--set", "noisy.teacher=road", "--set", "noisy.curated_times=2", recipe=True)
+    compared = road("compare", "road", "seed1", "--labels").stdout
+    assert re.search(r"seed1\s+open\s+1\s+0\.\d{3}\s+0\.\d{3}\s+0\.\d{3}\s+-?0\.\d{3}", compared), compared
+    suggested = road("ensemble", "suggest").stdout
+    (following,) = re.findall(r"Next: melfold (submission build .*) --data DATA", suggested)
+    assert ("Next: melfold predict seed1 --data DATA" in suggested) == ("seed1" in following)
+    road("predict", "seed1", "--data", road.data)
+    road(*following.split(), "--data", road.data, "--id", "best")
+    noted = json.loads((road.home / "submissions" / "best" / "recipe.json").read_text())
+    assert noted["runs"][-1]["data"] in ("curated", "curated and noisy")
+    doubts = tmp_path / "corrections.csv"
+    listed = road("relabel", "suggest", "road", "--top", 5, "-o", doubts).stdout
+    assert re.search(r"\d+ of 150 clips are in doubt", listed)
+    assert len(doubts.read_text().splitlines()) == 6
+    assert "a file stands there already" in road("relabel", "suggest", "road", "-o", doubts, code=2).stderr
+    corrected = ("train", road.data, "--run", "corrected", "--folds", 0, "--device", "cpu", "--jobs", 1)
+    road(*corrected, "--set", f"data.corrections={doubts}", recipe=True)
+    kept = json.loads((road.home / "runs" / "corrected" / "recipe.json").read_text())["data"]["corrections"]
+    assert len(kept) == 5
+    assert all(row["why"].startswith("road: ") for row in kept.values())
+
+
+@pytest.mark.parametrize("more", [(), ("noisy.use=true", "noisy.curated_epochs=1"), ("noisy.use=true", "noisy.teacher=road")])
+def test_a_dry_run_walks_the_whole_road_and_leaves_the_home_alone(road: Road, more: tuple[str, ...]) -> None:
+    before = times(road.home, "runs/*/*", "submissions/**/*", "folds/*")
+    words = [word for item in more for word in ("--set", item)]
+    shown = road("run", road.data, "--dry-run", "--device", "cpu", "--jobs", 1, *words, recipe=True).stdout
+    assert "Every stage runs: " in shown
+    assert re.search(r"A fold will be [\d,]+ steps of 16: about \d+\.\d h on this device", shown)
+    assert times(road.home, "runs/*/*", "submissions/**/*", "folds/*") == before

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from melfold.config import Recipe, parse_recipe
+from melfold.config import Recipe, View, parse_recipe
 from melfold.data.clips import ClipStore, window_starts
 from melfold.data.competition import Competition, read_test
 from melfold.data.logmel import build_cache, read_manifest, stop_workers
@@ -56,28 +56,26 @@ class Part:
     recipe: Recipe
     weights: dict[str, Path]
     prior: np.ndarray
+    share: float
     store: ClipStore | None = None
     seconds_per_window: float | None = None
 
     def __post_init__(self) -> None:
         self.logits: dict[str, np.ndarray] = {}
-        self.shifts: dict[str, int] = {}
+        self.views: dict[str, int] = {}
 
-    def windows(self, shift: int, clips: int | None = None) -> int:
-        """How many windows a pass at a shift has."""
+    def windows(self, view: View, clips: int | None = None) -> int:
+        """How many windows a pass has."""
         assert self.store
-        recipe = self.recipe
-        return sum(
-            len(window_starts(int(n), recipe.window_frames, recipe.predict.overlap, shift, recipe.train.pad))
-            for n in self.store.frames[:clips]
-        )
+        overlap = self.recipe.predict.overlap
+        return sum(len(window_starts(int(n), view.length, overlap, view.shift, view.pad)) for n in self.store.frames[:clips])
 
     def probs(self, fnames: list[str], labels: list[str]) -> Probs:
         """The mean of the folds predicted so far; the prior where there is nothing."""
         values = pd.DataFrame(np.tile(self.prior.astype(np.float32), (len(fnames), 1)), index=fnames, columns=labels)
         if self.logits and self.store:
             tables = [
-                make_probs(sigmoid(total / self.shifts[fold]), self.store.fnames, labels) for fold, total in self.logits.items()
+                make_probs(sigmoid(total / self.views[fold]), self.store.fnames, labels) for fold, total in self.logits.items()
             ]
             values.loc[self.store.fnames] = mean_probs(tables, self.recipe.predict.fold_mean)
         return make_probs(values.to_numpy(), fnames, labels)
@@ -117,6 +115,7 @@ def main(bundle: dict[str, Any], root: Path) -> None:
             parse_recipe(run["recipe"], run["name"]),
             {fold: weights[sha] for fold, sha in run["weights"].items()},
             np.array([run["prior"][label] for label in labels]),
+            run["share"],
         )
         for run in bundle["runs"]
     ]
@@ -124,8 +123,9 @@ def main(bundle: dict[str, Any], root: Path) -> None:
 
     def write() -> None:
         with_news = [part for part in parts if part.logits] or parts
+        shares = [part.share for part in with_news]
         tables = [part.probs(fnames, labels) for part in with_news]
-        probs = tables[0] if len(tables) == 1 else mean_probs(tables, bundle["mean"])
+        probs = tables[0] if len(tables) == 1 else mean_probs(tables, bundle["mean"], shares)
         write_probs(working / "submission.csv", probs)
         record["seconds"] = round(time.monotonic() - STARTED, 2)
         write_json(working / "melfold.json", record)
@@ -210,46 +210,47 @@ def make_log_mels(test: Competition, parts: list[Part], home: Home, budget: floa
 
 
 def predict_passes(parts: list[Part], device: Device, budget: float, record: dict[str, Any], write: Any) -> None:
-    """Fold by fold without shifts, runs taking turns, then the shifts; none that its own speed says won't fit."""
+    """Fold by fold in the first view, runs taking turns, then the other views; none that its own speed says won't fit."""
     parts = [part for part in parts if part.store]
     order = [
         (part, fold, number)
-        for number in range(max((len(part.recipe.shift_frames) for part in parts), default=0))
+        for number in range(max((len(part.recipe.views) for part in parts), default=0))
         for rank in range(max(len(part.weights) for part in parts))
         for part in parts
         for fold in [*part.weights][rank : rank + 1]
-        if number < len(part.recipe.shift_frames)
+        if number < len(part.recipe.views)
     ]
     writing = 0.0
     for part, fold, number in order:
-        shift = part.recipe.shift_frames[number]
-        entry = {"run": part.name, "fold": fold, "shift": shift, "windows": part.windows(shift), "done": False}
+        view = part.recipe.views[number]
+        name = f"{part.name} fold {fold}, view {number}"
+        entry = {"run": part.name, "fold": fold, "view": number, "windows": part.windows(view), "done": False}
         record["passes"].append(entry)
         left = budget - (time.monotonic() - STARTED)
         if number and fold not in part.logits:
-            say(f"{part.name} fold {fold}: no first pass, so no shift")
+            say(f"{name}: no first pass, so no other")
             continue
         if left < 0.02 * budget:
             continue
         model = load_model(part, fold, len(part.prior), device)
         if part.seconds_per_window is None:
-            part.seconds_per_window = measure(model, part, device, shift)
+            part.seconds_per_window = measure(model, part, device, view)
         expected = part.seconds_per_window * entry["windows"] + writing
         left = budget - (time.monotonic() - STARTED)
         if SLACK * expected > left:
-            say(f"{part.name} fold {fold}, shift {shift}: {expected:.0f} s do not fit into the {left:.0f} s left")
+            say(f"{name}: {expected:.0f} s do not fit into the {left:.0f} s left")
             continue
         begun = time.monotonic()
-        logits = predict_logits(model, part.store, part.recipe, device, shift)
+        logits = predict_logits(model, part.store, part.recipe, device, view)
         seconds = time.monotonic() - begun
         part.seconds_per_window = seconds / entry["windows"]
         part.logits[fold] = part.logits.get(fold, 0.0) + logits
-        part.shifts[fold] = part.shifts.get(fold, 0) + 1
+        part.views[fold] = part.views.get(fold, 0) + 1
         entry |= {"done": True, "predict_s": round(seconds, 3)}
         write()
         writing = time.monotonic() - begun - seconds
         entry["seconds"] = round(seconds + writing, 3)
-        say(f"{part.name} fold {fold}, shift {shift}: {entry['windows']} windows in {seconds:.1f} s")
+        say(f"{name}: {entry['windows']} windows in {seconds:.1f} s")
     write()
 
 
@@ -261,15 +262,15 @@ def load_model(part: Part, fold: str, n_labels: int, device: Device) -> Tagger:
     return model.to(device.torch).eval()
 
 
-def measure(model: Tagger, part: Part, device: Device, shift: int) -> float:
+def measure(model: Tagger, part: Part, device: Device, view: View) -> float:
     """Seconds a window, from a few clips; the first call, which warms up, is not counted."""
     assert part.store
     recipe = part.recipe
     few = part.store.head(SAMPLE)
-    predict_logits(model, part.store.head(1), recipe, device, shift)
+    predict_logits(model, part.store.head(1), recipe, device, view)
     begun = time.monotonic()
-    predict_logits(model, few, recipe, device, shift)
-    return (time.monotonic() - begun) / part.windows(shift, SAMPLE)
+    predict_logits(model, few, recipe, device, view)
+    return (time.monotonic() - begun) / part.windows(view, SAMPLE)
 
 
 def run(bundle: dict[str, Any], root: Path) -> None:

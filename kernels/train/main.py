@@ -48,7 +48,8 @@ def main(bundle: dict[str, Any], root: Path) -> None:
     fetch_earlier(inputs, working / "runs" / bundle["name"], bundle["name"])
     table = working / "folds" / bundle["folds_name"]
     write_text(table, bundle["folds_table"])
-    cache = build_cache(competition, recipe.logmel, Home(scratch), splits=["curated"], exclude=recipe.data.exclude)
+    splits = ["curated", "noisy"] if recipe.noisy.use else ["curated"]
+    cache = build_cache(competition, recipe.logmel, Home(scratch), splits=splits, exclude=recipe.data.exclude)
     stop_workers()
     say("log-mels are made")
     run = start_run(Home(working), bundle["name"], recipe, competition, table)

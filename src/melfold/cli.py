@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from melfold.cli_kaggle import register
+from melfold.errors import MelfoldError
 from melfold.files import Home
 from melfold.terminal import (
     DataArg,
@@ -40,7 +41,11 @@ app = typer.Typer(
 )
 recipe_app = typer.Typer(help="What the recipes hold.", no_args_is_help=True)
 submission_app = typer.Typer(help="Build, check and score submission.csv.", no_args_is_help=True)
+ensemble_app = typer.Typer(help="Which runs to combine, and how.", no_args_is_help=True)
+relabel_app = typer.Typer(help="Doubtful labels.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
+app.add_typer(ensemble_app, name="ensemble")
+app.add_typer(relabel_app, name="relabel")
 app.add_typer(submission_app, name="submission")
 
 
@@ -163,12 +168,13 @@ def submission_build(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="One run, or several to average.")],
     data: DataOpt,
     id: Annotated[str | None, typer.Option("--id", help="The submission's name (else the runs').")] = None,
-    mean: Annotated[str, typer.Option("--mean", help="Between runs: arithmetic or geometric.")] = "geometric",
+    mean: Annotated[str, typer.Option("--mean", help="Between runs: arithmetic, geometric, logit or rank.")] = "geometric",
+    weights: Annotated[str | None, typer.Option("--weights", help="One a run, as in 3,1 (else equal).")] = None,
     home: HomeOpt = None,
     set_: SetOpt = None,
 ) -> None:
     """Combine runs into submissions/<id>/submission.csv, checked, with the recipe that rebuilds it."""
-    from melfold.combine.submission import build_submission
+    from melfold.combine.submission import build_submission, standing_of
     from melfold.data.competition import load_competition
     from melfold.learn.runs import open_run
 
@@ -176,8 +182,109 @@ def submission_build(
     place = Home.find(home)
     opened = [open_run(place, run) for run in runs]
     name = id or "+".join(run.name for run in opened)
-    path = build_submission(place, opened, load_competition(data), id=name, mean=mean)
-    typer.echo(f"{path}\nTrack: {'open' if any(r.info.track == 'open' for r in opened) else 'scratch'}")
+    path = build_submission(place, opened, load_competition(data), id=name, mean=mean, weights=_numbers(weights))
+    standing = standing_of(opened)
+    typer.echo(f"{path}\nTrack: {standing.track}. Data: {'; '.join(standing.data)}.", nl=False)
+    typer.echo(f" Licences of first weights: {', '.join(standing.licences)}." if standing.licences else "")
+    for rule in standing.breaks:
+        typer.secho(f"BREAKS: {rule}", fg="yellow")
+
+
+@command(ensemble_app, "suggest", "melfold ensemble suggest open small")
+def ensemble_suggest(
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN...]", help="Runs to combine (else all that hold out the same clips).")
+    ] = None,
+    home: HomeOpt = None,
+    set_: SetOpt = None,
+) -> None:
+    """Rank ways to combine runs by honest OOF scores: fitted weights are scored on folds they were not fitted on."""
+    import pandas as pd
+
+    from melfold import pipeline
+    from melfold.combine.ensemble import suggest
+    from melfold.learn.runs import open_run
+
+    refuse_set(set_)
+    place = Home.find(home)
+    opened = [open_run(place, run) for run in runs] if runs else pipeline.runs_alike(place)
+    found = suggest(opened)
+    rows = {}
+    for number, item in enumerate(found):
+        weights = ",".join(f"{w:g}" for w in item.weights) if item.weights else "equal" if len(item.runs) > 1 else ""
+        rows[number + 1] = {
+            "runs": "+".join(item.runs),
+            "mean": item.mean,
+            "weights": weights,
+            "oof_lwlrap": item.oof_lwlrap,
+            "low": item.low,
+            "high": item.high,
+            "fitted": item.fitted,
+            "over best run": item.gain.value,
+            "from": item.gain.low,
+            "to": item.gain.high,
+        }
+    print_table(pd.DataFrame.from_dict(rows, orient="index"), "")
+    best = found[0]
+    how = f" --mean {best.mean}" + (f" --weights {','.join(f'{w:g}' for w in best.weights)}" if best.weights else "")
+    for run in opened:
+        if run.name in best.runs and not run.test.exists():
+            typer.echo(f"Next: melfold predict {run.name} --data DATA")
+    typer.echo(f"Next: melfold submission build {' '.join(best.runs)}{how if len(best.runs) > 1 else ''} --data DATA")
+    typer.echo("The best of many is a little lucky: where an interval over the best run holds 0, nothing is decided.")
+
+
+@command(relabel_app, "suggest", "melfold relabel suggest open -o corrections.csv")
+def relabel_suggest(
+    run: RunArg,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write them as a corrections.csv, to be listened through and pruned.")
+    ] = None,
+    top: Annotated[int, typer.Option("--top", min=1, help="How many.")] = 50,
+    home: HomeOpt = None,
+    set_: SetOpt = None,
+) -> None:
+    """List curated clips whose held-out prediction contradicts their labels: wrong labels, and likely missing ones."""
+    from melfold import pipeline
+    from melfold.learn.runs import open_run
+
+    refuse_set(set_)
+    opened = open_run(Home.find(home), run)
+    doubts = pipeline.suggest_corrections(opened)
+    shown = doubts.head(top)
+    print_table(shown.map(lambda value: ", ".join(value) if isinstance(value, tuple) else value), "fname")
+    rest = f"; these are the first {top}" if len(doubts) > top else ""
+    typer.echo(f"{len(doubts)} of {len(opened.clips)} clips are in doubt{rest}.")
+    if output:
+        pipeline.write_corrections(output, shown, opened.name)
+        typer.echo(f"{output}\nListen, strike out, then: --set data.corrections={output}")
+
+
+@command(app, "compare", "melfold compare open open-seed1 small")
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="The first is the one the others are held against.")],
+    labels: Annotated[bool, typer.Option("--labels", help="By label as well.")] = False,
+    home: HomeOpt = None,
+    set_: SetOpt = None,
+) -> None:
+    """Set runs side by side: OOF scores with intervals, paired differences from the first, the spread over seeds."""
+    from melfold.combine import ensemble
+    from melfold.learn.runs import open_run
+
+    refuse_set(set_)
+    place = Home.find(home)
+    opened = [open_run(place, run) for run in runs]
+    found = ensemble.compare(opened)
+    if labels:
+        print_table(found.labels, "label")
+    print_table(found.runs, "run")
+    clips = max(len(run.clips) for run in opened)
+    if found.clips < clips:
+        typer.secho(f"INCOMPLETE: these runs have {found.clips} of {clips} clips in common.", fg="yellow")
+    for names, mean, spread in found.seeds:
+        typer.echo(f"{len(names)} seeds ({', '.join(names)}): mean {mean:.4f}, standard deviation {spread:.4f}")
+    if len(opened) > 1:
+        typer.echo("difference: from the first run, d_low to d_high its 95 % interval on paired clips, better its share above 0.")
 
 
 @command(submission_app, "check", "melfold submission check submission.csv --data data/fat2019")
@@ -220,6 +327,9 @@ def run(
     run: RunOpt = None,
     device: DeviceOpt = "auto",
     jobs: JobsOpt = -1,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="All of it with a few clips and steps: does it run, and how fast?")
+    ] = False,
     home: HomeOpt = None,
     set_: SetOpt = None,
 ) -> None:
@@ -230,6 +340,12 @@ def run(
     resolved = _recipe(recipe, set_)
     name = _run_name(run, recipe, resolved)
     target = pick_device(device, resolved.train.amp)
+    if dry:
+        tried = pipeline.dry_run(data, Home.find(home), resolved, target, jobs=jobs, progress=bar())
+        hours = tried.steps * tried.seconds_per_step * resolved.train.batch_size / tried.batch_size / 3600
+        typer.echo(f"Every stage runs: {tried.submission} is no result.")
+        typer.echo(f"A fold will be {tried.steps:,} steps of {resolved.train.batch_size}: about {hours:,.1f} h on this device.")
+        return
     result, scores, path = pipeline.run_all(data, Home.find(home), resolved, name, target, jobs=jobs, progress=bar())
     _print_oof(scores)
     typer.echo(f"{path}  (track: {result.info.track})")
@@ -308,6 +424,15 @@ def recipe_show(
 def _show_value(key: str, value: object, reason: str) -> None:
     line = f"{key} = {value!r}"
     typer.echo(f"{line:<40} # {reason}" if reason else line)
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise MelfoldError("--weights needs numbers", repr(text), "For example --weights 3,1") from None
 
 
 def _recipe(name: str, sets: list[str] | None) -> Recipe:

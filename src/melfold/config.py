@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import csv
 import difflib
+import itertools
 import tomllib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -51,11 +54,51 @@ class LogMelConfig(_Frozen):
         return digest({"version": CACHE_VERSION, **self.model_dump()})[:16]
 
 
+class Correction(_Frozen):
+    """Other labels for a curated clip."""
+
+    labels: Annotated[tuple[str, ...], Field(min_length=1)]
+    why: str = ""
+
+
 class DataConfig(_Frozen):
-    """Which clips take part."""
+    """Which clips take part, and what they are taken for."""
 
     exclude: dict[str, str] = {}
     """fname -> why it is left out of training and scoring."""
+    corrections: dict[str, Correction] = {}
+    """fname -> labels to learn from in place of the table's; scores are still taken against the table. In a recipe: the path
+    of a `corrections.csv` (fname, labels, why), whose rows become part of the recipe."""
+
+
+class NoisyConfig(_Frozen):
+    """Learning from the noisy set as well."""
+
+    use: bool = False
+    curated_times: Annotated[int, Field(ge=0)] = 5
+    """A curated clip is drawn this many times as often as a noisy one; 0 leaves them to the last epochs."""
+    curated_epochs: Annotated[float, Field(ge=0)] = 0.0
+    """Epochs of curated clips alone, after `train.epochs` of both."""
+    own_norm: bool = True
+    """Noisy clips are normalised with their own mean and standard deviation: they were recorded otherwise."""
+    own_head: bool = True
+    """A second linear layer learns the noisy labels; it is thrown away afterwards."""
+    bootstrap: Rate = 0.0
+    """The share of the model's own prediction in a noisy target (soft bootstrapping)."""
+    teacher: str = ""
+    """A run whose model of the same fold judges the noisy clips."""
+    top: Annotated[int, Field(ge=0)] = 5000
+    """With a teacher: how many clips it agrees with most are kept; 0 keeps all."""
+    per_label: Annotated[int, Field(ge=0)] = 50
+    """With a teacher: at most so many clips of any label; 0 is no limit."""
+    pseudo: Fraction = 0.0
+    """With a teacher: the share of its probabilities in a noisy target."""
+
+    @model_validator(mode="after")
+    def _check(self) -> NoisyConfig:
+        if self.use and not self.curated_times and not self.curated_epochs:
+            raise ValueError("curated_times = 0 needs curated_epochs: else no curated clip is learnt from")
+        return self
 
 
 class FoldsConfig(_Frozen):
@@ -80,6 +123,8 @@ class ModelConfig(_Frozen):
     head: Literal["linear", "norm_linear"] = "linear"
     frozen: bool = False
     """Train the head only."""
+    licence: str = ""
+    """Of a weights file, where timm does not know it."""
     kwargs: dict[str, Any] = {}
     """Passed to timm's `create_model`; the text `none` stands for None."""
 
@@ -99,7 +144,7 @@ class TrainConfig(_Frozen):
     crop_seconds: Annotated[float, Field(gt=0)] = 5.0
     pad: Literal["wrap", "floor"] = "wrap"
     """A clip shorter than the crop is repeated, or set in silence at a random place."""
-    loss: Literal["bce"] = "bce"
+    loss: Literal["bce", "focal", "asl", "lsep", "lsep_bce"] = "bce"
     optimizer: str = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-3
     lr_min: Annotated[float, Field(ge=0)] = 1e-6
@@ -132,20 +177,41 @@ class AugmentConfig(_Frozen):
     time_mask_width: Fraction = 0.2
     gain_db: Annotated[float, Field(ge=0)] = 0.0
     """Whole crops are made louder or softer by up to this."""
+    concat_prob: Fraction = 0.0
+    """The clip's begin passes into another clip's end, labels ORed."""
+    resize_prob: Fraction = 0.0
+    resize_scale: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """A window of at least this share of either axis is stretched to the whole."""
     off_epochs: Annotated[float, Field(ge=0)] = 0.0
     """No augmentation in the last epochs."""
 
 
 class PredictConfig(_Frozen):
-    """Evaluation windows and test-time augmentation."""
+    """Evaluation windows and test-time augmentation: every length with every padding at every shift."""
 
-    window_seconds: Annotated[float, Field(gt=0)] | None = None
+    window_seconds: tuple[Annotated[float, Field(gt=0)], ...] = ()
     """The crop's length where not set."""
+    pads: tuple[Literal["wrap", "floor"], ...] = ()
+    """As in training where not set."""
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
     shift_seconds: Annotated[tuple[float, ...], Field(min_length=1)] = (0.0,)
-    """Each shifts the grid of windows; their logits are averaged."""
+    """Each shifts the grid of windows."""
     batch_size: Annotated[int, Field(gt=0)] = 64
-    fold_mean: Literal["arithmetic", "geometric"] = "geometric"
+    fold_mean: Literal["arithmetic", "geometric", "logit", "rank"] = "geometric"
+
+    @field_validator("window_seconds", "pads", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, (int, float, str)) else value
+
+
+@dataclass(frozen=True)
+class View:
+    """One look at a clip: windows of `length` frames, their grid moved by `shift` frames, short clips padded."""
+
+    length: int
+    shift: int
+    pad: Literal["wrap", "floor"]
 
 
 class Recipe(_Frozen):
@@ -160,6 +226,7 @@ class Recipe(_Frozen):
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     augment: AugmentConfig = AugmentConfig()
+    noisy: NoisyConfig = NoisyConfig()
     predict: PredictConfig = PredictConfig()
 
     def frames(self, seconds: float) -> int:
@@ -171,12 +238,18 @@ class Recipe(_Frozen):
         return self.frames(self.train.crop_seconds)
 
     @property
-    def window_frames(self) -> int:
-        return self.frames(self.predict.window_seconds or self.train.crop_seconds)
+    def views(self) -> tuple[View, ...]:
+        """The looks whose logits are averaged, the cheapest set that says something first."""
+        config = self.predict
+        lengths = config.window_seconds or (self.train.crop_seconds,)
+        shifts = [self.frames(s) if s else 0 for s in config.shift_seconds]
+        pads = config.pads or (self.train.pad,)
+        return tuple(View(self.frames(n), s, p) for s, n, p in itertools.product(shifts, lengths, pads))
 
     @property
-    def shift_frames(self) -> tuple[int, ...]:
-        return tuple(self.frames(s) if s else 0 for s in self.predict.shift_seconds)
+    def window_frames(self) -> int:
+        """Of the first view."""
+        return self.views[0].length
 
     @property
     def track(self) -> Literal["scratch", "open"]:
@@ -211,6 +284,9 @@ def load_recipe(name: str, sets: Iterable[str] = ()) -> Recipe:
     nested: dict[str, Any] = {"name": Path(name).stem}
     for key, value in values.items():
         _put(nested, _path(key), value)
+    data = nested.get("data")
+    if isinstance(data, dict) and isinstance(data.get("corrections"), str):
+        data["corrections"] = read_corrections(Path(data["corrections"]))
     return parse_recipe(nested, f"recipe {name}" + (f" with --set {' '.join(sets)}" if sets else ""))
 
 
@@ -220,6 +296,31 @@ def parse_recipe(values: Mapping[str, Any], source: str) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise MelfoldError.many(_explain(e, source) for e in error.errors()) from None
+
+
+def read_corrections(path: Path) -> dict[str, dict[str, Any]]:
+    """fname -> labels and why, of a `corrections.csv`.
+
+    Raises:
+        MelfoldError: a missing file, other columns, a clip that stands twice or one without labels.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, strict=True)
+            if reader.fieldnames != ["fname", "labels", "why"]:
+                found = ",".join(reader.fieldnames or ["an empty file"])
+                raise MelfoldError(f"{path} is no table of corrections", found, "Its columns are fname,labels,why")
+            rows = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise MelfoldError("cannot read data.corrections", f"{path} ({error})", "Mend the path, or the file") from None
+    corrections: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        fname = row["fname"]
+        if None in row or fname in corrections or not row["labels"]:
+            why = "more cells than columns" if None in row else "stands twice" if fname in corrections else "no labels"
+            raise MelfoldError(f"{path}: {why}", fname, "Put several labels in quotes; to leave a clip out use data.exclude")
+        corrections[fname] = {"labels": row["labels"].split(","), "why": row["why"] or ""}
+    return corrections
 
 
 def explain_recipe(name: str, _above: tuple[str, ...] = ()) -> dict[str, tuple[Any, str]]:

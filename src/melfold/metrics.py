@@ -24,6 +24,16 @@ class Interval:
     high: float
 
 
+@dataclass(frozen=True)
+class Difference:
+    """A paired comparison: `value` is the first score less the second; `better` the share of resamples in which it is above 0."""
+
+    value: float
+    low: float
+    high: float
+    better: float
+
+
 def lwlrap(targets: pd.DataFrame, scores: Probs) -> float:
     """The headline score.
 
@@ -59,16 +69,40 @@ def bootstrap_interval(
     targets: pd.DataFrame, scores: Probs, *, rng: np.random.Generator, draws: int = 1000, level: float = 0.95
 ) -> Interval:
     """Percentile interval of lwlrap over resampled clips."""
+    sums, counts = _by_clip(targets, scores)
+    drawn = _resampled(counts, draws, rng)
+    low, high = np.quantile((drawn @ sums) / (drawn @ counts), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(low), float(high))
+
+
+def paired_bootstrap(
+    targets: pd.DataFrame, a: Probs, b: Probs, *, rng: np.random.Generator, draws: int = 2000, level: float = 0.95
+) -> Difference:
+    """Is `a` better than `b`? Both are scored on the same resampled clips, so that what makes a clip hard falls out."""
+    sums_a, counts = _by_clip(targets, a)
+    sums_b, _ = _by_clip(targets, b)
+    drawn = _resampled(counts, draws, rng)
+    differences = (drawn @ (sums_a - sums_b)) / (drawn @ counts)
+    low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
+    # Resamples in which nothing differs count half, so that a run is no better than itself.
+    better = float(np.mean(differences > 0) + np.mean(differences == 0) / 2)
+    return Difference(float((sums_a - sums_b).sum() / counts.sum()), float(low), float(high), better)
+
+
+def _by_clip(targets: pd.DataFrame, scores: Probs) -> tuple[np.ndarray, np.ndarray]:
+    """The sum of precisions and the number of labels, of each clip that has any."""
     precision, clips, _ = _pair_precisions(targets, scores)
     sums = np.bincount(clips, weights=precision, minlength=len(targets))
     counts = np.bincount(clips, minlength=len(targets))
     keep = counts > 0
-    sums, counts = sums[keep], counts[keep]
-    if not len(counts):
+    if not keep.any():
         raise MelfoldError("lwlrap needs at least one true label", f"{len(targets)} clips without labels")
-    picks = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=draws)
-    low, high = np.quantile((picks @ sums) / (picks @ counts), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(low), float(high))
+    return sums[keep], counts[keep]
+
+
+def _resampled(counts: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """How often each clip is in each resample, `(draws, clips)`."""
+    return rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=draws)
 
 
 def constant_lwlrap(targets: pd.DataFrame) -> float:

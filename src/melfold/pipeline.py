@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -16,8 +16,8 @@ from melfold.data.competition import SPLITS, Competition, load_competition
 from melfold.data.folds import find_identical, fold_table_name, label_deviation, make_folds, read_folds, write_folds
 from melfold.data.logmel import build_cache, cut_short, read_manifest, stop_workers
 from melfold.errors import MelfoldError
-from melfold.files import Home, Progress, read_json, silent
-from melfold.probs import make_probs
+from melfold.files import Home, Progress, read_json, silent, write_text
+from melfold.probs import is_current, make_probs, write_current
 
 if TYPE_CHECKING:
     from melfold.combine.ensemble import OofScores
@@ -109,7 +109,10 @@ def _identical_notes(competition: Competition, home: Home, recipe: Recipe) -> li
 def cache(competition: Competition, home: Home, recipe: Recipe, *, jobs: int = -1, progress: Progress = silent) -> Path:
     """Make the log-mels a recipe needs. Returns the cache's folder."""
     try:
-        return build_cache(competition, recipe.logmel, home, exclude=recipe.data.exclude, jobs=jobs, progress=progress)
+        splits = SPLITS if recipe.noisy.use else ("curated", "test")
+        return build_cache(
+            competition, recipe.logmel, home, splits=splits, exclude=recipe.data.exclude, jobs=jobs, progress=progress
+        )
     finally:
         stop_workers()
 
@@ -151,14 +154,21 @@ def train(
     progress: Progress = silent,
 ) -> Run:
     """Train some folds of a run, making the log-mels and the fold table where they are missing."""
-    from melfold.learn.runs import start_run
+    from melfold.learn.noisy import teach
+    from melfold.learn.runs import open_run, start_run
     from melfold.learn.train import train_fold
 
     try_recipe(home, name, competition, recipe)
     folder = cache(competition, home, recipe, jobs=jobs, progress=progress)
     table, _ = folds(competition, home, recipe)
     run = start_run(home, name, recipe, competition, table)
+    teacher = open_run(home, recipe.noisy.teacher) if recipe.noisy.teacher else None
+    if teacher:
+        as_heard = recipe.model_copy(update={"logmel": teacher.recipe.logmel})
+        heard = cache(competition, home, as_heard, jobs=jobs, progress=progress)
     for fold in which:
+        if teacher:
+            teach(run, teacher, fold, heard, device)
         train_fold(run, fold, folder, device, progress=progress)
     return run
 
@@ -166,7 +176,13 @@ def train(
 def try_recipe(home: Home, name: str, competition: Competition, recipe: Recipe) -> None:
     """Find out before an hour of caching, not after, that a run's name is taken or that its model cannot be made."""
     from melfold.learn.model import build_model
-    from melfold.learn.runs import begun, open_run, refuse_changes
+    from melfold.learn.runs import begun, check_corrections, check_noisy, open_run, refuse_changes
+
+    check_corrections(recipe, competition)
+    if recipe.noisy.use:
+        check_noisy(competition)
+    if recipe.noisy.teacher:
+        open_run(home, recipe.noisy.teacher)
 
     if begun(home, name):
         refuse_changes(open_run(home, name), recipe)
@@ -182,7 +198,7 @@ def predict(run: Run, competition: Competition, home: Home, device: Device, *, p
     Returns:
         The table of the run's test probabilities.
     """
-    from melfold.combine.ensemble import fold_mean, is_current, prior_of, write_current
+    from melfold.combine.ensemble import fold_mean, prior_of
     from melfold.data.clips import ClipStore
     from melfold.learn.predict import predict_probs
     from melfold.learn.runs import FULL
@@ -255,6 +271,128 @@ def run_all(
     path = build_submission(home, [run], competition, id=run.name, mean=mean, replace=run.name not in submitted)
     log.info("6/6 checked submission in %s", path)
     return run, scores, path
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a dry run found: `steps` of training a fold will take, and the `seconds` a fold took a step on this device."""
+
+    folder: Path
+    submission: Path
+    steps: int
+    seconds_per_step: float
+    batch_size: int
+
+
+def dry_run(root: Path, home: Home, recipe: Recipe, device: Device, *, jobs: int = -1, progress: Progress = silent) -> DryRun:
+    """Every stage of a recipe with a few clips and steps, made anew in `build/dry-run`: does it run at all, and how fast?
+
+    Model, crops, augmentation, losses and phases are the recipe's own; on a GPU its batch size too, so that memory is tried.
+    """
+    import shutil
+
+    from melfold.combine.ensemble import pool_oof
+    from melfold.combine.submission import build_submission
+    from melfold.learn.runs import open_run
+    from melfold.learn.train import phases_of
+
+    whole = load_competition(root)
+    per_fold = 8
+    few = replace(
+        whole,
+        curated=whole.curated.loc[~whole.curated.index.isin(recipe.data.exclude)].head(per_fold * recipe.folds.n_folds),
+        noisy=whole.noisy.loc[~whole.noisy.index.isin(recipe.data.exclude)].head(2 * per_fold),
+        test=whole.test.head(per_fold),
+    )
+    place = Home(home.root / "build" / "dry-run")
+    shutil.rmtree(place.root, ignore_errors=True)
+    recipes = [(recipe.name, recipe)]
+    while recipes[0][1].noisy.teacher:
+        teacher = open_run(home, recipes[0][1].noisy.teacher)
+        recipes.insert(0, (teacher.name, teacher.recipe))
+    for name, each in recipes:
+        short = _shortened(each, len(few.curated) * (recipe.folds.n_folds - 1) // recipe.folds.n_folds, len(few.noisy), device)
+        run = train(few, place, short, name, range(recipe.folds.n_folds), device, jobs=jobs, progress=progress)
+        pool_oof(run)
+    predict(run, few, place, device, progress=progress)
+    path = build_submission(place, [run], few, id=run.name, mean=recipe.predict.fold_mean)
+    results = [read_json(run.fold(fold).result) for fold in range(recipe.folds.n_folds)]
+    kept = min(recipe.noisy.top or len(whole.noisy), len(whole.noisy)) if recipe.noisy.teacher else len(whole.noisy)
+    curated = len(whole.curated) * (recipe.folds.n_folds - 1) // recipe.folds.n_folds
+    return DryRun(
+        run.folder,
+        path,
+        phases_of(recipe, curated, kept)[-1].until,
+        min(result["seconds"] / result["steps"] for result in results),
+        short.train.batch_size,
+    )
+
+
+def _shortened(recipe: Recipe, curated: int, noisy: int, device: Device) -> Recipe:
+    """A recipe of three steps a phase (twenty on a GPU, whose first ones are slow), the last one without augmentation."""
+    gpu = device.torch.type != "cpu"
+    batch_size = recipe.train.batch_size if gpu else min(4, recipe.train.batch_size)
+    rows = curated * recipe.noisy.curated_times + noisy if recipe.noisy.use else curated
+    steps = (20 if gpu else 3) - 0.5  # rounded up
+    last = batch_size / (curated if recipe.noisy.curated_epochs or not recipe.noisy.use else rows)
+    epochs = steps * batch_size / rows
+    alone = {"curated_epochs": steps * batch_size / curated} if recipe.noisy.curated_epochs else {}
+    changes = {"epochs": epochs, "warmup_epochs": epochs / 3, "batch_size": batch_size}
+    changes |= {"validate_every": epochs / 2, "checkpoint_minutes": 0.0}
+    return recipe.model_copy(
+        update={
+            "train": recipe.train.model_copy(update=changes),
+            "noisy": recipe.noisy.model_copy(update=alone),
+            "augment": recipe.augment.model_copy(update={"off_epochs": last / 2}),
+        }
+    )
+
+
+def runs_alike(home: Home) -> list[Run]:
+    """The runs present that hold out the same clips at the same time and have out-of-fold predictions of every fold.
+
+    Where there are several such families, the largest; ties to the one that began first by name.
+    """
+    from melfold.learn.runs import open_run
+
+    families: dict[str, list[Run]] = {}
+    for path in sorted(home.runs.glob("*/run.json")):
+        run = open_run(home, path.parent.name)
+        if not run.missing_folds():
+            families.setdefault(run.info.clips_sha256, []).append(run)
+    return max(families.values(), key=len, default=[])
+
+
+def suggest_corrections(run: Run) -> pd.DataFrame:
+    """Curated clips whose out-of-fold prediction contradicts their labels: see `learn.noisy.doubtful`."""
+    from melfold.combine.ensemble import pool_oof
+    from melfold.learn.noisy import doubtful
+    from melfold.probs import read_probs
+
+    pool_oof(run)
+    oof = read_probs(run.oof)
+    return doubtful(run.targets(oof.index), oof)
+
+
+def write_corrections(path: Path, doubts: pd.DataFrame, run: str) -> None:
+    """Write suggestions as a `corrections.csv` to be listened through and pruned; an existing file is never replaced.
+
+    Raises:
+        MelfoldError: a file stands there.
+    """
+    if path.exists():
+        raise MelfoldError("a file stands there already", str(path), "It may hold your own work: choose another name")
+    rows = [
+        (fname, ",".join(row.suggested or row.labels), f"{run}: {_why(row)}, doubt {row.doubt:.1f}")
+        for fname, row in zip(doubts.index, doubts.itertuples(), strict=True)
+    ]
+    table = pd.DataFrame(rows, columns=["fname", "labels", "why"])
+    write_text(path, table.to_csv(index=False, lineterminator="\n"))
+
+
+def _why(row: Any) -> str:
+    parts = [f"{kind} {', '.join(names)}" for kind, names in (("lacks", row.missing), ("wrong", row.wrong)) if names]
+    return "; ".join(parts)
 
 
 def _sizes(competition: Competition) -> tuple[int, int, int, int]:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from melfold.errors import MelfoldError
-from melfold.files import atomic_path
+from melfold.files import atomic_path, digest, read_json, sha256_file, write_json
 
 Probs = pd.DataFrame
 
@@ -71,6 +72,21 @@ def write_probs(path: Path, probs: Probs) -> None:
         probs.to_csv(temporary, index_label="fname", float_format="%.9g", lineterminator="\n")
 
 
+def is_current(path: Path, key: Any) -> bool:
+    """Whether a table of probabilities was made from just this key and has not changed since."""
+    stamp = path.with_suffix(".json")
+    if not (path.exists() and stamp.exists()):
+        return False
+    noted = read_json(stamp)
+    return noted.get("key") == digest(key) and noted.get("sha256") == sha256_file(path)
+
+
+def write_current(path: Path, probs: Probs, key: Any) -> None:
+    """Write a table of probabilities, and beside it what `is_current` asks for."""
+    write_probs(path, probs)
+    write_json(path.with_suffix(".json"), {"key": digest(key), "sha256": sha256_file(path)})
+
+
 def align(probs: Probs, fnames: pd.Index | Sequence[str], labels: Sequence[str], source: str) -> Probs:
     """Rows and columns of `probs` in the asked order.
 
@@ -84,26 +100,65 @@ def align(probs: Probs, fnames: pd.Index | Sequence[str], labels: Sequence[str],
     return probs.loc[list(fnames), list(labels)]
 
 
-def mean_probs(tables: Sequence[Probs], kind: str) -> Probs:
+MEANS = ("arithmetic", "geometric", "logit", "rank")
+
+
+def mean_probs(tables: Sequence[Probs], kind: str, weights: Sequence[float] | None = None) -> Probs:
     """The mean of several predictions for the same clips and labels.
 
     Args:
         tables: at least one; rows and columns are aligned by name to the first.
-        kind: `arithmetic` or `geometric` (the mean of logarithms, not renormalised: labels are independent).
+        kind: `arithmetic`; `geometric` (the mean of logarithms, not renormalised: labels are independent); `logit` (the mean of
+            logits); `rank` (the mean of each label's rank within its clip, which is all that lwlrap sees, scaled to 0..1).
+        weights: one a table, not negative; equal where not given.
 
     Raises:
-        MelfoldError: tables that differ in their clips or labels.
+        MelfoldError: tables that differ in their clips or labels, an unknown kind, or weights that do not fit.
     """
     first = tables[0]
     for table in tables[1:]:
         if len(table) != len(first) or len(table.columns) != len(first.columns):
             raise MelfoldError("predictions of different clips cannot be averaged", f"{table.shape} and {first.shape}")
     values = np.stack([align(t, first.index, first.columns, "predictions").to_numpy(np.float64) for t in tables])
+    return make_probs(mean_values(values, kind, check_weights(weights, len(tables))), list(first.index), list(first.columns))
+
+
+def check_weights(weights: Sequence[float] | None, count: int) -> np.ndarray:
+    """Weights of a mean, scaled to a sum of 1.
+
+    Raises:
+        MelfoldError: another number of them, a negative or no finite one, or nothing but zeros.
+    """
+    given = np.ones(count) if weights is None else np.asarray(weights, np.float64)
+    if given.shape != (count,) or not np.isfinite(given).all() or (given < 0).any() or not given.any():
+        found = ",".join(f"{w:g}" for w in given)
+        raise MelfoldError("weights do not fit", f"{found} for {count}", "Give one a run, none negative, not all 0")
+    return given / given.sum()
+
+
+def mean_values(values: np.ndarray, kind: str, weights: np.ndarray) -> np.ndarray:
+    """As `mean_probs`, of float64 `(tables, clips, labels)`, with weights that sum to 1."""
+    return _from_mean(np.tensordot(weights, to_mean(values, kind), 1), kind)
+
+
+def to_mean(values: np.ndarray, kind: str) -> np.ndarray:
+    """What a mean of a kind is linear in: probabilities, their logarithms, their logits, or ranks."""
+    # A float32 probability may be 0 or 1; its neighbour stands in, as one model's zero must not veto the others.
+    tiny, almost = np.finfo(np.float32).tiny, float(np.nextafter(np.float32(1), np.float32(0)))
+    if kind == "arithmetic":
+        return values
     if kind == "geometric":
-        # A float32 probability may be zero; its smallest neighbour stands in, as one model's zero must not veto the others.
-        mean = np.exp(np.log(np.maximum(values, np.finfo(np.float32).tiny)).mean(axis=0))
-    elif kind == "arithmetic":
-        mean = values.mean(axis=0)
-    else:
-        raise MelfoldError("unknown mean", kind, "Use arithmetic or geometric")
-    return make_probs(mean, list(first.index), list(first.columns))
+        return np.log(np.maximum(values, tiny))
+    if kind == "logit":
+        inner = np.clip(values, tiny, almost)
+        return np.log(inner) - np.log1p(-inner)
+    if kind == "rank":
+        # Ties share the mean of their ranks.
+        return np.stack([pd.DataFrame(table).rank(axis=1).to_numpy() / (values.shape[-1] + 1) for table in values])
+    raise MelfoldError("unknown mean", kind, f"Use {', '.join(MEANS)}")
+
+
+def _from_mean(mean: np.ndarray, kind: str) -> np.ndarray:
+    if kind == "geometric":
+        return np.exp(mean)
+    return 1 / (1 + np.exp(-mean)) if kind == "logit" else mean

@@ -14,7 +14,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from melfold.config import LogMelConfig
-from melfold.data.clips import ClipStore, draw_start, train_batches
+from melfold.data.clips import ClipStore, Phase, draw_start, train_batches
 from melfold.data.logmel import build_cache, log_mel_of, make_clip
 from melfold.files import Home
 from tests.bench.harness import Result, ratio_result, seconds_of, take_turns
@@ -205,10 +205,11 @@ def crops(work: Workspace) -> list[Result]:
     fnames = list(work.competition.curated.index)
     store = ClipStore(work.cache, fnames, work.front.n_mels, work.front.top_db)
     batch, steps = 64, work.pick(40, 3)
+    phase = Phase(steps, np.arange(len(fnames)))
     rng = np.random.default_rng(0)
 
     def ours() -> None:
-        for _ in train_batches(store, length=256, batch_size=batch, pad="wrap", first_step=0, n_steps=steps, seeds=(0, 0)):
+        for _ in train_batches(store, [phase], length=256, batch_size=batch, pad="wrap", first_step=0, seeds=(0, 0)):
             pass
 
     def theirs() -> None:

@@ -151,7 +151,7 @@ def _predict(work: Workspace, name: str, clips: int, device: Device) -> Result:
     sizes = [len(batch.rows) for batch in batches]
     log_mels = torch.randn(max(sizes), 1, front.n_mels, frames, device=device.torch)
     turns = take_turns(
-        lambda: predict_logits(model, store, recipe, device, 0),
+        lambda: predict_logits(model, store, recipe, device, recipe.views[0]),
         lambda: _forwards(model, log_mels, sizes),
         work.pick(5 if name == "convnext_atto" else 3, 1),
     )

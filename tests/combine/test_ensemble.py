@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
-from made_up import LABELS, MadeUp, draw, oracle
+from made_up import LABELS, MadeUp, oracle
 
-from melfold.combine.ensemble import fold_mean, is_current, pool_oof, write_current
+from melfold.combine.ensemble import (
+    Together,
+    compare,
+    fold_mean,
+    greedy_weights,
+    nested_probs,
+    pool_oof,
+    read_together,
+    suggest,
+)
 from melfold.errors import MelfoldError
-from melfold.probs import read_probs, write_probs
+from melfold.learn.runs import Run
+from melfold.metrics import lwlrap
+from melfold.probs import MEANS, make_probs, mean_probs, read_probs, write_probs
 
 
 def test_pooled_and_mean_fold_scores_are_two_numbers_and_both_right(made_up: MadeUp) -> None:
@@ -83,11 +95,104 @@ def test_the_fold_mean_is_of_the_recipes_kind_and_aligned_by_name(kind: str, mad
     np.testing.assert_allclose(mean, expected, rtol=1e-6)
 
 
-def test_a_table_is_current_for_its_key_until_it_changes(made_up: MadeUp) -> None:
-    path = made_up.home.root / "table.csv"
-    assert not is_current(path, ["a", 1])
-    write_current(path, draw(["x.wav"], 0), ["a", 1])
-    assert is_current(path, ["a", 1])
-    assert not is_current(path, ["a", 2])
-    write_probs(path, draw(["x.wav"], 1))
-    assert not is_current(path, ["a", 1])
+def skilled(made_up: MadeUp, name: str, skill: float, seed: int) -> Run:
+    """A run whose OOF probabilities know something of the truth."""
+    run = made_up.run(name, seed=seed, sets=[f"seed={seed}"])
+    for fold in range(3):
+        noise = read_probs(run.fold(fold).oof)
+        truth = run.targets(noise.index)
+        write_probs(
+            run.fold(fold).oof, make_probs(skill * truth.to_numpy() + (1 - skill) * noise.to_numpy(), list(noise.index), LABELS)
+        )
+    return run
+
+
+def test_greedy_weights_take_what_helps_and_leave_what_does_not(made_up: MadeUp) -> None:
+    rng = np.random.default_rng(0)
+    truth = np.eye(4)[rng.integers(0, 4, 400)]
+    names = [f"c{i}" for i in range(400)]
+    targets = pd.DataFrame(truth, names, LABELS)
+    skills = (0.2, 0.18, 0)
+    good, other, useless = (make_probs(w * truth + (1 - w) * rng.random(truth.shape), names, LABELS) for w in skills)
+    weights = greedy_weights(targets, [useless, good, other], "arithmetic")
+    assert weights.sum() == pytest.approx(1)
+    assert weights[0] < 0.1 < weights[2] <= weights[1] + 0.2
+    fitted = lwlrap(targets, mean_probs([useless, good, other], "arithmetic", list(weights)))
+    assert fitted >= max(lwlrap(targets, t) for t in (useless, good, other))
+
+
+def test_a_clip_is_never_scored_with_weights_fitted_on_it(made_up: MadeUp) -> None:
+    together = read_together([skilled(made_up, "a", 0.4, 1), skilled(made_up, "b", 0.3, 2)])
+    nested = nested_probs(together, "arithmetic")
+    # Other labels for the clips of fold 1 change the weights of all folds but theirs.
+    inside = together.folds.index[together.folds == 1]
+    targets = together.targets.copy()
+    targets.loc[inside] = targets.loc[inside].to_numpy()[:, ::-1]
+    again = nested_probs(Together(targets, together.folds, together.tables), "arithmetic")
+    pd.testing.assert_frame_equal(again.loc[inside], nested.loc[inside])
+
+
+def test_on_runs_that_know_nothing_fitted_weights_gain_nothing_once_nested() -> None:
+    rng = np.random.default_rng(4)
+    names = [f"c{i}" for i in range(150)]
+    targets = pd.DataFrame(np.eye(4)[rng.integers(0, 4, 150)], names, LABELS)
+    tables = {f"r{i}": make_probs(rng.random((150, 4)), names, LABELS) for i in range(6)}
+    folds = pd.Series(np.arange(150) % 5, index=names)
+    fitted = lwlrap(
+        targets, mean_probs(list(tables.values()), "rank", list(greedy_weights(targets, list(tables.values()), "rank")))
+    )
+    nested = lwlrap(targets, nested_probs(Together(targets, folds, tables), "rank"))
+    chance = np.mean([lwlrap(targets, t) for t in tables.values()])
+    assert fitted - chance > 0.02 > nested - chance
+
+
+def test_suggestions_hold_single_runs_and_every_mean_and_the_best_comes_first(made_up: MadeUp) -> None:
+    runs = [skilled(made_up, "a", 0.4, 1), skilled(made_up, "b", 0.3, 2)]
+    found = suggest(runs)
+    assert [s.oof_lwlrap for s in found] == sorted((s.oof_lwlrap for s in found), reverse=True)
+    assert {(tuple(s.runs), s.mean, s.fitted is not None) for s in found} == {
+        (("a",), "-", False),
+        (("b",), "-", False),
+        *((("a", "b"), kind, fitted) for kind in MEANS for fitted in (False, True)),
+    }
+    single = {s.runs[0]: s for s in found if len(s.runs) == 1}
+    assert single["a"].oof_lwlrap == pytest.approx(pool_oof(runs[0]).oof_lwlrap)
+    best = max(single.values(), key=lambda s: s.oof_lwlrap)
+    assert (best.gain.value, best.gain.better) == (0, 0.5)
+    for item in found:
+        assert item.gain.value == pytest.approx(item.oof_lwlrap - best.oof_lwlrap)
+        assert item.weights is None or sum(item.weights) == pytest.approx(1, abs=1e-3)
+
+
+def test_one_run_or_runs_of_other_folds_are_no_ensemble(made_up: MadeUp) -> None:
+    run = made_up.run("one")
+    with pytest.raises(MelfoldError, match="an ensemble needs two runs: one"):
+        suggest([run])
+    with pytest.raises(MelfoldError, match="a run is named twice: one, one"):
+        suggest([run, run])
+    other = dataclasses.replace(made_up.run("two"), info=dataclasses.replace(run.info, clips_sha256="0" * 64))
+    with pytest.raises(MelfoldError, match="runs of other folds or labels cannot be set side by side: one and two"):
+        suggest([run, other])
+
+
+def test_runs_are_compared_with_the_first_on_the_clips_they_share(made_up: MadeUp) -> None:
+    runs = [skilled(made_up, "a", 0.5, 1), skilled(made_up, "b", 0.2, 2), made_up.run("part", folds=[0, 2], seed=3)]
+    found = compare(runs)
+    assert found.clips == len(runs[0].held_out(0)) + len(runs[0].held_out(2))
+    table = found.runs
+    assert list(table.index) == ["a", "b", "part"]
+    assert np.isnan(table.at["a", "difference"])
+    assert table.at["b", "difference"] == pytest.approx(table.at["b", "oof_lwlrap"] - table.at["a", "oof_lwlrap"])
+    assert table.at["b", "d_low"] <= table.at["b", "difference"] <= table.at["b", "d_high"]
+    assert list(found.labels.columns) == ["clips", "a", "b", "part"]
+    assert (
+        found.labels["clips"].sum() == made_up.competition.targets().loc[[*runs[0].held_out(0), *runs[0].held_out(2)]].sum().sum()
+    )
+
+
+def test_the_spread_over_seeds_is_that_of_runs_alike(made_up: MadeUp) -> None:
+    a, b = skilled(made_up, "a", 0.5, 1), skilled(made_up, "b", 0.5, 2)
+    other = made_up.run("other", sets=["train.lr=0.5", "seed=3"])
+    found = compare([a, b, other])
+    scores = found.runs.loc[["a", "b"], "oof_lwlrap"]
+    assert found.seeds == [(["a", "b"], pytest.approx(scores.mean()), pytest.approx(scores.std()))]

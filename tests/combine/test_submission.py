@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ import pytest
 from made_up import LABELS, MadeUp, draw, oracle
 
 from melfold.combine.ensemble import pool_oof
-from melfold.combine.submission import build_submission, check_submission, score_submission
+from melfold.combine.submission import Standing, build_submission, check_submission, score_submission, standing_of
 from melfold.errors import MelfoldError
-from melfold.probs import read_probs, write_probs
+from melfold.learn.runs import Run
+from melfold.probs import mean_probs, read_probs, write_probs
 
 
 def build(made_up: MadeUp, *runs: object, id: str = "sub", mean: str = "geometric") -> Path:
@@ -233,3 +235,38 @@ def test_a_truth_that_is_none_is_refused(text: str, message: str, made_up: MadeU
     path.write_text(text)
     with pytest.raises(MelfoldError, match=message):
         score_submission(file, path)
+
+
+def loosened(run: Run, **info: str) -> Run:
+    return replace(run, info=replace(run.info, **info))
+
+
+def test_a_combination_is_as_strict_as_its_loosest_run(made_up: MadeUp) -> None:
+    strict = made_up.run("strict", seed=1)
+    assert standing_of([strict]) == Standing("scratch", ["curated"], [], [])
+    loose = loosened(made_up.run("loose", seed=2), track="open", licence="apache-2.0, mit")
+    assert standing_of([strict, loose]) == Standing(
+        "open", ["curated"], ["apache-2.0", "mit"], ["no pretrained models and no external data (loose)"]
+    )
+    unknown = loosened(loose, licence="unknown")
+    assert standing_of([unknown]).breaks[1].startswith("the licence of its first weights is not known")
+    bound = loosened(loose, licence="CC-BY-NC-4.0")
+    assert "do not allow it: CC-BY-NC-4.0" in standing_of([bound]).breaks[1]
+
+
+def test_weights_are_noted_and_applied_to_test_and_oof_alike(made_up: MadeUp) -> None:
+    runs = [made_up.run("one", seed=1), made_up.run("two", seed=2)]
+    for run in runs:
+        pool_oof(run)
+    path = build_submission(made_up.home, runs, made_up.competition, id="w", mean="rank", weights=[3, 1])
+    noted = json.loads((path.parent / "recipe.json").read_text())
+    assert [run["share"] for run in noted["runs"]] == [0.75, 0.25]
+    built = read_probs(path)
+    expected = mean_probs([read_probs(run.test) for run in runs], "rank", [3, 1]).loc[built.index]
+    np.testing.assert_allclose(built, expected, rtol=1e-6)
+    oof = mean_probs([read_probs(run.oof) for run in runs], "rank", [3, 1])
+    assert noted["oof_lwlrap"] == pytest.approx(oracle(made_up.competition.targets(), oof), abs=1e-9)
+    with pytest.raises(MelfoldError, match="stands already, of other inputs"):
+        build_submission(made_up.home, runs, made_up.competition, id="w", mean="rank", weights=[1, 1])
+    with pytest.raises(MelfoldError, match="weights do not fit: 1 for 2"):
+        build_submission(made_up.home, runs, made_up.competition, id="x", mean="rank", weights=[1])

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from melfold.config import LogMelConfig
-from melfold.data.clips import ClipStore, Pad, draw_start, prefetch, tile, train_batches, window_batches, window_starts
+from melfold.data.clips import ClipStore, Pad, Phase, draw_start, prefetch, tile, train_batches, window_batches, window_starts
 from melfold.data.competition import load_competition
 from melfold.data.logmel import build_cache, npy_path
 from melfold.errors import MelfoldError
@@ -157,8 +157,9 @@ def test_shifted_windows_stay_on_the_clip(frames: int, length: int, overlap: flo
 
 
 def batches(store: ClipStore, **options: Any) -> list[tuple[np.ndarray, np.ndarray]]:
-    full = {"length": 24, "batch_size": 4, "pad": "wrap", "first_step": 0, "n_steps": 15, "seeds": [1, 2], **options}
-    return [(b.log_mels, b.rows) for b in train_batches(store, **full)]
+    full = {"length": 24, "batch_size": 4, "pad": "wrap", "first_step": 0, "seeds": [1, 2], **options}
+    phases = full.pop("phases", [Phase(full.pop("n_steps", 15), np.arange(len(store.fnames)))])
+    return [(b.log_mels, b.rows) for b in train_batches(store, phases, **full)]
 
 
 @pytest.mark.parametrize("pad", PADS)

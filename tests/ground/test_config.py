@@ -11,6 +11,7 @@ import pytest
 from melfold.config import (
     LogMelConfig,
     Recipe,
+    View,
     explain_recipe,
     load_recipe,
     parse_recipe,
@@ -219,6 +220,48 @@ def test_differences_name_each_changed_value_and_nothing_else() -> None:
 
 def test_seconds_become_the_nearest_frames_and_never_none() -> None:
     recipe = load_recipe("base", ["train.crop_seconds=1.28", "predict.window_seconds=2.0", "predict.shift_seconds=[0, 0.5]"])
-    assert (recipe.crop_frames, recipe.window_frames, recipe.shift_frames) == (128, 200, (0, 50))
+    assert (recipe.crop_frames, recipe.views) == (128, (View(200, 0, "wrap"), View(200, 50, "wrap")))
     assert recipe.frames(1e-6) == 1
     assert load_recipe("base", ["train.crop_seconds=1.28"]).window_frames == 128
+
+
+def test_views_are_every_length_with_every_padding_at_every_shift_the_first_of_each_first() -> None:
+    sets = ["train.crop_seconds=1", "predict.window_seconds=[2, 1]", "predict.shift_seconds=[0, 0.5]"]
+    views = load_recipe("base", [*sets, 'predict.pads=["wrap", "floor"]']).views
+    assert len(views) == len(set(views)) == 8
+    assert views[:3] == (View(200, 0, "wrap"), View(200, 0, "floor"), View(100, 0, "wrap"))
+    assert {view.shift for view in views[:4]} == {0}
+    assert load_recipe("base", ["train.crop_seconds=1", "predict.pads=floor"]).views == (View(100, 0, "floor"),)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fname,labels\na.wav,Bark\n", "is no table of corrections: fname,labels. Its columns are fname,labels,why"),
+        ("", "is no table of corrections: an empty file"),
+        ("fname,labels,why\na.wav,Bark,x\na.wav,Tone,x\n", "stands twice: a.wav"),
+        ("fname,labels,why\na.wav,,x\n", "no labels: a.wav. Put several labels in quotes; to leave a clip out use data.exclude"),
+        ("fname,labels,why\na.wav,Bark,Tone,x\n", "more cells than columns: a.wav"),
+    ],
+)
+def test_a_bad_table_of_corrections_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "c.csv").write_text(text)
+    with pytest.raises(MelfoldError) as caught:
+        load_recipe("base", [f"data.corrections={tmp_path / 'c.csv'}"])
+    assert message in str(caught.value)
+
+
+def test_corrections_become_part_of_the_recipe_and_of_its_fingerprint(tmp_path: Path) -> None:
+    path = tmp_path / "c.csv"
+    path.write_text('fname,labels,why\na.wav,"Bark,Tone",both are heard\n')
+    recipe = load_recipe("base", [f"data.corrections={path}"])
+    assert recipe.data.corrections["a.wav"].labels == ("Bark", "Tone")
+    assert recipe.fingerprint() != load_recipe("base").fingerprint()
+    assert parse_recipe(recipe.model_dump(mode="json"), "saved") == recipe
+    path.write_text("fname,labels,why\na.wav,Bark,both are heard\n")
+    assert load_recipe("base", [f"data.corrections={path}"]).fingerprint() != recipe.fingerprint()
+
+
+def test_a_recipe_that_would_never_show_a_curated_clip_is_refused() -> None:
+    with pytest.raises(MelfoldError, match="curated_times = 0 needs curated_epochs"):
+        load_recipe("base", ["noisy.use=true", "noisy.curated_times=0"])

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from sklearn.metrics import label_ranking_average_precision_score
 
 from melfold.errors import MelfoldError
-from melfold.metrics import bootstrap_interval, constant_lwlrap, lwlrap, per_label_lwlrap
+from melfold.metrics import Difference, bootstrap_interval, constant_lwlrap, lwlrap, paired_bootstrap, per_label_lwlrap
 
 
 def tables(truth: object, scores: object) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -154,3 +154,35 @@ def test_a_wider_level_gives_a_wider_interval() -> None:
     problem = noisy_problem(60)
     narrow, wide = (bootstrap_interval(*problem, rng=np.random.default_rng(0), level=level) for level in (0.5, 0.99))
     assert wide.low < narrow.low < narrow.high < wide.high
+
+
+def test_a_run_is_no_better_than_itself() -> None:
+    targets, scores = noisy_problem(50)
+    found = paired_bootstrap(targets, scores, scores, rng=np.random.default_rng(0))
+    assert found == Difference(0, 0, 0, 0.5)
+
+
+def test_a_paired_difference_is_that_of_the_scores_and_its_interval_narrower_than_two_apart() -> None:
+    targets, scores = noisy_problem(300)
+    rng = np.random.default_rng(1)
+    worse = scores + 0.15 * rng.standard_normal(scores.shape)
+    found = paired_bootstrap(targets, scores, worse, rng=np.random.default_rng(0))
+    assert found.value == pytest.approx(lwlrap(targets, scores) - lwlrap(targets, worse), abs=1e-12)
+    assert found.low < found.value < found.high
+    a, b = (bootstrap_interval(targets, s, rng=np.random.default_rng(0)) for s in (scores, worse))
+    assert found.high - found.low < (a.high - a.low + b.high - b.low) / 2
+    mirrored = paired_bootstrap(targets, worse, scores, rng=np.random.default_rng(0))
+    assert (mirrored.low, mirrored.high) == pytest.approx((-found.high, -found.low))
+    assert mirrored.better == pytest.approx(1 - found.better)
+
+
+def test_its_interval_covers_the_truth_as_often_as_it_says() -> None:
+    covered = 0
+    for seed in range(60):
+        rng = np.random.default_rng([3, seed])
+        truth = np.eye(4)[rng.integers(0, 4, 80)]
+        # Two models of the same quality: the true difference is 0.
+        a, b = (tables(truth, truth + 1.2 * rng.standard_normal(truth.shape))[1] for _ in range(2))
+        found = paired_bootstrap(tables(truth, truth)[0], a, b, rng=rng, draws=400)
+        covered += found.low <= 0 <= found.high
+    assert covered >= 52

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from melfold.errors import MelfoldError
-from melfold.probs import align, check_probs, make_probs, mean_probs, read_probs, write_probs
+from melfold.probs import MEANS, align, check_probs, is_current, make_probs, mean_probs, read_probs, write_current, write_probs
 
 UNIT = st.floats(0, 1, width=32)
 TABLES = hnp.array_shapes(min_dims=2, max_dims=2, max_side=6).flatmap(lambda s: hnp.arrays(np.float32, s, elements=UNIT))
@@ -125,3 +125,47 @@ def test_predictions_of_different_clips_are_never_averaged() -> None:
     for other in (make_probs(np.zeros((2, 1)), ["a", "c"], ["A"]), make_probs(np.zeros((1, 1)), ["a"], ["A"])):
         with pytest.raises(MelfoldError, match="clips"):
             mean_probs([a, other], "arithmetic")
+
+
+def one(value: float) -> pd.DataFrame:
+    return make_probs(np.full((1, 1), value), ["x.wav"], ["Bark"])
+
+
+def test_a_table_is_current_for_its_key_until_it_changes(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    assert not is_current(path, ["a", 1])
+    write_current(path, one(0.25), ["a", 1])
+    assert is_current(path, ["a", 1])
+    assert not is_current(path, ["a", 2])
+    write_probs(path, one(0.5))
+    assert not is_current(path, ["a", 1])
+
+
+def test_logit_and_rank_means_by_hand() -> None:
+    a, b = (make_probs(np.array([values]), ["c"], ["A", "B", "C"]) for values in ([0.2, 0.9, 0.5], [0.6, 0.7, 0.5]))
+    odds = np.sqrt(np.array([0.2 / 0.8 * 0.6 / 0.4, 0.9 / 0.1 * 0.7 / 0.3, 1]))
+    np.testing.assert_allclose(mean_probs([a, b], "logit").loc["c"], odds / (1 + odds), rtol=1e-5)
+    np.testing.assert_allclose(mean_probs([a, b], "rank").loc["c"], [1.5 / 4, 3 / 4, 1.5 / 4], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", MEANS)
+def test_a_weight_counts_as_so_many_tables(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    a, b = (named(rng.random((5, 4)).astype(np.float32)) for _ in range(2))
+    weighted = mean_probs([a, b], kind, [3, 1])
+    np.testing.assert_allclose(weighted, mean_probs([a, a, b, a], kind), rtol=1e-5)
+    np.testing.assert_allclose(mean_probs([a, b], kind, [1, 0]), mean_probs([a], kind), rtol=1e-6)
+
+
+@pytest.mark.parametrize("weights", [[1], [1, -1], [0, 0], [1, np.nan], [1, 1, 1]])
+def test_weights_that_do_not_fit_are_refused(weights: list[float]) -> None:
+    a = named(np.full((2, 2), 0.5))
+    with pytest.raises(MelfoldError, match="weights do not fit"):
+        mean_probs([a, a], "arithmetic", weights)
+
+
+@given(TABLES)
+def test_a_rank_mean_keeps_every_clips_order(values: np.ndarray) -> None:
+    mean = mean_probs([named(values)], "rank").to_numpy()
+    for row, ranks in zip(values, mean, strict=True):
+        assert (np.sign(row[:, None] - row) == np.sign(ranks[:, None] - ranks)).all()

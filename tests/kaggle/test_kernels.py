@@ -114,7 +114,7 @@ def test_a_rehearsal_gives_the_bytes_of_home(isolation: str, own: World, tmp_pat
     assert set(report.predicted_seconds) == {"1120", "3361"}
     assert report.peak_mib > 50
     passes = record(tmp_path / "kept")["passes"]
-    assert [(p["fold"], p["shift"] > 0) for p in passes] == [("0", False), ("1", False), ("0", True), ("1", True)]
+    assert [(p["fold"], p["view"]) for p in passes] == [("0", 0), ("1", 0), ("0", 1), ("1", 1)]
     assert (built.noted("rehearsal.json") or {})["blessed"]
     assert {p.name for p in (tmp_path / "kept").iterdir()} == {"submission.csv", "melfold.json", "log.txt"}
     assert own.build().noted("rehearsal.json"), "the same build again keeps its blessing"

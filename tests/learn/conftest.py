@@ -17,6 +17,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """Treat it as read-only: start runs in a `tmp_path`."""
     root = tmp_path_factory.mktemp("world")
     made = World(load_competition(write_demo(root / "demo")), Home(root), pick_device("cpu", "off"))
-    pipeline.cache(made.competition, made.home, made.recipe(), jobs=1)
+    pipeline.cache(made.competition, made.home, made.recipe("noisy.use=true"), jobs=1)
     pipeline.folds(made.competition, made.home, made.recipe())
     return made

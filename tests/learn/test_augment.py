@@ -14,7 +14,7 @@ from melfold.learn.devices import pick_device
 
 CPU = pick_device("cpu", "off")
 FILL = -50.0
-ALL = {"mixup_prob": 0.5, "freq_masks": 2, "time_masks": 2, "gain_db": 3}
+ALL = {"mixup_prob": 0.5, "freq_masks": 2, "time_masks": 2, "gain_db": 3, "resize_prob": 0.5, "concat_prob": 0.5}
 
 
 def batch(clips: int = 3, n_mels: int = 8, frames: int = 10, labels: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,3 +135,59 @@ def test_inputs_are_left_as_they_were() -> None:
     apply_augment(draw_augment(AugmentConfig(**ALL), 4, 8, 10, np.random.default_rng(0)), log_mels, targets, FILL, CPU)
     assert torch.equal(log_mels, before[0])
     assert torch.equal(targets, before[1])
+
+
+def test_a_joined_clip_begins_as_itself_and_ends_as_the_other() -> None:
+    log_mels, targets = batch(3, frames=100)
+    draw = AugmentDraw(end=np.array([1, 1, 0]), steepness=np.full(3, 12, np.float32))
+    joined, labels = apply_augment(draw, log_mels, targets, FILL, CPU)
+    torch.testing.assert_close(joined[0, ..., :10], log_mels[0, ..., :10], atol=0.01, rtol=0)
+    torch.testing.assert_close(joined[0, ..., -10:], log_mels[1, ..., -10:], atol=0.01, rtol=0)
+    share = 1 / (1 + np.exp(-12 * np.linspace(-1, 1, 100)))
+    expected = log_mels[2] * (1 - share) + log_mels[0] * share
+    torch.testing.assert_close(joined[2], expected.float(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(joined[1], log_mels[1])  # with itself
+    torch.testing.assert_close(labels, torch.maximum(targets, targets[[1, 1, 0]]))
+
+
+def test_a_stretched_window_keeps_what_it_shows() -> None:
+    mels, frames = 16, 40
+    ramp = (torch.arange(mels).float()[:, None] + 100 * torch.arange(frames).float()).expand(2, 1, mels, frames)
+    boxes = np.array([[0.25, 0.5, 0.5, 0.25], [0, 1, 0, 1]], np.float32)
+    stretched, _ = apply_augment(AugmentDraw(boxes=boxes), ramp, torch.eye(2), FILL, CPU)
+    assert torch.equal(stretched[1], ramp[1])  # the whole window: to the bit
+    # Centres of cells: row i of the output is at 4 + (i + .5) / 2 - .5 of the input, column j at 20 + (j + .5) / 4 - .5.
+    rows = 4 + (np.arange(mels) + 0.5) / 2 - 0.5
+    columns = 20 + (np.arange(frames) + 0.5) / 4 - 0.5
+    torch.testing.assert_close(stretched[0, 0], torch.tensor(rows[:, None] + 100 * columns).float(), atol=0.01, rtol=0)
+
+
+def test_windows_are_as_large_as_asked_and_inside() -> None:
+    config = AugmentConfig(resize_prob=0.5, resize_scale=0.6)
+    boxes = draw_augment(config, 4000, 64, 100, np.random.default_rng(0)).boxes
+    assert boxes is not None
+    stretched = (boxes[:, [1, 3]] < 1).any(axis=1)
+    assert stretched.mean() == pytest.approx(0.5, abs=0.03)
+    assert boxes[stretched][:, [1, 3]].min() >= 0.6
+    assert (boxes[:, [0, 2]] >= 0).all()
+    assert (boxes[:, [0, 2]] + boxes[:, [1, 3]] <= 1 + 1e-6).all()
+
+
+@pytest.mark.parametrize("sets", [{"mixup_prob": 1}, {"mixup_prob": 1, "mixup": "db"}, {"concat_prob": 1}])
+def test_clips_of_two_groups_are_never_mixed(sets: dict) -> None:
+    groups = np.array([True, False, False, True, False])
+    for seed in range(20):
+        draw = draw_augment(AugmentConfig(**sets), 5, 8, 10, np.random.default_rng(seed), groups)
+        other = draw.end if draw.partner is None else draw.partner
+        assert (groups[other] == groups).all()
+        assert (other != np.arange(5)).all()
+
+
+def test_a_clip_alone_in_its_group_stays_as_it_is() -> None:
+    log_mels, targets = batch(3)
+    groups = np.array([True, False, False])
+    draw = draw_augment(AugmentConfig(mixup_prob=1, concat_prob=1), 3, 8, 10, np.random.default_rng(0), groups)
+    mixed, labels = apply_augment(draw, log_mels, targets, FILL, CPU)
+    torch.testing.assert_close(mixed[0], log_mels[0])
+    torch.testing.assert_close(labels[0], targets[0])
+    assert not torch.allclose(mixed[1], log_mels[1])

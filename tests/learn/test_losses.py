@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 
 from melfold.config import TrainConfig
-from melfold.learn.losses import loss_named
+from melfold.learn.losses import bootstrapped, loss_named, lsep
+
+NAMES = get_args(TrainConfig.model_fields["loss"].annotation)
+
+
+def sample(clips: int = 6, labels: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = np.random.default_rng(0)
+    return torch.tensor(rng.normal(0, 2, (clips, labels))), torch.tensor((rng.random((clips, labels)) < 0.4).astype(float))
 
 
 def test_bce_is_the_mean_over_clips_and_labels() -> None:
@@ -16,6 +25,57 @@ def test_bce_is_the_mean_over_clips_and_labels() -> None:
     assert float(loss) == pytest.approx((0.693147 + 2.126928) / 2, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", get_args(TrainConfig.model_fields["loss"].annotation) or ["bce"])
-def test_every_name_a_recipe_may_hold_is_a_loss(name: str) -> None:
-    assert loss_named(name)(torch.zeros(2, 3), torch.ones(2, 3)).ndim == 0
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["all present", "none present", "mixed", "soft"])
+def test_every_loss_and_its_gradient_are_finite(name: str, kind: str) -> None:
+    logits, targets = sample()
+    targets = {"all present": targets * 0 + 1, "none present": targets * 0, "mixed": targets, "soft": targets * 0.8 + 0.1}[kind]
+    logits = (50 * logits).float().requires_grad_()
+    loss = loss_named(name)(logits, targets.float())
+    loss.backward()
+    assert loss.ndim == 0
+    assert torch.isfinite(loss)
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_lsep_is_the_logarithm_of_one_and_a_sum_over_pairs() -> None:
+    logits, targets = sample()
+    expected = []
+    for scores, truth in zip(logits.tolist(), targets.tolist(), strict=True):
+        both = list(zip(scores, truth, strict=True))
+        pairs = [math.exp(absent - present) for absent, t in both if not t for present, u in both if u]
+        expected.append(math.log(1 + sum(pairs)))
+    assert float(lsep(logits, targets)) == pytest.approx(np.mean(expected), rel=1e-9)
+
+
+def test_lsep_wants_present_labels_above_absent_ones() -> None:
+    logits, targets = sample()
+    logits.requires_grad_()
+    lsep(logits, targets).backward()
+    both = (targets.sum(1) > 0) & (targets.sum(1) < targets.shape[1])
+    assert (logits.grad[both][targets[both] > 0] < 0).all()
+    assert (logits.grad[both][targets[both] == 0] > 0).all()
+
+
+@pytest.mark.parametrize(("name", "negative", "positive", "clip"), [("focal", 2, 2, 0), ("asl", 4, 1, 0.05)])
+def test_focal_and_asymmetric_loss_by_their_formula(name: str, negative: int, positive: int, clip: float) -> None:
+    logits, targets = (t.float() for t in sample())
+    p = torch.sigmoid(logits)
+    shifted = (p - clip).clamp(min=0)
+    by_hand = -targets * (1 - p) ** positive * p.log() - (1 - targets) * shifted**negative * (1 - shifted).log()
+    assert float(loss_named(name)(logits, targets)) == pytest.approx(float(by_hand.mean()), rel=1e-4)
+
+
+def test_lsep_bce_is_their_sum_over_labels() -> None:
+    logits, targets = sample()
+    expected = lsep(logits, targets) + loss_named("bce")(logits, targets) * 5
+    assert float(loss_named("lsep_bce")(logits, targets)) == pytest.approx(float(expected))
+
+
+def test_bootstrapping_mixes_in_the_models_own_view_of_noisy_clips_alone() -> None:
+    logits, targets = sample(2)
+    logits.requires_grad_()
+    mixed = bootstrapped(targets, logits, torch.tensor([False, True]), 0.3)
+    torch.testing.assert_close(mixed[0], targets[0])
+    torch.testing.assert_close(mixed[1], 0.7 * targets[1] + 0.3 * torch.sigmoid(logits[1].detach()))
+    assert not mixed.requires_grad

@@ -63,7 +63,7 @@ def test_a_long_clip_is_the_mean_of_windows_that_cover_it(world: World, tagger: 
     starts = window_starts(frames, length, 0.5, 0, "wrap")
     assert len(starts) > 2
     assert set().union(*(range(s, s + length) for s in starts)) == set(range(frames))
-    logits = predict_logits(tagger, world.store([store.fnames[row]]), world.recipe(), world.device, 0)
+    logits = predict_logits(tagger, world.store([store.fnames[row]]), world.recipe(), world.device, world.recipe().views[0])
     np.testing.assert_allclose(logits[0], by_hand(world, tagger, store.fnames[row], 0), atol=1e-4)
 
 

@@ -255,8 +255,8 @@ def test_no_held_out_clip_is_ever_in_a_training_batch(world: World, tmp_path: Pa
     shown: set[str] = set()
     batches = train.train_batches
 
-    def spy(store: object, **kwargs: object) -> Iterator[object]:
-        for batch in batches(store, **kwargs):
+    def spy(store: object, *args: object, **kwargs: object) -> Iterator[object]:
+        for batch in batches(store, *args, **kwargs):
             shown.update(store.fnames[row] for row in batch.rows)
             yield batch
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from melfold.errors import MelfoldError
-from melfold.files import digest, read_json, sha256_file, write_json
+from melfold.files import write_json
 from melfold.learn.runs import FULL, Run
-from melfold.metrics import bootstrap_interval, constant_lwlrap, lwlrap, per_label_lwlrap
-from melfold.probs import Probs, mean_probs, read_probs, write_probs
+from melfold.metrics import Difference, bootstrap_interval, constant_lwlrap, lwlrap, paired_bootstrap, per_label_lwlrap
+from melfold.probs import MEANS, Probs, align, mean_probs, mean_values, read_probs, write_probs
 
 
 @dataclass(frozen=True)
@@ -79,16 +79,178 @@ def fold_mean(run: Run, folds: list[str]) -> Probs:
     return mean_probs([read_probs(run.fold(fold).test) for fold in folds], run.recipe.predict.fold_mean)
 
 
-def is_current(path: Path, key: Any) -> bool:
-    """Whether a table of probabilities was made from just this key and has not changed since."""
-    stamp = path.with_suffix(".json")
-    if not (path.exists() and stamp.exists()):
-        return False
-    noted = read_json(stamp)
-    return noted.get("key") == digest(key) and noted.get("sha256") == sha256_file(path)
+@dataclass(frozen=True)
+class Together:
+    """The out-of-fold predictions of several runs for the same held-out clips.
+
+    `tables`: a run's name -> its probabilities. `folds`: each clip's fold. Rows are in one order everywhere.
+    """
+
+    targets: pd.DataFrame
+    folds: pd.Series
+    tables: dict[str, Probs]
 
 
-def write_current(path: Path, probs: Probs, key: Any) -> None:
-    """Write a table of probabilities, and beside it what `is_current` asks for."""
-    write_probs(path, probs)
-    write_json(path.with_suffix(".json"), {"key": digest(key), "sha256": sha256_file(path)})
+def read_together(runs: Sequence[Run]) -> Together:
+    """The out-of-fold predictions of runs that held out the same clips at the same time, for the clips that all of them cover.
+
+    Raises:
+        MelfoldError: runs of other folds or labels, one that is named twice or has no trained fold, or no clip in common.
+    """
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        raise MelfoldError("a run is named twice", ", ".join(names), "Name each once")
+    for run in runs[1:]:
+        if run.info.clips_sha256 != runs[0].info.clips_sha256:
+            raise MelfoldError(
+                "runs of other folds or labels cannot be set side by side", f"{runs[0].name} and {run.name}", "Use one fold table"
+            )
+    for run in runs:
+        pool_oof(run)
+    tables = {run.name: read_probs(run.oof) for run in runs}
+    common = sorted(set.intersection(*(set(t.index) for t in tables.values())))
+    if not common:
+        raise MelfoldError("these runs have no trained fold in common", ", ".join(names), "Train the same folds")
+    targets = runs[0].targets(common)
+    labels = list(targets.columns)
+    return Together(targets, runs[0].clips["fold"].loc[common], {n: align(t, common, labels, n) for n, t in tables.items()})
+
+
+def greedy_weights(targets: pd.DataFrame, tables: Sequence[Probs], kind: str, rounds: int = 20) -> np.ndarray:
+    """Weights by greedy selection with replacement: each round adds the table that helps lwlrap most, ties to the first.
+
+    Caruana et al., "Ensemble Selection from Libraries of Models" (2004); the best of all rounds is kept.
+
+    Returns:
+        One weight a table, summing to 1.
+    """
+    values = np.stack([align(t, targets.index, list(targets.columns), "predictions").to_numpy(np.float64) for t in tables])
+
+    def score(counts: np.ndarray) -> float:
+        mean = mean_values(values, kind, counts / counts.sum())
+        return lwlrap(targets, pd.DataFrame(mean, targets.index, targets.columns))
+
+    counts = np.zeros(len(tables))
+    best, chosen = -1.0, counts
+    for _ in range(rounds):
+        steps = counts + np.eye(len(tables))
+        scores = [score(step) for step in steps]
+        counts = steps[int(np.argmax(scores))]
+        if max(scores) > best + 1e-12:
+            best, chosen = max(scores), counts
+    return chosen / chosen.sum()
+
+
+def nested_probs(together: Together, kind: str) -> Probs:
+    """Every clip by weights that were fitted on the other folds' clips: its score is not the fitted one."""
+    parts = []
+    tables = list(together.tables.values())
+    for fold in sorted(together.folds.unique()):
+        inside = together.folds.index[together.folds == fold]
+        others = together.folds.index[together.folds != fold]
+        weights = greedy_weights(together.targets.loc[others], tables, kind)
+        parts.append(mean_probs([t.loc[inside] for t in tables], kind, list(weights)))
+    return pd.concat(parts).loc[together.targets.index]
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A way to combine runs. `oof_lwlrap` is honest: with fitted weights it is the nested score, beside the `fitted` one.
+
+    `gain`: over the best single run.
+    """
+
+    runs: list[str]
+    mean: str
+    weights: list[float] | None
+    oof_lwlrap: float
+    low: float
+    high: float
+    fitted: float | None
+    gain: Difference
+
+
+def suggest(runs: Sequence[Run]) -> list[Suggestion]:
+    """Single runs, all of them with equal weights, and all with fitted ones, by every kind of mean; the best OOF score first.
+
+    Raises:
+        MelfoldError: as `read_together`, or one run alone.
+    """
+    if len(runs) < 2:
+        raise MelfoldError(
+            "an ensemble needs two runs", ", ".join(r.name for r in runs) or "none", "Train another recipe or seed"
+        )
+    together = read_together(runs)
+    targets, tables = together.targets, list(together.tables.values())
+    singles = {name: lwlrap(targets, table) for name, table in together.tables.items()}
+    best = together.tables[max(singles, key=lambda name: singles[name])]
+    found: list[Suggestion] = []
+
+    def add(names: Sequence[str], kind: str, weights: np.ndarray | None, probs: Probs, fitted: float | None) -> None:
+        rng = [np.random.default_rng(0) for _ in range(2)]
+        interval = bootstrap_interval(targets, probs, rng=rng[0])
+        gain = paired_bootstrap(targets, probs, best, rng=rng[1])
+        given = None if weights is None else [round(float(w), 4) for w in weights]
+        found.append(Suggestion(list(names), kind, given, lwlrap(targets, probs), interval.low, interval.high, fitted, gain))
+
+    for name, table in together.tables.items():
+        add([name], "-", None, table, None)
+    for kind in MEANS:
+        add(list(together.tables), kind, None, mean_probs(tables, kind), None)
+        weights = greedy_weights(targets, tables, kind)
+        fitted = lwlrap(targets, mean_probs(tables, kind, list(weights)))
+        if len(together.folds.unique()) > 1:
+            add(list(together.tables), kind, weights, nested_probs(together, kind), fitted)
+    return sorted(found, key=lambda s: -s.oof_lwlrap)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Runs beside the first of them, on the clips that all cover.
+
+    `runs`: indexed by name: `track, seed, oof_lwlrap, low, high, difference, d_low, d_high, better`. `labels`: lwlrap by label, a
+    column a run, with the label's clips. `seeds`: runs that differ in nothing but their seed: names, mean and standard deviation.
+    """
+
+    clips: int
+    runs: pd.DataFrame
+    labels: pd.DataFrame
+    seeds: list[tuple[list[str], float, float]]
+
+
+def compare(runs: Sequence[Run]) -> Compared:
+    """Set runs side by side: intervals, paired differences from the first, labels, and the spread over seeds.
+
+    Raises:
+        MelfoldError: as `read_together`.
+    """
+    together = read_together(runs)
+    targets, tables = together.targets, together.tables
+    first = tables[runs[0].name]
+    rows, labels = {}, {}
+    for run in runs:
+        table = tables[run.name]
+        interval = bootstrap_interval(targets, table, rng=np.random.default_rng(0))
+        difference = paired_bootstrap(targets, table, first, rng=np.random.default_rng(0))
+        row: dict[str, Any] = {"track": run.info.track, "seed": str(run.recipe.seed), "oof_lwlrap": lwlrap(targets, table)}
+        row |= {"low": interval.low, "high": interval.high}
+        if run is not runs[0]:
+            row |= {
+                "difference": difference.value,
+                "d_low": difference.low,
+                "d_high": difference.high,
+                "better": difference.better,
+            }
+        rows[run.name] = row
+        per_label = per_label_lwlrap(targets, table)
+        labels["clips"] = per_label["clips"]
+        labels[run.name] = per_label["lwlrap"]
+    alike: dict[str, list[Run]] = {}
+    for run in runs:
+        alike.setdefault(run.recipe.model_copy(update={"seed": 0}).fingerprint(), []).append(run)
+    seeds = []
+    for same in alike.values():
+        if len({run.recipe.seed for run in same}) > 1:
+            scores = [rows[run.name]["oof_lwlrap"] for run in same]
+            seeds.append(([run.name for run in same], float(np.mean(scores)), float(np.std(scores, ddof=1))))
+    return Compared(len(targets), pd.DataFrame.from_dict(rows, orient="index"), pd.DataFrame(labels), seeds)

@@ -6,6 +6,7 @@ import csv
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,27 @@ from melfold.errors import MelfoldError
 from melfold.files import Home, digest, read_json, sha256_file, write_json
 from melfold.learn.runs import FULL, Run
 from melfold.metrics import bootstrap_interval, lwlrap
-from melfold.probs import Probs, align, mean_probs, read_probs, write_probs
+from melfold.probs import MEANS, Probs, align, check_weights, mean_probs, read_probs, write_probs
 
 log = logging.getLogger(__name__)
 
 
 def build_submission(
-    home: Home, runs: Sequence[Run], competition: Competition, *, id: str, mean: str, replace: bool = False
+    home: Home,
+    runs: Sequence[Run],
+    competition: Competition,
+    *,
+    id: str,
+    mean: str,
+    weights: Sequence[float] | None = None,
+    replace: bool = False,
 ) -> Path:
     """Combine the test predictions of runs into `submissions/<id>/submission.csv`, with `recipe.json` beside it.
 
     Rows and columns are in the order of `sample_submission.csv`. The same inputs under the same id change nothing.
 
     Args:
+        weights: one a run; equal where not given.
         replace: put it in the place of one of other inputs under this id.
 
     Raises:
@@ -37,8 +46,9 @@ def build_submission(
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", id):
         raise MelfoldError("a submission's name is letters, digits, dots, dashes, +", repr(id), "Use --id NAME")
-    if mean not in ("arithmetic", "geometric"):
-        raise MelfoldError("unknown mean", mean, "Use arithmetic or geometric")
+    if mean not in MEANS:
+        raise MelfoldError("unknown mean", mean, f"Use {', '.join(MEANS)}")
+    shares = check_weights(weights, len(runs))
     if len({run.folder for run in runs}) < len(runs):
         raise MelfoldError("a run is named twice", ", ".join(run.name for run in runs), "Name each once")
     folder = home.submissions / id
@@ -48,7 +58,7 @@ def build_submission(
             log.warning("run %s is INCOMPLETE: not trained: fold %s", run.name, missing)
         if not run.test.exists():
             raise MelfoldError(f"run {run.name} has no test predictions", str(run.test), f"Run `melfold predict {run.name}`")
-    recipe = _recipe(runs, competition, id, mean)
+    recipe = _recipe(runs, competition, id, mean, [float(share) for share in shares])
     path, noted = folder / "submission.csv", folder / "recipe.json"
     if noted.exists():
         before = read_json(noted)
@@ -59,7 +69,7 @@ def build_submission(
             noted.unlink()
             path.unlink(missing_ok=True)
     tables = [read_probs(run.test) for run in runs]
-    probs = tables[0] if len(tables) == 1 else mean_probs(tables, mean)
+    probs = tables[0] if len(tables) == 1 else mean_probs(tables, mean, shares)
     probs = align(probs, competition.test.index, competition.labels, "test predictions")
     if path.exists() and noted.exists() and sha256_file(path) != read_json(noted)["submission_sha256"]:
         raise MelfoldError("a submission was changed by hand", str(path), "Delete it, or use another --id")
@@ -73,40 +83,75 @@ def build_submission(
     return path
 
 
-def _recipe(runs: Sequence[Run], competition: Competition, id: str, mean: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Standing:
+    """What a combination of runs may call itself: the loosest of what they are."""
+
+    track: str
+    data: list[str]
+    licences: list[str]
+    breaks: list[str]
+    """The competition's rules that it would break, and what else stands in the way of publishing it."""
+
+
+def standing_of(runs: Sequence[Run]) -> Standing:
+    """The track, data and licences that runs have together."""
+    infos = [run.info for run in runs]
+    track = "open" if any(info.track == "open" for info in infos) else "scratch"
+    licences = sorted({part for info in infos for part in info.licence.split(", ") if part})
+    breaks = []
+    if track == "open":
+        theirs = ", ".join(run.name for run in runs if run.info.track == "open")
+        breaks.append(f"no pretrained models and no external data ({theirs})")
+    if "unknown" in licences:
+        breaks.append("the licence of its first weights is not known: name it with --set model.licence=…")
+    if bound := [licence for licence in licences if re.search(r"(?i)\bnc\b|non-?commercial", licence)]:
+        breaks.append(f"winners license their models for any use, these weights do not allow it: {', '.join(bound)}")
+    return Standing(track, sorted({info.data for info in infos}), licences, breaks)
+
+
+def _recipe(runs: Sequence[Run], competition: Competition, id: str, mean: str, shares: list[float]) -> dict[str, Any]:
     """All that a submission is made of."""
-    tracks = {run.info.track for run in runs}
+    standing = standing_of(runs)
     return {
         "id": id,
         "competition": competition.name,
-        "track": "open" if "open" in tracks else "scratch",
+        "track": standing.track,
+        "licences": standing.licences,
         "mean": mean,
-        "oof_lwlrap": _oof_lwlrap(runs, mean),
+        "oof_lwlrap": _oof_lwlrap(runs, mean, shares),
         "runs": [
             {
                 "name": run.name,
                 "recipe": run.recipe.model_dump(mode="json"),
+                "share": share,
                 "track": run.info.track,
+                "data": run.info.data,
+                "licence": run.info.licence,
+                "teacher": run.info.teacher,
                 "folds_sha256": run.info.folds_sha256,
                 "clips_sha256": run.info.clips_sha256,
                 "weights_sha256": {fold: read_json(run.fold(fold).result)["weights_sha256"] for fold in run.done_folds()},
                 "test_sha256": sha256_file(run.test),
                 "commit": run.info.commit,
             }
-            for run in runs
+            for run, share in zip(runs, shares, strict=True)
         ],
         "test_rows": digest(list(competition.test.index)),
     }
 
 
-def _oof_lwlrap(runs: Sequence[Run], mean: str) -> float | None:
-    """The out-of-fold score of the combination; none unless every run held out the same clips at the same time."""
+def _oof_lwlrap(runs: Sequence[Run], mean: str, shares: list[float]) -> float | None:
+    """The out-of-fold score of the combination; none unless every run held out the same clips at the same time.
+
+    Weights that were fitted on these clips make it a little too good: `melfold ensemble suggest` shows the nested score.
+    """
     if not all(run.oof.exists() for run in runs) or len({run.info.clips_sha256 for run in runs}) > 1:
         return None
     tables = [read_probs(run.oof) for run in runs]
     if any(set(t.index) != set(tables[0].index) for t in tables):
         return None
-    probs = tables[0] if len(tables) == 1 else mean_probs(tables, mean)
+    probs = tables[0] if len(tables) == 1 else mean_probs(tables, mean, shares)
     return lwlrap(runs[0].targets(probs.index), probs)
 
 

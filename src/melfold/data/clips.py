@@ -46,10 +46,16 @@ class ClipStore:
 
     def head(self, count: int) -> ClipStore:
         """The first clips alone."""
+        return self._part(slice(count))
+
+    def tail(self, count: int) -> ClipStore:
+        """The last clips alone."""
+        return self._part(slice(len(self.fnames) - count, None))
+
+    def _part(self, part: slice) -> ClipStore:
         few = copy(self)
-        few.fnames, few.frames, few._paths, few._floor = (
-            values[:count] for values in (self.fnames, self.frames, self._paths, self._floor)
-        )
+        for name in ("fnames", "frames", "_paths", "_floor", "_mean", "_mean_square"):
+            setattr(few, name, getattr(self, name)[part])
         return few
 
     def statistics(self) -> tuple[float, float]:
@@ -109,29 +115,41 @@ def window_starts(frames: int, length: int, overlap: float, shift: int, pad: Pad
     return sorted({min(max(round(s) + shift, 0), spare) for s in np.linspace(0, spare, count)})
 
 
-def train_batches(
-    store: ClipStore, *, length: int, batch_size: int, pad: Pad, first_step: int, n_steps: int, seeds: Sequence[int]
-) -> Iterator[Batch]:
-    """Random crops, for the steps from `first_step` to `n_steps`.
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training, up to the step `until`, in which clips are drawn from `rows`; a row may stand there repeatedly."""
 
-    Clips come in an endless row of shuffled passes cut into equal batches, and each step draws from a generator of its
-    own: the batch of a step does not depend on where reading began, so that a resumed run sees what it would have seen.
+    until: int
+    rows: np.ndarray
+
+
+def train_batches(
+    store: ClipStore, phases: Sequence[Phase], *, length: int, batch_size: int, pad: Pad, first_step: int, seeds: Sequence[int]
+) -> Iterator[Batch]:
+    """Random crops, for the steps from `first_step` to the end of the last phase.
+
+    In each phase clips come in an endless row of shuffled passes over its rows, cut into equal batches, and each step draws
+    from a generator of its own: the batch of a step does not depend on where reading began, so that a resumed run sees what it
+    would have seen.
     """
-    n = len(store.fnames)
-    orders: dict[int, np.ndarray] = {}
-    for step in range(first_step, n_steps):
-        positions = np.arange(step * batch_size, (step + 1) * batch_size)
-        passes = positions // n
-        for number in np.unique(passes):
-            if number not in orders:
-                orders[number] = np.random.default_rng([*seeds, 0, int(number)]).permutation(n)
-        rows = np.array([orders[p][i] for p, i in zip(passes, positions % n, strict=True)])
-        orders = {p: order for p, order in orders.items() if p >= passes[-1]}
-        rng = np.random.default_rng([*seeds, 1, step])
-        log_mels = np.empty((batch_size, length, store.n_mels), np.float16)
-        for out, row in zip(log_mels, rows, strict=True):
-            store.read(row, draw_start(int(store.frames[row]), length, pad, rng), out, pad)
-        yield Batch(log_mels, rows)
+    begin = 0
+    for number, phase in enumerate(phases):
+        n = len(phase.rows)
+        orders: dict[int, np.ndarray] = {}
+        for step in range(max(first_step, begin), phase.until):
+            positions = np.arange((step - begin) * batch_size, (step - begin + 1) * batch_size)
+            passes = positions // n
+            for p in np.unique(passes):
+                if p not in orders:
+                    orders[p] = np.random.default_rng([*seeds, 10 * number, int(p)]).permutation(n)
+            rows = phase.rows[[orders[p][i] for p, i in zip(passes, positions % n, strict=True)]]
+            orders = {p: order for p, order in orders.items() if p >= passes[-1]}
+            rng = np.random.default_rng([*seeds, 1, step])
+            log_mels = np.empty((batch_size, length, store.n_mels), np.float16)
+            for out, row in zip(log_mels, rows, strict=True):
+                store.read(row, draw_start(int(store.frames[row]), length, pad, rng), out, pad)
+            yield Batch(log_mels, rows)
+        begin = phase.until
 
 
 def window_batches(store: ClipStore, *, length: int, overlap: float, shift: int, batch_size: int, pad: Pad) -> Iterator[Batch]:

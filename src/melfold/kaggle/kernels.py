@@ -144,7 +144,7 @@ def build_infer(
             weights[fold] = part["weights_sha256"][fold]
             files[f"{run.name}-{run.fold(fold).path.name}.safetensors"] = run.fold(fold).weights
         prior = {label: float(value) for label, value in prior_of(run).items()}
-        runs.append({"name": run.name, "recipe": part["recipe"], "weights": weights, "prior": prior})
+        runs.append({"name": run.name, "recipe": part["recipe"], "weights": weights, "prior": prior, "share": part["share"]})
     bundle = {
         "id": id,
         "track": recipe["track"],
@@ -190,6 +190,10 @@ def build_train(
     if recipe.model.weights == "hub":
         raise MelfoldError(
             "a kernel has no network to download weights", "model.weights = hub", "Use --set model.weights=file:PATH"
+        )
+    if recipe.noisy.teacher:
+        raise MelfoldError(
+            "a kernel cannot ask a teacher", f"noisy.teacher = {recipe.noisy.teacher}", "Train this recipe where its teacher is"
         )
     files = {}
     wanted = ""

@@ -33,16 +33,41 @@ class AugmentDraw:
     """`(clips, masks, 2)` begin and end, in mels."""
     time_masks: np.ndarray | None = None
     """`(clips, masks, 2)` begin and end, in frames."""
+    boxes: np.ndarray | None = None
+    """`(clips, 4)` first mel, mels, first frame, frames of the window that is stretched to the whole, in fractions."""
+    end: np.ndarray | None = None
+    """`(clips,)` the clip whose end is joined on, or the clip itself."""
+    steepness: np.ndarray | None = None
+    """`(clips,)` how sharply the one passes into the other: the sigmoid runs from `-steepness` to `steepness`."""
 
 
-def draw_augment(config: AugmentConfig, clips: int, n_mels: int, frames: int, rng: np.random.Generator) -> AugmentDraw:
-    """Draw a batch's parameters."""
+CONCAT_STEEPNESS = (3.0, 12.0)
+"""As in the winner's code."""
+
+
+def draw_augment(
+    config: AugmentConfig, clips: int, n_mels: int, frames: int, rng: np.random.Generator, groups: np.ndarray | None = None
+) -> AugmentDraw:
+    """Draw a batch's parameters.
+
+    Args:
+        groups: `(clips,)`; only clips of one group are mixed with each other. None: all are one.
+    """
     gain = rng.uniform(-config.gain_db, config.gain_db, clips).astype(np.float32) if config.gain_db else None
-    partner = weight = partner_gain = None
+    partner = weight = partner_gain = boxes = end = steepness = None
+    groups = np.zeros(clips, bool) if groups is None else groups
+    if config.resize_prob:
+        sizes = rng.uniform(config.resize_scale, 1, (clips, 2))
+        sizes[rng.random(clips) >= config.resize_prob] = 1
+        firsts = rng.random((clips, 2)) * (1 - sizes)
+        boxes = np.stack([firsts, sizes], axis=-1).reshape(clips, 4).astype(np.float32)
+    if config.concat_prob and clips > 1:
+        joined = rng.random(clips) < config.concat_prob
+        end = np.where(joined, _draw_partners(groups, rng), np.arange(clips))
+        steepness = rng.uniform(*CONCAT_STEEPNESS, clips).astype(np.float32)
     if config.mixup_prob and clips > 1:
-        # Each clip's partner is another clip of the batch, never itself.
-        partner = (np.arange(clips) + rng.integers(1, clips, clips)) % clips
-        mixed = rng.random(clips) < config.mixup_prob
+        partner = _draw_partners(groups, rng)
+        mixed = (rng.random(clips) < config.mixup_prob) & (partner != np.arange(clips))
         if config.mixup == "db":
             share = rng.beta(config.mixup_alpha, config.mixup_alpha, clips)
             weight = np.where(mixed, np.maximum(share, 1 - share), 1).astype(np.float32)
@@ -57,7 +82,20 @@ def draw_augment(config: AugmentConfig, clips: int, n_mels: int, frames: int, rn
         partner_gain,
         _draw_masks(config.freq_masks, config.freq_mask_width, clips, n_mels, rng),
         _draw_masks(config.time_masks, config.time_mask_width, clips, frames, rng),
+        boxes,
+        end,
+        steepness,
     )
+
+
+def _draw_partners(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """For each clip another one of its group, never itself unless it is alone there."""
+    partner = np.arange(len(groups))
+    for group in np.unique(groups):
+        (own,) = np.nonzero(groups == group)
+        if len(own) > 1:
+            partner[own] = own[(np.arange(len(own)) + rng.integers(1, len(own), len(own))) % len(own)]
+    return partner
 
 
 def _draw_masks(masks: int, width: float, clips: int, size: int, rng: np.random.Generator) -> np.ndarray | None:
@@ -82,12 +120,21 @@ def apply_augment(
         New tensors of the same shapes.
 
     Sources: mixup, Zhang et al. (2018); superposition of powers with OR-ed labels, as "between-class" mixing in FAT2019's
-    solutions; SpecAugment, Park et al. (2019).
+    solutions; SpecAugment, Park et al. (2019); joining by a sigmoid in time and the stretched window, from the code of FAT2019's
+    winner (R. Romulo, argus-freesound).
     """
 
     def column(values: np.ndarray) -> torch.Tensor:
         return device.tensor(values).view(-1, 1, 1, 1)
 
+    if draw.boxes is not None:
+        log_mels = _stretch(log_mels, draw.boxes, device)
+    if draw.end is not None and draw.steepness is not None:
+        at = torch.linspace(-1, 1, log_mels.shape[3], device=log_mels.device)
+        end = device.tensor(draw.end)
+        # Where a clip is joined to itself, nothing changes.
+        log_mels = torch.lerp(log_mels, log_mels[end], torch.sigmoid(column(draw.steepness) * at))
+        targets = torch.maximum(targets, targets[end])
     if draw.gain_db is not None:
         log_mels = log_mels + column(draw.gain_db)
     if draw.partner is not None:
@@ -108,3 +155,20 @@ def apply_augment(
             hidden = ((at >= masks[..., :1]) & (at < masks[..., 1:])).any(axis=1)
             log_mels = log_mels.masked_fill(device.tensor(hidden).view(len(masks), *shape[1:]), fill)
     return log_mels, targets
+
+
+def _stretch(log_mels: torch.Tensor, boxes: np.ndarray, device: Device) -> torch.Tensor:
+    """Each clip's window, stretched to the whole by bilinear interpolation; whole windows stay as they are, to the bit."""
+    chosen = np.flatnonzero((boxes[:, 1] < 1) | (boxes[:, 3] < 1))
+    if not len(chosen):
+        return log_mels
+    mel, mels, frame, frames = boxes[chosen].T
+    # An affine map of output to input coordinates, both from -1 to 1: scale and offset for each axis, time first.
+    theta = np.zeros((len(chosen), 2, 3), np.float32)
+    theta[:, 0, 0], theta[:, 0, 2] = frames, 2 * frame + frames - 1
+    theta[:, 1, 1], theta[:, 1, 2] = mels, 2 * mel + mels - 1
+    rows = device.tensor(chosen)
+    part = log_mels[rows]
+    grid = torch.nn.functional.affine_grid(device.tensor(theta), list(part.shape), align_corners=False)
+    stretched = torch.nn.functional.grid_sample(part, grid, padding_mode="border", align_corners=False)
+    return log_mels.index_copy(0, rows, stretched)

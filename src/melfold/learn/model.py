@@ -38,11 +38,32 @@ class Tagger(nn.Module):
         if config.frozen:
             self.backbone.requires_grad_(False)
 
-    def forward(self, log_mels: torch.Tensor) -> torch.Tensor:
-        x = ((log_mels - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+    def add_noisy(self, *, own_head: bool, mean: float, std: float) -> None:
+        """Make what only training on the noisy set needs: its statistics in dB and, if asked for, a head for its labels."""
+        self.register_buffer("noisy_mean", torch.tensor(mean))
+        self.register_buffer("noisy_std", torch.tensor(std))
+        self.noisy_head = nn.Linear(self.head.in_features, self.head.out_features) if own_head else self.head
+
+    def forward(self, log_mels: torch.Tensor, noisy: torch.Tensor | None = None) -> torch.Tensor:
+        """Args: noisy: bool `(clips,)`, in training with `add_noisy`: these clips take its statistics and head."""
+        mean, std = self.mean, self.std
+        if noisy is not None:
+            mean, std = (
+                torch.where(noisy, theirs, own).view(-1, 1, 1, 1)
+                for theirs, own in ((self.noisy_mean, mean), (self.noisy_std, std))
+            )
+        x = ((log_mels - mean) / std).contiguous(memory_format=torch.channels_last)
         x = self.backbone.forward_features(x).mean(dim=2)
         x = x.amax(dim=2) + x.mean(dim=2) if self.config.pool == "mean_max" else x.mean(dim=2)
-        return self.head(self.drop(self.norm(x)))
+        x = self.drop(self.norm(x))
+        logits = self.head(x)
+        if noisy is None or self.noisy_head is self.head:
+            return logits
+        return torch.where(noisy[:, None], self.noisy_head(x), logits)
+
+    def kept(self) -> dict[str, torch.Tensor]:
+        """The tensors that prediction needs."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("noisy_")}
 
     def train(self, mode: bool = True) -> Tagger:
         super().train(mode)
@@ -192,10 +213,10 @@ def check_fit(
         raise MelfoldError(what, "; ".join(parts), "Name the model these weights belong to in model.name")
 
 
-def save_weights(path: Path, model: nn.Module) -> None:
-    """Write all of a model's tensors as safetensors, whole or not at all."""
+def save_weights(path: Path, model: Tagger) -> None:
+    """Write the tensors that prediction needs as safetensors, whole or not at all."""
     with atomic_path(path) as temporary:
-        save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, temporary)
+        save_file({k: v.detach().cpu().contiguous() for k, v in model.kept().items()}, temporary)
 
 
 def load_weights(path: Path, model: Tagger) -> None:

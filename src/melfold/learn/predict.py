@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from melfold.config import Recipe
+from melfold.config import Recipe, View
 from melfold.data.clips import ClipStore, prefetch, window_batches
 from melfold.files import Progress, silent
 from melfold.learn.devices import Device
@@ -18,17 +18,16 @@ from melfold.probs import Probs, make_probs
 def predict_probs(
     model: Tagger, store: ClipStore, labels: Sequence[str], recipe: Recipe, device: Device, *, progress: Progress = silent
 ) -> Probs:
-    """Probabilities `(clips, labels)` of every clip of a store, from windows over the whole clip at the recipe's shifts."""
-    shifts = recipe.shift_frames
+    """Probabilities `(clips, labels)` of every clip of a store, from windows over the whole clip in all of the recipe's views."""
     total = np.zeros((len(store.fnames), len(labels)))
-    for number, shift in enumerate(shifts):
-        total += predict_logits(model, store, recipe, device, shift)
-        progress(number + 1, len(shifts), "predicting")
-    return make_probs(sigmoid(total / len(shifts)), store.fnames, labels)
+    for number, view in enumerate(recipe.views):
+        total += predict_logits(model, store, recipe, device, view)
+        progress(number + 1, len(recipe.views), "predicting")
+    return make_probs(sigmoid(total / len(recipe.views)), store.fnames, labels)
 
 
-def predict_logits(model: Tagger, store: ClipStore, recipe: Recipe, device: Device, shift: int) -> np.ndarray:
-    """float64 logits `(clips, labels)`: for each clip the mean over its windows, their grid moved by `shift` frames.
+def predict_logits(model: Tagger, store: ClipStore, recipe: Recipe, device: Device, view: View) -> np.ndarray:
+    """float64 logits `(clips, labels)`: for each clip the mean over a view's windows.
 
     In float32 without mixed precision: the numbers must not depend on which clips share a batch.
     """
@@ -37,11 +36,11 @@ def predict_logits(model: Tagger, store: ClipStore, recipe: Recipe, device: Devi
     counts = np.zeros(len(store.fnames))
     batches = window_batches(
         store,
-        length=recipe.window_frames,
+        length=view.length,
         overlap=recipe.predict.overlap,
-        shift=shift,
+        shift=view.shift,
         batch_size=recipe.predict.batch_size,
-        pad=recipe.train.pad,
+        pad=view.pad,
     )
     was_training = model.training
     model.eval()

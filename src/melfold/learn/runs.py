@@ -18,6 +18,7 @@ from melfold.data.competition import Competition, multi_hot
 from melfold.data.folds import read_folds
 from melfold.errors import MelfoldError
 from melfold.files import Home, digest, read_json, sha256_file, write_json, write_text
+from melfold.probs import align, read_probs
 
 FULL = "full"
 """The name, in place of a fold's number, of a model trained on every curated clip."""
@@ -35,6 +36,14 @@ class RunInfo:
     logmel_fingerprint: str
     weights_sha256: str
     track: str
+    data: str
+    """`curated`, or `curated and noisy`."""
+    licence: str
+    """Of the weights it starts from; empty where it starts from none, `unknown` where nobody says."""
+    noisy_sha256: str
+    """Of the noisy clips and their labels, where they are used."""
+    teacher: str
+    """The teacher's name and its recipe's fingerprint."""
     commit: str
 
 
@@ -64,6 +73,16 @@ class FoldFolder:
     @property
     def test(self) -> Path:
         return self.path / "test.csv"
+
+    @property
+    def noisy(self) -> Path:
+        """What this fold's model thinks of the noisy clips, once it has been a teacher."""
+        return self.path / "noisy.csv"
+
+    @property
+    def lesson(self) -> Path:
+        """The noisy clips that the teacher's model of this fold kept, and their targets."""
+        return self.path / "lesson.csv"
 
     @property
     def result(self) -> Path:
@@ -110,9 +129,41 @@ class Run:
         table["labels"] = [tuple(text.split(",")) for text in table["labels"]]
         return table.loc[~table.index.isin(self.recipe.data.exclude)]
 
+    @cached_property
+    def noisy(self) -> pd.Series:
+        """The labels (a tuple) of the noisy clips that take part, by `fname`, sorted; none where the recipe does not use them."""
+        if not self.recipe.noisy.use:
+            return pd.Series([], index=pd.Index([], name="fname", dtype=str), dtype=object)
+        table = pd.read_csv(self.folder / "noisy.csv", index_col="fname", dtype=str)["labels"]
+        table = table.loc[~table.index.isin(self.recipe.data.exclude)]
+        return pd.Series([tuple(text.split(",")) for text in table], index=table.index, dtype=object)
+
     def targets(self, fnames: Sequence[str]) -> pd.DataFrame:
-        """Multi-hot `(clips, labels)` of some curated clips."""
+        """Multi-hot `(clips, labels)` of some curated clips, to score by."""
         return multi_hot(self.clips["labels"].loc[list(fnames)], self.info.labels)
+
+    def taught(self, fnames: Sequence[str]) -> pd.DataFrame:
+        """As `targets`, to learn from: with the recipe's corrections."""
+        labels = self.clips["labels"].loc[list(fnames)]
+        corrections = self.recipe.data.corrections
+        labels = pd.Series(
+            [corrections[f].labels if f in corrections else own for f, own in labels.items()], index=labels.index, dtype=object
+        )
+        return multi_hot(labels, self.info.labels)
+
+    def noisy_targets(self, fold: int | str) -> pd.DataFrame:
+        """`(clips, labels)` in 0..1 of the noisy clips a fold learns from: its lesson where there is a teacher, else the table's.
+
+        Raises:
+            MelfoldError: a teacher has given no lesson yet.
+        """
+        if not self.recipe.noisy.teacher:
+            return multi_hot(self.noisy, self.info.labels)
+        path = self.fold(fold).lesson
+        if not path.exists():
+            raise MelfoldError(f"fold {fold} of {self.name} has no lesson", str(path), "`melfold train` asks the teacher for it")
+        lesson = read_probs(path)
+        return align(lesson, lesson.index, self.info.labels, str(path))
 
     def held_out(self, fold: int | str) -> list[str]:
         """The clips a fold is scored on; none for `full`."""
@@ -165,17 +216,28 @@ def start_run(home: Home, name: str, recipe: Recipe, competition: Competition, f
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise MelfoldError("a run's name is letters, digits, dots, dashes", repr(name), "Use --run NAME")
     folder = home.runs / name
+    check_corrections(recipe, competition)
     folds = read_folds(folds_path, competition).sort_index()
     clips = folds.assign(labels=[",".join(competition.curated.at[f, "labels"]) for f in folds.index]).to_csv(lineterminator="\n")
+    clips_sha256 = hashlib.sha256(clips.encode()).hexdigest()
+    teacher = find_teacher(home, recipe, clips_sha256)
+    noisy = ""
+    if recipe.noisy.use:
+        check_noisy(competition)
+        noisy = competition.noisy[["labels"]].sort_index()["labels"].str.join(",").to_csv(lineterminator="\n")
     info = RunInfo(
         competition=competition.name,
         labels=list(competition.labels),
         folds_table=folds_path.name,
         folds_sha256=sha256_file(folds_path),
-        clips_sha256=hashlib.sha256(clips.encode()).hexdigest(),
+        clips_sha256=clips_sha256,
         logmel_fingerprint=recipe.logmel.fingerprint(),
         weights_sha256=weights_sha256(recipe.model.weights),
-        track=recipe.track,
+        track="open" if teacher and teacher.info.track == "open" else recipe.track,
+        data="curated and noisy" if noisy or (teacher and teacher.info.noisy_sha256) else "curated",
+        licence=_licences(licence_of(recipe), teacher.info.licence if teacher else ""),
+        noisy_sha256=hashlib.sha256(noisy.encode()).hexdigest() if noisy else "",
+        teacher=f"{teacher.name} {teacher.recipe.fingerprint()}" if teacher else "",
         commit=current_commit(),
     )
     if begun(home, name):
@@ -189,9 +251,65 @@ def start_run(home: Home, name: str, recipe: Recipe, competition: Competition, f
         return run
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "clips.csv", clips)
+    if noisy:
+        write_text(folder / "noisy.csv", noisy)
     write_json(folder / "recipe.json", recipe.model_dump(mode="json"))
     write_json(folder / "run.json", asdict(info))  # last: it marks the folder as a run
     return Run(folder, recipe, info)
+
+
+def check_noisy(competition: Competition) -> None:
+    """Raises: MelfoldError: a download without noisy clips."""
+    if not len(competition.noisy):
+        raise MelfoldError("this download has no noisy clips", str(competition.root), "Use a recipe without noisy.use")
+
+
+def check_corrections(recipe: Recipe, competition: Competition) -> None:
+    """Hold a recipe's corrections against the competition.
+
+    Raises:
+        MelfoldError: with a line for each clip that is not curated and each label that there is not.
+    """
+    problems = []
+    for fname, correction in recipe.data.corrections.items():
+        if fname not in competition.curated.index:
+            problems.append(MelfoldError("a correction is about no curated clip", fname, "Mend data.corrections"))
+        for label in set(correction.labels) - set(competition.labels):
+            problems.append(MelfoldError("a correction has an unknown label", f"{fname}: {label!r}", "Mend data.corrections"))
+    if problems:
+        raise MelfoldError.many(problems)
+
+
+def find_teacher(home: Home, recipe: Recipe, clips_sha256: str) -> Run | None:
+    """The run that judges the noisy clips for a recipe.
+
+    Raises:
+        MelfoldError: no such run, or one of other folds or labels: its models would have seen what the student is scored on.
+    """
+    if not recipe.noisy.teacher:
+        return None
+    teacher = open_run(home, recipe.noisy.teacher)
+    if teacher.info.clips_sha256 != clips_sha256:
+        raise MelfoldError(
+            "a teacher must have the student's folds and labels", teacher.name, "Train it on the same fold table and download"
+        )
+    return teacher
+
+
+def licence_of(recipe: Recipe) -> str:
+    """The licence of the weights a recipe starts from, as it says itself or as timm knows it."""
+    if recipe.model.weights == "none":
+        return ""
+    if recipe.model.licence:
+        return recipe.model.licence
+    import timm
+
+    known = timm.get_pretrained_cfg(recipe.model.name) if recipe.model.weights == "hub" else None
+    return (known and known.license) or "unknown"
+
+
+def _licences(*licences: str) -> str:
+    return ", ".join(sorted({part for text in licences for part in text.split(", ") if part}))
 
 
 def begun(home: Home, name: str) -> bool:

@@ -20,12 +20,12 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 
 from melfold.config import Recipe
-from melfold.data.clips import ClipStore, prefetch, train_batches
+from melfold.data.clips import ClipStore, Phase, prefetch, train_batches
 from melfold.errors import MelfoldError
 from melfold.files import Progress, atomic_path, digest, locked, remove_leftovers, sha256_file, silent, write_json, write_text
 from melfold.learn.augment import apply_augment, draw_augment
 from melfold.learn.devices import Device, repeatable
-from melfold.learn.losses import loss_named
+from melfold.learn.losses import bootstrapped, loss_named
 from melfold.learn.model import Tagger, build_model, load_weights, save_weights
 from melfold.learn.predict import predict_probs
 from melfold.learn.runs import FULL, FoldFolder, Run, versions
@@ -77,6 +77,17 @@ def steps_in(epochs: float, clips: int, batch_size: int) -> int:
     return math.ceil(epochs * clips / batch_size)
 
 
+def phases_of(recipe: Recipe, curated: int, noisy: int) -> list[Phase]:
+    """Which rows are drawn when: curated clips, `curated_times` each, among the noisy ones; and curated ones alone at the end."""
+    batch_size, config = recipe.train.batch_size, recipe.noisy
+    alone = np.arange(curated)
+    rows = np.concatenate([np.tile(alone, config.curated_times), np.arange(curated, curated + noisy)]) if config.use else alone
+    phases = [Phase(steps_in(recipe.train.epochs, len(rows), batch_size), rows)]
+    if config.use and config.curated_epochs:
+        phases.append(Phase(phases[0].until + steps_in(config.curated_epochs, curated, batch_size), alone))
+    return phases
+
+
 def seed_for(recipe: Recipe, fold: str, purpose: int, step: int = 0) -> int:
     """A seed for torch that depends on the recipe's seed, the fold, a purpose and a step, and on nothing else."""
     return int(np.random.SeedSequence([*stream(recipe, fold), purpose, step]).generate_state(1)[0])
@@ -93,30 +104,39 @@ class _Fold:
     def __init__(self, run: Run, folder: FoldFolder, cache: Path, device: Device, progress: Progress) -> None:
         self.run, self.folder, self.device, self.progress = run, folder, device, progress
         self.recipe, self.config = run.recipe, run.recipe.train
-        recipe, config = self.recipe, self.config
+        recipe = self.recipe
         train, held_out = run.trained_on(folder.fold), run.held_out(folder.fold)
-        self.targets = run.targets(train).to_numpy()
+        self.targets = run.taught(train).to_numpy()
         self.held_out_targets = run.targets(held_out)
+        self.noisy: list[str] = []
+        if recipe.noisy.use:
+            noisy = run.noisy_targets(folder.fold)
+            self.noisy = list(noisy.index)
+            self.targets = np.concatenate([self.targets, noisy.to_numpy()])
         front = recipe.logmel
-        self.store = ClipStore(cache, train, front.n_mels, front.top_db)
+        # Curated clips first: a row past them is a noisy one.
+        self.store = ClipStore(cache, [*train, *self.noisy], front.n_mels, front.top_db)
+        self.curated = self.store.head(len(train))
         self.held_out = ClipStore(cache, held_out, front.n_mels, front.top_db)
         self.labels = run.info.labels
-        self.total = steps_in(config.epochs, len(train), config.batch_size)
+        self.phases = phases_of(recipe, len(train), len(self.noisy))
+        self.total = self.phases[-1].until
         self.step, self.seconds, self.rows = 0, 0.0, []
         self.lwlrap: float | None = None
 
-    def per(self, epochs: float) -> int:
-        """Steps in some epochs."""
-        return steps_in(epochs, len(self.store.fnames), self.config.batch_size)
+    def per(self, epochs: float, phase: int = 0) -> int:
+        """Steps in some epochs of a phase."""
+        return steps_in(epochs, len(self.phases[phase].rows), self.config.batch_size)
 
     def train(self) -> None:
         recipe, config, device = self.recipe, self.config, self.device
         with repeatable(seed_for(recipe, self.folder.fold, _INITIAL)):
             self._build()
             self._resume()
-            augment_until = self.total - self.per(recipe.augment.off_epochs) if recipe.augment.off_epochs else self.total
+            augment_until = self.total - self.per(recipe.augment.off_epochs, -1) if recipe.augment.off_epochs else self.total
             mean = float(self.model.mean)
             loss_of = loss_named(config.loss)
+            apart = recipe.noisy.own_head or recipe.noisy.own_norm if recipe.noisy.use else False
             validate_steps = self.per(config.validate_every) if config.validate_every else self.total + 1
             saved = time.monotonic()
             started = saved - self.seconds
@@ -124,11 +144,11 @@ class _Fold:
             shown: list[np.ndarray] = []
             batches = train_batches(
                 self.store,
+                self.phases,
                 length=recipe.crop_frames,
                 batch_size=config.batch_size,
                 pad=config.pad,
                 first_step=self.step,
-                n_steps=self.total,
                 seeds=stream(recipe, self.folder.fold),
             )
             with _stop_signal() as stop:
@@ -138,12 +158,17 @@ class _Fold:
                     self.schedule.step_update(self.step)
                     log_mels = device.log_mels(batch.log_mels)
                     targets = device.tensor(self.targets[batch.rows])
+                    is_noisy = batch.rows >= len(self.curated.fnames)
+                    domains = is_noisy if apart else None
                     if self.step < augment_until:
-                        draw = draw_augment(recipe.augment, len(log_mels), *log_mels.shape[2:], rng)
+                        draw = draw_augment(recipe.augment, len(log_mels), *log_mels.shape[2:], rng, domains)
                         log_mels, targets = apply_augment(draw, log_mels, targets, mean, device)
                     with device.autocast():
-                        logits = self.model(log_mels)
-                    loss = loss_of(logits.float(), targets)
+                        logits = self.model(log_mels, device.tensor(domains) if apart else None)
+                    logits = logits.float()
+                    if recipe.noisy.bootstrap:
+                        targets = bootstrapped(targets, logits, device.tensor(is_noisy), recipe.noisy.bootstrap)
+                    loss = loss_of(logits, targets)
                     self.optimizer.zero_grad(set_to_none=True)
                     self.scaler.scale(loss).backward()
                     self.scaler.unscale_(self.optimizer)
@@ -179,9 +204,12 @@ class _Fold:
         model = build_model(
             recipe.model, len(self.labels), recipe.logmel.n_mels, recipe.crop_frames, initial=not self.folder.checkpoint.exists()
         )
-        mean, std = self.store.statistics()
+        mean, std = self.curated.statistics()
         model.mean.fill_(mean)
         model.std.fill_(std)
+        if recipe.noisy.use:
+            theirs = self.store.tail(len(self.noisy)).statistics() if recipe.noisy.own_norm else (mean, std)
+            model.add_noisy(own_head=recipe.noisy.own_head, mean=theirs[0], std=theirs[1])
         self.model = model.to(self.device.torch).train()
         self.trained = [p for p in model.parameters() if p.requires_grad]
         try:
@@ -245,7 +273,10 @@ class _Fold:
         log.info("%s fold %s: going on at step %d of %d", self.run.name, self.folder.fold, self.step, self.total)
 
     def _key(self) -> str:
-        return digest([self.recipe.fingerprint(), self.run.info.clips_sha256, self.folder.fold])
+        lesson = sha256_file(self.folder.lesson) if self.recipe.noisy.teacher else ""
+        return digest(
+            [self.recipe.fingerprint(), self.run.info.clips_sha256, self.run.info.noisy_sha256, lesson, self.folder.fold]
+        )
 
     def _check_finite(self, values: np.ndarray, shown: list[np.ndarray]) -> None:
         if not np.isfinite(values).all():
@@ -258,7 +289,7 @@ class _Fold:
             )
 
     def _log(self, **values: float) -> None:
-        epoch = self.step * self.config.batch_size / len(self.store.fnames)
+        epoch = self.step * self.config.batch_size / len(self.phases[0].rows)
         row = {"step": self.step, "epoch": round(epoch, 3), "seconds": round(self.seconds, 1), **values}
         self.rows.append({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()})
         with self.folder.log.open("a") as file:
@@ -285,7 +316,9 @@ class _Fold:
                 "the weights are not finite at the end", str(folder.path), "Lower train.lr, delete the fold's folder, train"
             )
         save_weights(folder.weights, self.averaged)
-        result: dict[str, Any] = {"fold": folder.fold, "clips": len(self.store.fnames), "steps": self.total}
+        result: dict[str, Any] = {"fold": folder.fold, "clips": len(self.curated.fnames), "steps": self.total}
+        if self.noisy:
+            result["noisy_clips"] = len(self.noisy)
         if len(self.held_out.fnames):
             write_probs(folder.oof, self._validate())
             result |= {"held_out_clips": len(self.held_out.fnames), "lwlrap": self.lwlrap}
