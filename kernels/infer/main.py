@@ -58,7 +58,7 @@ class Part:
     prior: np.ndarray
     share: float
     store: ClipStore | None = None
-    seconds_per_window: float | None = None
+    seconds_per_frame: float | None = None
 
     def __post_init__(self) -> None:
         self.logits: dict[str, np.ndarray] = {}
@@ -233,9 +233,9 @@ def predict_passes(parts: list[Part], device: Device, budget: float, record: dic
         if left < 0.02 * budget:
             continue
         model = load_model(part, fold, len(part.prior), device)
-        if part.seconds_per_window is None:
-            part.seconds_per_window = measure(model, part, device, view)
-        expected = part.seconds_per_window * entry["windows"] + writing
+        if part.seconds_per_frame is None:
+            part.seconds_per_frame = measure(model, part, device, view)
+        expected = part.seconds_per_frame * entry["windows"] * view.length + writing
         left = budget - (time.monotonic() - STARTED)
         if SLACK * expected > left:
             say(f"{name}: {expected:.0f} s do not fit into the {left:.0f} s left")
@@ -243,7 +243,7 @@ def predict_passes(parts: list[Part], device: Device, budget: float, record: dic
         begun = time.monotonic()
         logits = predict_logits(model, part.store, part.recipe, device, view)
         seconds = time.monotonic() - begun
-        part.seconds_per_window = seconds / entry["windows"]
+        part.seconds_per_frame = seconds / (entry["windows"] * view.length)
         part.logits[fold] = part.logits.get(fold, 0.0) + logits
         part.views[fold] = part.views.get(fold, 0) + 1
         entry |= {"done": True, "predict_s": round(seconds, 3)}
@@ -263,14 +263,14 @@ def load_model(part: Part, fold: str, n_labels: int, device: Device) -> Tagger:
 
 
 def measure(model: Tagger, part: Part, device: Device, view: View) -> float:
-    """Seconds a window, from a few clips; the first call, which warms up, is not counted."""
+    """Seconds a frame of windows, from a few clips; the first call, which warms up, is not counted."""
     assert part.store
     recipe = part.recipe
     few = part.store.head(SAMPLE)
     predict_logits(model, part.store.head(1), recipe, device, view)
     begun = time.monotonic()
     predict_logits(model, few, recipe, device, view)
-    return (time.monotonic() - begun) / part.windows(view, SAMPLE)
+    return (time.monotonic() - begun) / (part.windows(view, SAMPLE) * view.length)
 
 
 def run(bundle: dict[str, Any], root: Path) -> None:

@@ -225,6 +225,7 @@ def ensemble_suggest(
             "to": item.gain.high,
         }
     print_table(pd.DataFrame.from_dict(rows, orient="index"), "")
+    _warn_incomplete(found[0].clips, max(len(run.clips) for run in opened))
     best = found[0]
     how = f" --mean {best.mean}" + (f" --weights {','.join(f'{w:g}' for w in best.weights)}" if best.weights else "")
     for run in opened:
@@ -254,7 +255,9 @@ def relabel_suggest(
     shown = doubts.head(top)
     print_table(shown.map(lambda value: ", ".join(value) if isinstance(value, tuple) else value), "fname")
     rest = f"; these are the first {top}" if len(doubts) > top else ""
-    typer.echo(f"{len(doubts)} of {len(opened.clips)} clips are in doubt{rest}.")
+    heard = len(opened.clips) - sum(len(opened.held_out(fold)) for fold in opened.missing_folds())
+    typer.echo(f"{len(doubts)} of {heard} clips are in doubt{rest}.")
+    _warn_incomplete(heard, len(opened.clips))
     if output:
         pipeline.write_corrections(output, shown, opened.name)
         typer.echo(f"{output}\nListen, strike out, then: --set data.corrections={output}")
@@ -279,8 +282,7 @@ def compare(
         print_table(found.labels, "label")
     print_table(found.runs, "run")
     clips = max(len(run.clips) for run in opened)
-    if found.clips < clips:
-        typer.secho(f"INCOMPLETE: these runs have {found.clips} of {clips} clips in common.", fg="yellow")
+    _warn_incomplete(found.clips, clips)
     for names, mean, spread in found.seeds:
         typer.echo(f"{len(names)} seeds ({', '.join(names)}): mean {mean:.4f}, standard deviation {spread:.4f}")
     if len(opened) > 1:
@@ -424,6 +426,11 @@ def recipe_show(
 def _show_value(key: str, value: object, reason: str) -> None:
     line = f"{key} = {value!r}"
     typer.echo(f"{line:<40} # {reason}" if reason else line)
+
+
+def _warn_incomplete(clips: int, all_clips: int) -> None:
+    if clips < all_clips:
+        typer.secho(f"INCOMPLETE: this covers {clips} of {all_clips} clips.", fg="yellow")
 
 
 def _numbers(text: str | None) -> list[float] | None:

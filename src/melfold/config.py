@@ -98,6 +98,10 @@ class NoisyConfig(_Frozen):
     def _check(self) -> NoisyConfig:
         if self.use and not self.curated_times and not self.curated_epochs:
             raise ValueError("curated_times = 0 needs curated_epochs: else no curated clip is learnt from")
+        if self.teacher and not self.use:
+            raise ValueError("a teacher needs use = true")
+        if self.pseudo and not self.teacher:
+            raise ValueError("pseudo needs a teacher")
         return self
 
 
@@ -195,7 +199,7 @@ class PredictConfig(_Frozen):
     """As in training where not set."""
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
     shift_seconds: Annotated[tuple[float, ...], Field(min_length=1)] = (0.0,)
-    """Each shifts the grid of windows."""
+    """Each shifts the grid of windows, to later where it is positive."""
     batch_size: Annotated[int, Field(gt=0)] = 64
     fold_mean: Literal["arithmetic", "geometric", "logit", "rank"] = "geometric"
 
@@ -242,7 +246,7 @@ class Recipe(_Frozen):
         """The looks whose logits are averaged, the cheapest set that says something first."""
         config = self.predict
         lengths = config.window_seconds or (self.train.crop_seconds,)
-        shifts = [self.frames(s) if s else 0 for s in config.shift_seconds]
+        shifts = [round(s * self.logmel.sr / self.logmel.hop_length) for s in config.shift_seconds]
         pads = config.pads or (self.train.pad,)
         return tuple(View(self.frames(n), s, p) for s, n, p in itertools.product(shifts, lengths, pads))
 
@@ -257,7 +261,7 @@ class Recipe(_Frozen):
         return "scratch" if self.model.weights == "none" else "open"
 
     def fingerprint(self) -> str:
-        """12 hex digits of all that decides the run's results; names and remarks do not."""
+        """12 hex digits of all that decides the run's results; the recipe's name and `about` do not."""
         return digest(self.model_dump(mode="json", exclude={"name", "about"}))[:12]
 
 

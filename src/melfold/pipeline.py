@@ -158,10 +158,10 @@ def train(
     from melfold.learn.runs import open_run, start_run
     from melfold.learn.train import train_fold
 
-    try_recipe(home, name, competition, recipe)
-    folder = cache(competition, home, recipe, jobs=jobs, progress=progress)
+    try_recipe(home, name, competition, recipe, which)
     table, _ = folds(competition, home, recipe)
     run = start_run(home, name, recipe, competition, table)
+    folder = cache(competition, home, recipe, jobs=jobs, progress=progress)
     teacher = open_run(home, recipe.noisy.teacher) if recipe.noisy.teacher else None
     if teacher:
         as_heard = recipe.model_copy(update={"logmel": teacher.recipe.logmel})
@@ -173,21 +173,25 @@ def train(
     return run
 
 
-def try_recipe(home: Home, name: str, competition: Competition, recipe: Recipe) -> None:
+def try_recipe(home: Home, name: str, competition: Competition, recipe: Recipe, which: Sequence[int | str] = ()) -> None:
     """Find out before an hour of caching, not after, that a run's name is taken or that its model cannot be made."""
-    from melfold.learn.model import build_model
-    from melfold.learn.runs import begun, check_corrections, check_noisy, open_run, refuse_changes
+    from melfold.learn.model import build_model, feature_width
+    from melfold.learn.runs import FULL, begun, check_corrections, check_noisy, open_run, refuse_changes
 
     check_corrections(recipe, competition)
     if recipe.noisy.use:
         check_noisy(competition)
     if recipe.noisy.teacher:
-        open_run(home, recipe.noisy.teacher)
+        teacher = open_run(home, recipe.noisy.teacher)
+        if missing := [str(fold) for fold in which if fold != FULL and not teacher.fold(fold).done]:
+            raise MelfoldError(f"teacher {teacher.name} lacks folds", ", ".join(missing), "Train them first")
 
     if begun(home, name):
         refuse_changes(open_run(home, name), recipe)
     else:
-        build_model(recipe.model, len(competition.labels), recipe.logmel.n_mels, recipe.crop_frames)
+        model = build_model(recipe.model, len(competition.labels), recipe.logmel.n_mels, recipe.crop_frames)
+        for length in {view.length for view in recipe.views} - {recipe.crop_frames}:
+            feature_width(model.backbone, recipe.model.name, recipe.logmel.n_mels, length)
 
 
 def predict(run: Run, competition: Competition, home: Home, device: Device, *, progress: Progress = silent) -> Path:
@@ -211,8 +215,7 @@ def predict(run: Run, competition: Competition, home: Home, device: Device, *, p
             ", ".join(sorted(set(run.info.labels) ^ set(competition.labels))[:6]) or "another order",
             "Give the competition it was trained for",
         )
-    done = run.done_folds()
-    which = [f for f in done if f != FULL] or done
+    which = run.used_folds()
     if run.missing_folds() and which != [FULL]:
         log.warning("run %s is INCOMPLETE: predicting with folds %s alone", run.name, ", ".join(which))
     if competition.name != run.info.competition:
@@ -225,7 +228,8 @@ def predict(run: Run, competition: Competition, home: Home, device: Device, *, p
     readable = list(manifest.index[~unreadable])
     store = ClipStore(folder, readable, recipe.logmel.n_mels, recipe.logmel.top_db)
     key = [recipe.model_dump(mode="json"), manifest[["size", "mtime_ns"]].reset_index().to_numpy().tolist()]
-    keys = {fold: [key, _weights(run, fold)] for fold in which}
+    weights = run.weights_sha256(which)
+    keys = {fold: [key, weights[fold]] for fold in which}
     for number, fold in enumerate(which):
         path = run.fold(fold).test
         if not is_current(path, keys[fold]):
@@ -238,12 +242,8 @@ def predict(run: Run, competition: Competition, home: Home, device: Device, *, p
             names = list(manifest.index[unreadable])
             filler = make_probs(prior.to_numpy()[None].repeat(len(names), 0), names, run.info.labels)
             probs = pd.concat([probs, filler])
-        write_current(run.test, probs.loc[list(competition.test.index)], [keys, list(unreadable)])
+        write_current(run.test, probs.loc[list(competition.test.index)], [keys, list(unreadable)], rests_on=weights)
     return run.test
-
-
-def _weights(run: Run, fold: str) -> str:
-    return read_json(run.fold(fold).result)["weights_sha256"]
 
 
 def run_all(
@@ -255,7 +255,7 @@ def run_all(
     from melfold.kaggle.ledger import Ledger
 
     competition = load_competition(root)
-    try_recipe(home, name, competition, recipe)
+    try_recipe(home, name, competition, recipe, range(recipe.folds.n_folds))
     log.info("1/6 %s: %d curated, %d noisy, %d test clips, %d labels", competition.name, *_sizes(competition))
     folder = cache(competition, home, recipe, jobs=jobs, progress=progress)
     log.info("2/6 log-mels in %s", folder)
@@ -306,18 +306,20 @@ def dry_run(root: Path, home: Home, recipe: Recipe, device: Device, *, jobs: int
     )
     place = Home(home.root / "build" / "dry-run")
     shutil.rmtree(place.root, ignore_errors=True)
-    recipes = [(recipe.name, recipe)]
-    while recipes[0][1].noisy.teacher:
-        teacher = open_run(home, recipes[0][1].noisy.teacher)
-        recipes.insert(0, (teacher.name, teacher.recipe))
-    for name, each in recipes:
-        short = _shortened(each, len(few.curated) * (recipe.folds.n_folds - 1) // recipe.folds.n_folds, len(few.noisy), device)
-        run = train(few, place, short, name, range(recipe.folds.n_folds), device, jobs=jobs, progress=progress)
+    recipes = [recipe]
+    while recipes[0].noisy.teacher:
+        recipes.insert(0, open_run(home, recipes[0].noisy.teacher).recipe)
+    for number, each in enumerate(recipes):
+        short = _shortened(each, few, f"try{number - 1}", device)
+        run = train(few, place, short, f"try{number}", range(recipe.folds.n_folds), device, jobs=jobs, progress=progress)
         pool_oof(run)
     predict(run, few, place, device, progress=progress)
     path = build_submission(place, [run], few, id=run.name, mean=recipe.predict.fold_mean)
     results = [read_json(run.fold(fold).result) for fold in range(recipe.folds.n_folds)]
-    kept = min(recipe.noisy.top or len(whole.noisy), len(whole.noisy)) if recipe.noisy.teacher else len(whole.noisy)
+    kept = len(whole.noisy)
+    if recipe.noisy.teacher:
+        most = recipe.noisy.per_label * len(whole.labels)
+        kept = min(kept, recipe.noisy.top or kept, most or kept)
     curated = len(whole.curated) * (recipe.folds.n_folds - 1) // recipe.folds.n_folds
     return DryRun(
         run.folder,
@@ -328,19 +330,24 @@ def dry_run(root: Path, home: Home, recipe: Recipe, device: Device, *, jobs: int
     )
 
 
-def _shortened(recipe: Recipe, curated: int, noisy: int, device: Device) -> Recipe:
+def _shortened(recipe: Recipe, few: Competition, teacher: str, device: Device) -> Recipe:
     """A recipe of three steps a phase (twenty on a GPU, whose first ones are slow), the last one without augmentation."""
+    curated, noisy = len(few.curated) * (recipe.folds.n_folds - 1) // recipe.folds.n_folds, len(few.noisy)
     gpu = device.torch.type != "cpu"
     batch_size = recipe.train.batch_size if gpu else min(4, recipe.train.batch_size)
     rows = curated * recipe.noisy.curated_times + noisy if recipe.noisy.use else curated
     steps = (20 if gpu else 3) - 0.5  # rounded up
     last = batch_size / (curated if recipe.noisy.curated_epochs or not recipe.noisy.use else rows)
     epochs = steps * batch_size / rows
-    alone = {"curated_epochs": steps * batch_size / curated} if recipe.noisy.curated_epochs else {}
+    alone: dict[str, Any] = {"teacher": teacher} if recipe.noisy.teacher else {}
+    if recipe.noisy.curated_epochs:
+        alone["curated_epochs"] = steps * batch_size / curated
+    corrections = {f: c for f, c in recipe.data.corrections.items() if f in few.curated.index}
     changes = {"epochs": epochs, "warmup_epochs": epochs / 3, "batch_size": batch_size}
-    changes |= {"validate_every": epochs / 2, "checkpoint_minutes": 0.0}
+    changes |= {"validate_every": 0.0}  # the end is looked at in any case, and counts no time
     return recipe.model_copy(
         update={
+            "data": recipe.data.model_copy(update={"corrections": corrections}),
             "train": recipe.train.model_copy(update=changes),
             "noisy": recipe.noisy.model_copy(update=alone),
             "augment": recipe.augment.model_copy(update={"off_epochs": last / 2}),
@@ -357,7 +364,11 @@ def runs_alike(home: Home) -> list[Run]:
 
     families: dict[str, list[Run]] = {}
     for path in sorted(home.runs.glob("*/run.json")):
-        run = open_run(home, path.parent.name)
+        try:
+            run = open_run(home, path.parent.name)
+        except MelfoldError as error:
+            log.warning("passed over: %s", error)
+            continue
         if not run.missing_folds():
             families.setdefault(run.info.clips_sha256, []).append(run)
     return max(families.values(), key=len, default=[])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import logging
+import os
 import re
 import sys
 import time
@@ -55,6 +56,10 @@ def command(on: typer.Typer, name: str, example: str) -> Callable[[Callable[...,
                 for line in error.lines:
                     typer.secho(f"melfold: {line}", fg="red", err=True)
                 raise typer.Exit(2) from None
+            except BrokenPipeError:
+                # The reader, such as `head`, has seen enough; a further flush at exit would complain again.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                raise typer.Exit(141) from None
             except OSError as error:
                 typer.secho(f"melfold: {_system_error(error)}", fg="red", err=True)
                 raise typer.Exit(2) from None

@@ -14,7 +14,7 @@ from melfold.config import load_recipe
 from melfold.data.competition import Competition
 from melfold.files import Home, sha256_file, write_json
 from melfold.learn.runs import Run, start_run
-from melfold.probs import Probs, make_probs, write_probs
+from melfold.probs import Probs, make_probs, write_current, write_probs
 
 LABELS = ("Bark", "Hiss_(air)", "Meow", "Tone")
 
@@ -44,7 +44,8 @@ class MadeUp:
         run = start_run(self.home, name, load_recipe("demo", sets), self.competition, self.folds)
         for fold in folds:
             self.train(run, fold, seed)
-        write_probs(run.test, draw(sorted(self.competition.test.index), seed))
+        test = draw(sorted(self.competition.test.index), seed)
+        write_current(run.test, test, None, rests_on=run.weights_sha256(run.used_folds()))
         return run
 
     def train(self, run: Run, fold: int, seed: int = 0) -> None:

@@ -16,16 +16,21 @@ from melfold.combine.ensemble import pool_oof
 from melfold.combine.submission import Standing, build_submission, check_submission, score_submission, standing_of
 from melfold.errors import MelfoldError
 from melfold.learn.runs import Run
-from melfold.probs import mean_probs, read_probs, write_probs
+from melfold.probs import mean_probs, read_probs, write_current, write_probs
 
 
 def build(made_up: MadeUp, *runs: object, id: str = "sub", mean: str = "geometric") -> Path:
     return build_submission(made_up.home, runs, made_up.competition, id=id, mean=mean)
 
 
+def predicted(run: Run, probs: pd.DataFrame) -> None:
+    """Leave test predictions as `melfold predict` does."""
+    write_current(run.test, probs, None, rests_on=run.weights_sha256(run.used_folds()))
+
+
 def test_rows_and_columns_are_in_the_asked_order(made_up: MadeUp) -> None:
     run = made_up.run()
-    write_probs(run.test, draw(sorted(made_up.competition.test.index), 0).iloc[:, ::-1])
+    predicted(run, draw(sorted(made_up.competition.test.index), 0).iloc[:, ::-1])
     path = build(made_up, run)
     lines = path.read_text().splitlines()
     assert lines[0] == ",".join(["fname", *LABELS])
@@ -80,7 +85,7 @@ def test_a_submission_of_other_inputs_is_never_overwritten(made_up: MadeUp) -> N
     for runs, mean in (((other,), "geometric"), ((run, other), "geometric"), ((run,), "arithmetic")):
         with pytest.raises(MelfoldError, match="submission sub stands already, of other inputs"):
             build(made_up, *runs, mean=mean)
-    write_probs(run.test, draw(made_up.competition.test.index, 9))
+    predicted(run, draw(made_up.competition.test.index, 9))
     with pytest.raises(MelfoldError, match="stands already, of other inputs"):
         build(made_up, run)
     assert path.read_bytes() == before
@@ -97,7 +102,7 @@ def test_a_run_without_predictions_or_with_ties_leaves_nothing(made_up: MadeUp) 
     run = made_up.run()
     tied = draw(made_up.competition.test.index, 0)
     tied.iloc[2] = 0.5
-    write_probs(run.test, tied)
+    predicted(run, tied)
     with pytest.raises(MelfoldError, match=f"all labels tie: 1 clips, first {tied.index[2]}"):
         build(made_up, run)
     run.test.unlink()
@@ -270,3 +275,22 @@ def test_weights_are_noted_and_applied_to_test_and_oof_alike(made_up: MadeUp) ->
         build_submission(made_up.home, runs, made_up.competition, id="w", mean="rank", weights=[1, 1])
     with pytest.raises(MelfoldError, match="weights do not fit: 1 for 2"):
         build_submission(made_up.home, runs, made_up.competition, id="x", mean="rank", weights=[1])
+
+
+def test_predictions_of_fewer_folds_than_are_trained_by_now_are_not_taken(made_up: MadeUp) -> None:
+    run = made_up.run(folds=[0])
+    build(made_up, run, id="part")
+    made_up.train(run, 1)
+    with pytest.raises(MelfoldError, match="test predictions of one are not of its trained folds.*Run `melfold predict one`"):
+        build(made_up, run)
+    predicted(run, draw(made_up.competition.test.index, 3))
+    build(made_up, run)
+    noted = json.loads((made_up.home.submissions / "sub" / "recipe.json").read_text())
+    assert noted["oof_lwlrap"] == pytest.approx(pool_oof(run).oof_lwlrap)
+
+
+def test_a_run_of_no_weight_is_no_part_of_a_submission(made_up: MadeUp) -> None:
+    runs = [made_up.run("one", seed=1), made_up.run("two", seed=2)]
+    path = build_submission(made_up.home, runs, made_up.competition, id="w", mean="geometric", weights=[0, 1])
+    assert [run["name"] for run in json.loads((path.parent / "recipe.json").read_text())["runs"]] == ["two"]
+    pd.testing.assert_frame_equal(read_probs(path).sort_index(), read_probs(runs[1].test).sort_index())

@@ -231,6 +231,7 @@ def test_views_are_every_length_with_every_padding_at_every_shift_the_first_of_e
     assert len(views) == len(set(views)) == 8
     assert views[:3] == (View(200, 0, "wrap"), View(200, 0, "floor"), View(100, 0, "wrap"))
     assert {view.shift for view in views[:4]} == {0}
+    assert load_recipe("base", ["predict.shift_seconds=[-0.25]"]).views[0].shift == -25
     assert load_recipe("base", ["train.crop_seconds=1", "predict.pads=floor"]).views == (View(100, 0, "floor"),)
 
 
@@ -265,3 +266,7 @@ def test_corrections_become_part_of_the_recipe_and_of_its_fingerprint(tmp_path: 
 def test_a_recipe_that_would_never_show_a_curated_clip_is_refused() -> None:
     with pytest.raises(MelfoldError, match="curated_times = 0 needs curated_epochs"):
         load_recipe("base", ["noisy.use=true", "noisy.curated_times=0"])
+    with pytest.raises(MelfoldError, match="a teacher needs use = true"):
+        load_recipe("base", ["noisy.teacher=x"])
+    with pytest.raises(MelfoldError, match="pseudo needs a teacher"):
+        load_recipe("base", ["noisy.use=true", "noisy.pseudo=0.5"])

@@ -16,6 +16,7 @@ from kaggle_world import SETS, SLUG, World, record, rewrite
 from slugify import slugify
 
 from melfold import pipeline
+from melfold.combine.submission import build_submission
 from melfold.config import load_recipe
 from melfold.errors import MelfoldError
 from melfold.files import sha256_file
@@ -23,6 +24,7 @@ from melfold.kaggle import kernels, sandbox
 from melfold.kaggle.client import Kaggle
 from melfold.kaggle.kernels import Built, build_infer, build_train, fetch_run, pack_source, push, slug_of, title_for
 from melfold.kaggle.rehearsal import rehearse
+from melfold.learn.devices import pick_device
 from melfold.learn.runs import open_run
 
 ON_KAGGLE = {"joblib", "librosa", "numpy", "pandas", "pydantic", "safetensors", "scipy", "sklearn", "soundfile", "soxr"}
@@ -102,6 +104,16 @@ def test_a_run_that_has_changed_is_not_built(own: World) -> None:
     result.write_text(json.dumps(facts))
     with pytest.raises(MelfoldError, match="has changed since"):
         own.build()
+
+
+def test_a_weighted_ensemble_of_front_ends_and_views_gives_the_bytes_of_home(own: World) -> None:
+    other = load_recipe("demo", [*SETS, "seed=1", "logmel.n_mels=40", 'predict.pads=["wrap", "floor"]', "train.loss=lsep"])
+    device = pick_device("cpu", "off")
+    runs = [open_run(own.home, "tiny"), pipeline.run_all(own.data, own.home, other, "other", device, jobs=1)[0]]
+    build_submission(own.home, runs, own.competition, id="pair", mean="logit", weights=[3, 1])
+    built = build_infer(own.home, "pair", "tester", SLUG, gpu=False)
+    report = rehearse(built, own.competition, own.home)
+    assert (report.failures, report.equality) == ([], "the same bytes as at home")
 
 
 @pytest.mark.parametrize("isolation", ISOLATIONS)

@@ -15,13 +15,15 @@ from safetensors.torch import load_file
 
 from melfold.config import NoisyConfig
 from melfold.data.competition import Competition
+from melfold.data.logmel import build_cache
 from melfold.errors import MelfoldError
 from melfold.files import Home
 from melfold.learn import train
+from melfold.learn.model import build_model
 from melfold.learn.noisy import doubtful, select_noisy, teach
 from melfold.learn.runs import FULL, open_run, start_run
 from melfold.learn.train import load_fold, train_fold
-from melfold.probs import make_probs, read_probs
+from melfold.probs import make_probs, read_probs, write_probs
 
 JOINT = ("noisy.use=true", "noisy.curated_times=2", "train.epochs=0.2", "noisy.curated_epochs=0.4")
 STUDENT = (*JOINT, "noisy.teacher=teacher", "noisy.top=6", "noisy.per_label=2", "noisy.pseudo=0.5")
@@ -181,6 +183,48 @@ def test_no_curated_clips_label_reaches_the_model_that_scores_it(world: World, t
     assert all(a != b for a, b in zip(before, after, strict=True))
 
 
+def test_without_a_head_of_its_own_no_tensor_stands_twice(world: World) -> None:
+    # Else the moving average would take two steps at a time for it.
+    recipe = world.recipe()
+    model = build_model(recipe.model, 10, recipe.logmel.n_mels, recipe.crop_frames)
+    model.add_noisy(own_head=False, mean=-40.0, std=10.0)
+    state = [value for value in model.state_dict().values() if value.numel() > 1]
+    assert len({value.data_ptr() for value in state}) == len(state)
+
+
+def test_a_teacher_may_hear_otherwise(world: World, tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    recipe = world.recipe("logmel.n_mels=40", "logmel.hop_length=400", "train.crop_seconds=0.8")
+    folder = build_cache(world.competition, recipe.logmel, home, splits=["curated", "noisy"], jobs=1)
+    teacher = start_run(home, "teacher", recipe, world.competition, world.folds)
+    train_fold(teacher, 0, folder, world.device)
+    student = start_run(home, "student", world.recipe(*STUDENT), world.competition, world.folds)
+    teach(student, teacher, 0, folder, world.device)
+    assert train_fold(student, 0, world.cache, world.device).done
+    assert len(read_probs(teacher.fold(0).noisy)) == len(world.competition.noisy)
+
+
+def test_a_student_does_not_go_on_under_another_lesson(world: World, tmp_path: Path) -> None:
+    teacher = start_run(Home(tmp_path), "teacher", world.recipe(), world.competition, world.folds)
+    train_fold(teacher, 0, world.cache, world.device)
+    student = world.start(tmp_path, *STUDENT, "train.checkpoint_minutes=0", name="student")
+    teach(student, teacher, 0, world.cache, world.device)
+
+    def stop(done: int, total: int, text: str) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_fold(student, 0, world.cache, world.device, progress=stop)
+    before = student.fold(0).lesson.stat().st_mtime_ns
+    teach(student, teacher, 0, world.cache, world.device)
+    assert student.fold(0).lesson.stat().st_mtime_ns == before, "the same lesson is not given twice"
+    lesson = read_probs(student.fold(0).lesson)
+    write_probs(student.fold(0).lesson, lesson.iloc[1:])
+    with pytest.raises(MelfoldError, match="a checkpoint is from other data, folds, recipe or lesson"):
+        train_fold(student, 0, world.cache, world.device)
+
+
 def test_a_lesson_holds_the_chosen_clips_and_soft_targets(world: World, tmp_path: Path) -> None:
     taught(world, tmp_path, world.competition, 0)
     student, teacher = (open_run(Home(tmp_path), name) for name in ("student", "teacher"))
@@ -217,7 +261,7 @@ def test_a_full_student_may_learn_from_the_mean_of_the_folds(world: World, tmp_p
     student, teacher = open_run(Home(tmp_path), "student"), open_run(Home(tmp_path), "teacher")
     teach(student, teacher, FULL, world.cache, world.device)
     assert len(read_probs(student.fold(FULL).lesson))
-    with pytest.raises(MelfoldError, match="fold 2 of teacher is not trained"):
+    with pytest.raises(MelfoldError, match="fold 2 of teacher teacher is not trained"):
         teach(student, teacher, 2, world.cache, world.device)
 
 

@@ -333,7 +333,7 @@ def test_a_checkpoint_of_something_else_is_refused(world: World, tmp_path: Path)
         folder.path.mkdir(parents=True)
         shutil.copy(run.fold(0).checkpoint, folder.checkpoint)
     for fold, its_run in ((1, run), (0, other)):
-        with pytest.raises(MelfoldError, match="a checkpoint is from other data, folds or recipe"):
+        with pytest.raises(MelfoldError, match="a checkpoint is from other data, folds, recipe or lesson"):
             go(world, its_run, fold)
         assert not its_run.fold(fold).done
 

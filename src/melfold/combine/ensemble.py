@@ -13,7 +13,7 @@ from melfold.errors import MelfoldError
 from melfold.files import write_json
 from melfold.learn.runs import FULL, Run
 from melfold.metrics import Difference, bootstrap_interval, constant_lwlrap, lwlrap, paired_bootstrap, per_label_lwlrap
-from melfold.probs import MEANS, Probs, align, mean_probs, mean_values, read_probs, write_probs
+from melfold.probs import MEANS, Probs, align, mean_probs, read_probs, to_mean, write_probs
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,11 @@ def greedy_weights(targets: pd.DataFrame, tables: Sequence[Probs], kind: str, ro
     """
     values = np.stack([align(t, targets.index, list(targets.columns), "predictions").to_numpy(np.float64) for t in tables])
 
+    # Every kind of mean is linear in something, and what brings it back to 0..1 keeps the order, which is all lwlrap sees.
+    linear = to_mean(values, kind)
+
     def score(counts: np.ndarray) -> float:
-        mean = mean_values(values, kind, counts / counts.sum())
+        mean = np.tensordot(counts / counts.sum(), linear, 1)
         return lwlrap(targets, pd.DataFrame(mean, targets.index, targets.columns))
 
     counts = np.zeros(len(tables))
@@ -168,6 +171,7 @@ class Suggestion:
     high: float
     fitted: float | None
     gain: Difference
+    clips: int
 
 
 def suggest(runs: Sequence[Run]) -> list[Suggestion]:
@@ -191,7 +195,10 @@ def suggest(runs: Sequence[Run]) -> list[Suggestion]:
         interval = bootstrap_interval(targets, probs, rng=rng[0])
         gain = paired_bootstrap(targets, probs, best, rng=rng[1])
         given = None if weights is None else [round(float(w), 4) for w in weights]
-        found.append(Suggestion(list(names), kind, given, lwlrap(targets, probs), interval.low, interval.high, fitted, gain))
+        if given:  # a run of no weight only costs time, and may loosen the track
+            names, given = [n for n, w in zip(names, given, strict=True) if w], [w for w in given if w]
+        score = lwlrap(targets, probs)
+        found.append(Suggestion(list(names), kind, given, score, interval.low, interval.high, fitted, gain, len(targets)))
 
     for name, table in together.tables.items():
         add([name], "-", None, table, None)

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from melfold.combine.ensemble import pool_oof
 from melfold.data.competition import Competition
 from melfold.errors import MelfoldError
 from melfold.files import Home, digest, read_json, sha256_file, write_json
 from melfold.learn.runs import FULL, Run
 from melfold.metrics import bootstrap_interval, lwlrap
-from melfold.probs import MEANS, Probs, align, check_weights, mean_probs, read_probs, write_probs
+from melfold.probs import MEANS, Probs, align, check_weights, is_current, mean_probs, read_probs, write_probs
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ def build_submission(
     if mean not in MEANS:
         raise MelfoldError("unknown mean", mean, f"Use {', '.join(MEANS)}")
     shares = check_weights(weights, len(runs))
+    runs, shares = [run for run, share in zip(runs, shares, strict=True) if share], [float(s) for s in shares if s]
     if len({run.folder for run in runs}) < len(runs):
         raise MelfoldError("a run is named twice", ", ".join(run.name for run in runs), "Name each once")
     folder = home.submissions / id
@@ -58,7 +60,12 @@ def build_submission(
             log.warning("run %s is INCOMPLETE: not trained: fold %s", run.name, missing)
         if not run.test.exists():
             raise MelfoldError(f"run {run.name} has no test predictions", str(run.test), f"Run `melfold predict {run.name}`")
-    recipe = _recipe(runs, competition, id, mean, [float(share) for share in shares])
+        if not is_current(run.test, None, rests_on=run.weights_sha256(run.used_folds())):
+            mend = f"Run `melfold predict {run.name}`"
+            raise MelfoldError(f"test predictions of {run.name} are not of its trained folds", str(run.test), mend)
+        if run.done_folds() != [FULL]:
+            pool_oof(run)
+    recipe = _recipe(runs, competition, id, mean, shares)
     path, noted = folder / "submission.csv", folder / "recipe.json"
     if noted.exists():
         before = read_json(noted)
@@ -131,7 +138,7 @@ def _recipe(runs: Sequence[Run], competition: Competition, id: str, mean: str, s
                 "teacher": run.info.teacher,
                 "folds_sha256": run.info.folds_sha256,
                 "clips_sha256": run.info.clips_sha256,
-                "weights_sha256": {fold: read_json(run.fold(fold).result)["weights_sha256"] for fold in run.done_folds()},
+                "weights_sha256": run.weights_sha256(run.done_folds()),
                 "test_sha256": sha256_file(run.test),
                 "commit": run.info.commit,
             }

@@ -22,7 +22,7 @@ from melfold.data.competition import Competition
 from melfold.errors import MelfoldError
 from melfold.files import Home, digest, read_json, sha256_file, write_json, write_text
 from melfold.kaggle.client import Kaggle, KaggleError, wait_until
-from melfold.learn.runs import FULL, Run, current_commit, open_run
+from melfold.learn.runs import Run, current_commit, open_run
 
 log = logging.getLogger(__name__)
 
@@ -136,8 +136,8 @@ def build_infer(
     runs, files = [], {}
     for part in recipe["runs"]:
         run = open_run(home, part["name"])
-        used = _used_folds(run)
-        if part["weights_sha256"] != {fold: read_json(run.fold(fold).result)["weights_sha256"] for fold in run.done_folds()}:
+        used = run.used_folds()
+        if part["weights_sha256"] != run.weights_sha256(run.done_folds()):
             raise MelfoldError(f"run {run.name} has changed since submission {id} was built", str(run.folder), "Build it anew")
         weights = {}
         for fold in used:
@@ -234,11 +234,6 @@ def build_train(
     return _build(
         home, "train", f"{name} s{session}", owner, competition_slug, bundle, files, facts, gpu=gpu, source=before, keep=True
     )
-
-
-def _used_folds(run: Run) -> list[str]:
-    done = run.done_folds()
-    return [fold for fold in done if fold != FULL] or done
 
 
 def _provenance(runs: list[Run]) -> list[dict[str, str]]:

@@ -79,14 +79,24 @@ def _cpu_has_bf16() -> bool:
 
 
 @contextlib.contextmanager
-def repeatable(seed: int) -> Iterator[None]:
-    """Deterministic kernels, and the global generators (dropout and initial weights draw from them) seeded and given back."""
+def exact() -> Iterator[None]:
+    """Deterministic kernels, and float32 that is float32."""
     cudnn = torch.backends.cudnn
-    before = torch.get_rng_state(), cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32
+    before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32
     cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = True, False, False
-    torch.manual_seed(seed)
     try:
         yield
     finally:
-        torch.set_rng_state(before[0])
-        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = before[1:]
+        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = before
+
+
+@contextlib.contextmanager
+def repeatable(seed: int) -> Iterator[None]:
+    """`exact`, with the global generators (dropout and initial weights draw from them) seeded and given back."""
+    before = torch.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        with exact():
+            yield
+    finally:
+        torch.set_rng_state(before)

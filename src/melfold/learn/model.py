@@ -42,7 +42,7 @@ class Tagger(nn.Module):
         """Make what only training on the noisy set needs: its statistics in dB and, if asked for, a head for its labels."""
         self.register_buffer("noisy_mean", torch.tensor(mean))
         self.register_buffer("noisy_std", torch.tensor(std))
-        self.noisy_head = nn.Linear(self.head.in_features, self.head.out_features) if own_head else self.head
+        self.noisy_head = nn.Linear(self.head.in_features, self.head.out_features) if own_head else None
 
     def forward(self, log_mels: torch.Tensor, noisy: torch.Tensor | None = None) -> torch.Tensor:
         """Args: noisy: bool `(clips,)`, in training with `add_noisy`: these clips take its statistics and head."""
@@ -57,7 +57,7 @@ class Tagger(nn.Module):
         x = x.amax(dim=2) + x.mean(dim=2) if self.config.pool == "mean_max" else x.mean(dim=2)
         x = self.drop(self.norm(x))
         logits = self.head(x)
-        if noisy is None or self.noisy_head is self.head:
+        if noisy is None or self.noisy_head is None:
             return logits
         return torch.where(noisy[:, None], self.noisy_head(x), logits)
 
@@ -116,11 +116,11 @@ def build_model(config: ModelConfig, n_labels: int, n_mels: int, frames: int, *,
         raise MelfoldError(f"timm refuses {config.name}", _first_line(error), "Mend model.name or model.kwargs") from error
     if initial and config.weights.startswith("file:"):
         load_backbone(backbone, Path(config.weights.removeprefix("file:")).expanduser(), config.name)
-    width = _width(backbone, config.name, n_mels, frames)
+    width = feature_width(backbone, config.name, n_mels, frames)
     return Tagger(config, n_labels, backbone, width).to(memory_format=torch.channels_last)
 
 
-def _width(backbone: nn.Module, name: str, n_mels: int, frames: int) -> int:
+def feature_width(backbone: nn.Module, name: str, n_mels: int, frames: int) -> int:
     """Channels of the feature map, found by trying: some models emit another width than they declare."""
     was_training = backbone.training
     try:

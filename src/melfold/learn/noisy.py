@@ -1,12 +1,14 @@
 """Learning from the noisy set without learning from what one is scored on: teachers, selection, and doubtful labels.
 
 A student's fold `k` is taught by the teacher's fold `k`, which never saw the clips held out there. So no curated clip's label
-reaches the model that scores it, by whatever way.
+reaches the model that scores it. (Corrections that a person makes by a run's suggestions are another matter: a suggestion for a
+clip of one fold comes from a model that has seen the labels of the others.)
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,13 +16,14 @@ import pandas as pd
 from melfold.config import NoisyConfig
 from melfold.data.clips import ClipStore
 from melfold.data.competition import multi_hot
+from melfold.data.logmel import read_manifest
 from melfold.errors import MelfoldError
-from melfold.files import read_json
+from melfold.files import locked, read_json
 from melfold.learn.devices import Device
 from melfold.learn.predict import predict_probs
 from melfold.learn.runs import FULL, Run
 from melfold.learn.train import load_fold
-from melfold.probs import Probs, align, is_current, make_probs, mean_probs, read_probs, write_current, write_probs
+from melfold.probs import Probs, align, is_current, make_probs, mean_probs, read_probs, write_current
 
 
 def teach(student: Run, teacher: Run, fold: int | str, teacher_cache: Path, device: Device) -> None:
@@ -37,32 +40,50 @@ def teach(student: Run, teacher: Run, fold: int | str, teacher_cache: Path, devi
     folder = student.fold(fold)
     if folder.done:
         return
+
+    def busy() -> None:
+        raise MelfoldError("another melfold trains this fold", str(folder.path), "Wait for it, or stop it")
+
+    folds = [str(fold)]
     if fold == FULL and not teacher.fold(FULL).done:
         folds = [f for f in teacher.done_folds() if f != FULL]
-        if not folds:
-            raise MelfoldError(f"teacher {teacher.name} has no trained fold", str(teacher.folder), "Train it first")
-        judged = mean_probs([_judge(teacher, f, student, teacher_cache, device) for f in folds], "geometric")
-    else:
-        judged = _judge(teacher, str(fold), student, teacher_cache, device)
-    targets = multi_hot(student.noisy, student.info.labels)
-    kept = select_noisy(targets, judged, student.recipe.noisy)
-    judged = align(judged, kept, student.info.labels, f"predictions of {teacher.name}")
-    share = student.recipe.noisy.pseudo
-    values = (1 - share) * targets.loc[kept].to_numpy(np.float64) + share * judged.to_numpy(np.float64)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    write_probs(folder.lesson, make_probs(values, kept, student.info.labels))
+    if not folds or not all(teacher.fold(f).done for f in folds):
+        what = f"fold {fold} of teacher {teacher.name} is not trained"
+        raise MelfoldError(what, str(teacher.folder), f"Run `melfold train --run {teacher.name}`")
+    with locked(folder.path / ".lock", busy):
+        keys = [_judgement_key(teacher, f, student, teacher_cache) for f in folds]
+        key = [keys, student.recipe.noisy.model_dump(mode="json")]
+        if is_current(folder.lesson, key):
+            return
+        judged = [_judge(teacher, f, k, student, teacher_cache, device) for f, k in zip(folds, keys, strict=True)]
+        probs = judged[0] if len(judged) == 1 else mean_probs(judged, "geometric")
+        targets = multi_hot(student.noisy, student.info.labels)
+        kept = select_noisy(targets, probs, student.recipe.noisy)
+        probs = align(probs, kept, student.info.labels, f"predictions of {teacher.name}")
+        share = student.recipe.noisy.pseudo
+        values = (1 - share) * targets.loc[kept].to_numpy(np.float64) + share * probs.to_numpy(np.float64)
+        write_current(folder.lesson, make_probs(values, kept, student.info.labels), key)
 
 
-def _judge(teacher: Run, fold: str, student: Run, cache: Path, device: Device) -> Probs:
+def _judgement_key(teacher: Run, fold: str, student: Run, cache: Path) -> list[Any]:
+    """All that a teacher's judgement of the student's noisy clips rests on: its weights, its views, and the clips' files."""
+    recipe, fnames = teacher.recipe, list(student.noisy.index)
+    files = read_manifest(cache).loc[fnames, ["size", "mtime_ns"]].reset_index().to_numpy().tolist()
+    views = [recipe.logmel.fingerprint(), recipe.predict.model_dump(mode="json"), recipe.train.crop_seconds, recipe.train.pad]
+    return [read_json(teacher.fold(fold).result)["weights_sha256"], views, files]
+
+
+def _judge(teacher: Run, fold: str, key: list[Any], student: Run, cache: Path, device: Device) -> Probs:
     """What one of the teacher's models thinks of the student's noisy clips; kept beside its weights."""
-    folder = teacher.fold(fold)
-    model = load_fold(teacher, fold, device)
-    fnames = list(student.noisy.index)
-    front = teacher.recipe.logmel
-    key = [read_json(folder.result)["weights_sha256"], front.fingerprint(), student.info.noisy_sha256, fnames]
+    folder, recipe = teacher.fold(fold), teacher.recipe
     if not is_current(folder.noisy, key):
-        store = ClipStore(cache, fnames, front.n_mels, front.top_db)
-        write_current(folder.noisy, predict_probs(model, store, teacher.info.labels, teacher.recipe, device), key)
+        store = ClipStore(cache, list(student.noisy.index), recipe.logmel.n_mels, recipe.logmel.top_db)
+        model = load_fold(teacher, fold, device)
+        if recipe.noisy.use and recipe.noisy.own_norm:  # it learnt to hear such clips with their own statistics
+            mean, std = store.statistics()
+            model.mean.fill_(mean)
+            model.std.fill_(std)
+        write_current(folder.noisy, predict_probs(model, store, teacher.info.labels, recipe, device), key)
     return read_probs(folder.noisy)
 
 

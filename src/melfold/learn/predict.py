@@ -10,7 +10,7 @@ import torch
 from melfold.config import Recipe, View
 from melfold.data.clips import ClipStore, prefetch, window_batches
 from melfold.files import Progress, silent
-from melfold.learn.devices import Device
+from melfold.learn.devices import Device, exact
 from melfold.learn.model import Tagger
 from melfold.probs import Probs, make_probs
 
@@ -44,7 +44,7 @@ def predict_logits(model: Tagger, store: ClipStore, recipe: Recipe, device: Devi
     )
     was_training = model.training
     model.eval()
-    with torch.inference_mode():
+    with exact(), torch.inference_mode():
         for batch in prefetch(batches):
             logits = model(device.log_mels(batch.log_mels)).cpu().numpy()
             np.add.at(sums, batch.rows, logits.astype(np.float64))

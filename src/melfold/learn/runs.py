@@ -177,6 +177,15 @@ class Run:
         """The folds that are not trained."""
         return [k for k in range(self.recipe.folds.n_folds) if not self.fold(k).done]
 
+    def used_folds(self) -> list[str]:
+        """The folds that predict: `full` only where there is no other."""
+        done = self.done_folds()
+        return [fold for fold in done if fold != FULL] or done
+
+    def weights_sha256(self, folds: Sequence[str]) -> dict[str, str]:
+        """The hashes of some trained folds' weights."""
+        return {fold: read_json(self.fold(fold).result)["weights_sha256"] for fold in folds}
+
     def done_folds(self) -> list[str]:
         """The folds (and `full`) that are trained."""
         return [f for f in [*map(str, range(self.recipe.folds.n_folds)), FULL] if self.fold(f).done]

@@ -109,8 +109,13 @@ class _Fold:
         self.targets = run.taught(train).to_numpy()
         self.held_out_targets = run.targets(held_out)
         self.noisy: list[str] = []
+        # Taken once, with the lesson that is read here: a checkpoint must not carry the mark of another.
+        lesson = sha256_file(folder.lesson) if recipe.noisy.teacher and folder.lesson.exists() else ""
+        self.key = digest([recipe.fingerprint(), run.info.clips_sha256, run.info.noisy_sha256, lesson, folder.fold])
         if recipe.noisy.use:
             noisy = run.noisy_targets(folder.fold)
+            if noisy.empty:
+                raise MelfoldError("no noisy clip is left to learn from", str(folder.path), "Mend noisy.top or data.exclude")
             self.noisy = list(noisy.index)
             self.targets = np.concatenate([self.targets, noisy.to_numpy()])
         front = recipe.logmel
@@ -134,9 +139,10 @@ class _Fold:
             self._build()
             self._resume()
             augment_until = self.total - self.per(recipe.augment.off_epochs, -1) if recipe.augment.off_epochs else self.total
+            apart = recipe.noisy.use and (recipe.noisy.own_head or recipe.noisy.own_norm)
             mean = float(self.model.mean)
+            noisy_mean = float(self.model.noisy_mean) if apart else mean
             loss_of = loss_named(config.loss)
-            apart = recipe.noisy.own_head or recipe.noisy.own_norm if recipe.noisy.use else False
             validate_steps = self.per(config.validate_every) if config.validate_every else self.total + 1
             saved = time.monotonic()
             started = saved - self.seconds
@@ -162,7 +168,8 @@ class _Fold:
                     domains = is_noisy if apart else None
                     if self.step < augment_until:
                         draw = draw_augment(recipe.augment, len(log_mels), *log_mels.shape[2:], rng, domains)
-                        log_mels, targets = apply_augment(draw, log_mels, targets, mean, device)
+                        fill = device.tensor(np.where(is_noisy, noisy_mean, mean).astype(np.float32)) if apart else mean
+                        log_mels, targets = apply_augment(draw, log_mels, targets, fill, device)
                     with device.autocast():
                         logits = self.model(log_mels, device.tensor(domains) if apart else None)
                     logits = logits.float()
@@ -250,7 +257,7 @@ class _Fold:
 
     def _save(self) -> None:
         state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts().items()}
-        state |= {"key": self._key(), "step": self.step, "seconds": self.seconds, "rows": json.dumps(self.rows)}
+        state |= {"key": self.key, "step": self.step, "seconds": self.seconds, "rows": json.dumps(self.rows)}
         with atomic_path(self.folder.checkpoint) as temporary:
             torch.save(state, temporary)
 
@@ -262,21 +269,15 @@ class _Fold:
             state = torch.load(self.folder.checkpoint, map_location=self.device.torch, weights_only=True)
         except Exception as error:  # a broken file fails in many ways
             raise MelfoldError("broken checkpoint", str(self.folder.checkpoint), "Delete it to train anew") from error
-        if state["key"] != self._key():
+        if state["key"] != self.key:
             raise MelfoldError(
-                "a checkpoint is from other data, folds or recipe", str(self.folder.checkpoint), "Delete it to train anew"
+                "a checkpoint is from other data, folds, recipe or lesson", str(self.folder.checkpoint), "Delete it to train anew"
             )
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self.step, self.seconds, self.rows = state["step"], state["seconds"], json.loads(state["rows"])
         self._write_log()
         log.info("%s fold %s: going on at step %d of %d", self.run.name, self.folder.fold, self.step, self.total)
-
-    def _key(self) -> str:
-        lesson = sha256_file(self.folder.lesson) if self.recipe.noisy.teacher else ""
-        return digest(
-            [self.recipe.fingerprint(), self.run.info.clips_sha256, self.run.info.noisy_sha256, lesson, self.folder.fold]
-        )
 
     def _check_finite(self, values: np.ndarray, shown: list[np.ndarray]) -> None:
         if not np.isfinite(values).all():
@@ -319,6 +320,8 @@ class _Fold:
         result: dict[str, Any] = {"fold": folder.fold, "clips": len(self.curated.fnames), "steps": self.total}
         if self.noisy:
             result["noisy_clips"] = len(self.noisy)
+            if folder.lesson.exists():
+                result["lesson_sha256"] = sha256_file(folder.lesson)
         if len(self.held_out.fnames):
             write_probs(folder.oof, self._validate())
             result |= {"held_out_clips": len(self.held_out.fnames), "lwlrap": self.lwlrap}
