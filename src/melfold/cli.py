@@ -10,7 +10,7 @@ import typer
 
 from melfold.cli_kaggle import register
 from melfold.errors import MelfoldError
-from melfold.files import Home
+from melfold.files import Home, read_json
 from melfold.terminal import (
     DataArg,
     DataOpt,
@@ -30,6 +30,7 @@ from melfold.terminal import (
 if TYPE_CHECKING:
     from melfold.combine.ensemble import OofScores
     from melfold.config import Recipe
+    from melfold.learn.runs import Run
 
 app = typer.Typer(
     name="melfold",
@@ -140,10 +141,8 @@ def train(
 def oof(run: RunArg, home: HomeOpt = None, set_: SetOpt = None) -> None:
     """Score a run's held-out predictions: pooled, by fold and by label."""
     from melfold.combine.ensemble import pool_oof
-    from melfold.learn.runs import open_run
 
-    refuse_set(set_)
-    opened = open_run(Home.find(home), run)
+    _, (opened,) = _open_runs([run], home, set_)
     scores = pool_oof(opened)
     print_table(scores.per_label.sort_values("lwlrap"), "label")
     _print_oof(scores)
@@ -156,11 +155,9 @@ def predict(run: RunArg, data: DataOpt, device: DeviceOpt = "auto", home: HomeOp
     from melfold import pipeline
     from melfold.data.competition import load_competition
     from melfold.learn.devices import pick_device
-    from melfold.learn.runs import open_run
 
-    refuse_set(set_)
-    place = Home.find(home)
-    typer.echo(pipeline.predict(open_run(place, run), load_competition(data), place, pick_device(device, "off"), progress=bar()))
+    place, (opened,) = _open_runs([run], home, set_)
+    typer.echo(pipeline.predict(opened, load_competition(data), place, pick_device(device, "off"), progress=bar()))
 
 
 @command(submission_app, "build", "melfold submission build open --data data/fat2019")
@@ -174,19 +171,16 @@ def submission_build(
     set_: SetOpt = None,
 ) -> None:
     """Combine runs into submissions/<id>/submission.csv, checked, with the recipe that rebuilds it."""
-    from melfold.combine.submission import build_submission, standing_of
+    from melfold.combine.submission import build_submission
     from melfold.data.competition import load_competition
-    from melfold.learn.runs import open_run
 
-    refuse_set(set_)
-    place = Home.find(home)
-    opened = [open_run(place, run) for run in runs]
+    place, opened = _open_runs(runs, home, set_)
     name = id or "+".join(run.name for run in opened)
     path = build_submission(place, opened, load_competition(data), id=name, mean=mean, weights=_numbers(weights))
-    standing = standing_of(opened)
-    typer.echo(f"{path}\nTrack: {standing.track}. Data: {'; '.join(standing.data)}.", nl=False)
-    typer.echo(f" Licences of first weights: {', '.join(standing.licences)}." if standing.licences else "")
-    for rule in standing.breaks:
+    noted = read_json(path.with_name("recipe.json"))
+    typer.echo(f"{path}\nTrack: {noted['track']}. Data: {'; '.join(noted['data'])}.", nl=False)
+    typer.echo(f" Licences of first weights: {', '.join(noted['licences'])}." if noted["licences"] else "")
+    for rule in noted["breaks"]:
         typer.secho(f"BREAKS: {rule}", fg="yellow")
 
 
@@ -203,11 +197,9 @@ def ensemble_suggest(
 
     from melfold import pipeline
     from melfold.combine.ensemble import suggest
-    from melfold.learn.runs import open_run
 
-    refuse_set(set_)
-    place = Home.find(home)
-    opened = [open_run(place, run) for run in runs] if runs else pipeline.runs_alike(place)
+    place, opened = _open_runs(runs or [], home, set_)
+    opened = opened or pipeline.runs_alike(place)
     found = suggest(opened)
     rows = {}
     for number, item in enumerate(found):
@@ -247,10 +239,9 @@ def relabel_suggest(
 ) -> None:
     """List curated clips whose held-out prediction contradicts their labels: wrong labels, and likely missing ones."""
     from melfold import pipeline
-    from melfold.learn.runs import open_run
+    from melfold.learn.noisy import write_corrections
 
-    refuse_set(set_)
-    opened = open_run(Home.find(home), run)
+    _, (opened,) = _open_runs([run], home, set_)
     doubts = pipeline.suggest_corrections(opened)
     shown = doubts.head(top)
     print_table(shown.map(lambda value: ", ".join(value) if isinstance(value, tuple) else value), "fname")
@@ -259,7 +250,7 @@ def relabel_suggest(
     typer.echo(f"{len(doubts)} of {heard} clips are in doubt{rest}.")
     _warn_incomplete(heard, len(opened.clips))
     if output:
-        pipeline.write_corrections(output, shown, opened.name)
+        write_corrections(output, shown, opened.name)
         typer.echo(f"{output}\nListen, strike out, then: --set data.corrections={output}")
 
 
@@ -272,17 +263,13 @@ def compare(
 ) -> None:
     """Set runs side by side: OOF scores with intervals, paired differences from the first, the spread over seeds."""
     from melfold.combine import ensemble
-    from melfold.learn.runs import open_run
 
-    refuse_set(set_)
-    place = Home.find(home)
-    opened = [open_run(place, run) for run in runs]
+    _, opened = _open_runs(runs, home, set_)
     found = ensemble.compare(opened)
     if labels:
         print_table(found.labels, "label")
     print_table(found.runs, "run")
-    clips = max(len(run.clips) for run in opened)
-    _warn_incomplete(found.clips, clips)
+    _warn_incomplete(found.clips, max(len(run.clips) for run in opened))
     for names, mean, spread in found.seeds:
         typer.echo(f"{len(names)} seeds ({', '.join(names)}): mean {mean:.4f}, standard deviation {spread:.4f}")
     if len(opened) > 1:
@@ -426,6 +413,15 @@ def recipe_show(
 def _show_value(key: str, value: object, reason: str) -> None:
     line = f"{key} = {value!r}"
     typer.echo(f"{line:<40} # {reason}" if reason else line)
+
+
+def _open_runs(names: list[str], home: Path | None, sets: list[str] | None) -> tuple[Home, list[Run]]:
+    """What commands that read finished runs begin with."""
+    from melfold.learn.runs import open_run
+
+    refuse_set(sets)
+    place = Home.find(home)
+    return place, [open_run(place, name) for name in names]
 
 
 def _warn_incomplete(clips: int, all_clips: int) -> None:

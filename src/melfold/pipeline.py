@@ -16,7 +16,7 @@ from melfold.data.competition import SPLITS, Competition, load_competition
 from melfold.data.folds import find_identical, fold_table_name, label_deviation, make_folds, read_folds, write_folds
 from melfold.data.logmel import build_cache, cut_short, read_manifest, stop_workers
 from melfold.errors import MelfoldError
-from melfold.files import Home, Progress, read_json, silent, write_text
+from melfold.files import Home, Progress, read_json, silent
 from melfold.probs import is_current, make_probs, write_current
 
 if TYPE_CHECKING:
@@ -383,27 +383,6 @@ def suggest_corrections(run: Run) -> pd.DataFrame:
     pool_oof(run)
     oof = read_probs(run.oof)
     return doubtful(run.targets(oof.index), oof)
-
-
-def write_corrections(path: Path, doubts: pd.DataFrame, run: str) -> None:
-    """Write suggestions as a `corrections.csv` to be listened through and pruned; an existing file is never replaced.
-
-    Raises:
-        MelfoldError: a file stands there.
-    """
-    if path.exists():
-        raise MelfoldError("a file stands there already", str(path), "It may hold your own work: choose another name")
-    rows = [
-        (fname, ",".join(row.suggested or row.labels), f"{run}: {_why(row)}, doubt {row.doubt:.1f}")
-        for fname, row in zip(doubts.index, doubts.itertuples(), strict=True)
-    ]
-    table = pd.DataFrame(rows, columns=["fname", "labels", "why"])
-    write_text(path, table.to_csv(index=False, lineterminator="\n"))
-
-
-def _why(row: Any) -> str:
-    parts = [f"{kind} {', '.join(names)}" for kind, names in (("lacks", row.missing), ("wrong", row.wrong)) if names]
-    return "; ".join(parts)
 
 
 def _sizes(competition: Competition) -> tuple[int, int, int, int]:

@@ -125,7 +125,12 @@ def mean_probs(tables: Sequence[Probs], kind: str, weights: Sequence[float] | No
         if len(table) != len(first) or len(table.columns) != len(first.columns):
             raise MelfoldError("predictions of different clips cannot be averaged", f"{table.shape} and {first.shape}")
     values = np.stack([align(t, first.index, first.columns, "predictions").to_numpy(np.float64) for t in tables])
-    return make_probs(mean_values(values, kind, check_weights(weights, len(tables))), list(first.index), list(first.columns))
+    mean = np.tensordot(check_weights(weights, len(tables)), to_mean(values, kind), 1)
+    if kind == "geometric":
+        mean = np.exp(mean)
+    elif kind == "logit":
+        mean = 1 / (1 + np.exp(-mean))
+    return make_probs(mean, list(first.index), list(first.columns))
 
 
 def check_weights(weights: Sequence[float] | None, count: int) -> np.ndarray:
@@ -139,11 +144,6 @@ def check_weights(weights: Sequence[float] | None, count: int) -> np.ndarray:
         found = ",".join(f"{w:g}" for w in given)
         raise MelfoldError("weights do not fit", f"{found} for {count}", "Give one a run, none negative, not all 0")
     return given / given.sum()
-
-
-def mean_values(values: np.ndarray, kind: str, weights: np.ndarray) -> np.ndarray:
-    """As `mean_probs`, of float64 `(tables, clips, labels)`, with weights that sum to 1."""
-    return _from_mean(np.tensordot(weights, to_mean(values, kind), 1), kind)
 
 
 def to_mean(values: np.ndarray, kind: str) -> np.ndarray:
@@ -161,9 +161,3 @@ def to_mean(values: np.ndarray, kind: str) -> np.ndarray:
         # Ties share the mean of their ranks.
         return np.stack([pd.DataFrame(table).rank(axis=1).to_numpy() / (values.shape[-1] + 1) for table in values])
     raise MelfoldError("unknown mean", kind, f"Use {', '.join(MEANS)}")
-
-
-def _from_mean(mean: np.ndarray, kind: str) -> np.ndarray:
-    if kind == "geometric":
-        return np.exp(mean)
-    return 1 / (1 + np.exp(-mean)) if kind == "logit" else mean

@@ -6,7 +6,7 @@ import csv
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +123,7 @@ def _recipe(runs: Sequence[Run], competition: Competition, id: str, mean: str, s
     return {
         "id": id,
         "competition": competition.name,
-        "track": standing.track,
-        "licences": standing.licences,
+        **asdict(standing),
         "mean": mean,
         "oof_lwlrap": _oof_lwlrap(runs, mean, shares),
         "runs": [

@@ -18,7 +18,7 @@ from melfold.data.clips import ClipStore
 from melfold.data.competition import multi_hot
 from melfold.data.logmel import read_manifest
 from melfold.errors import MelfoldError
-from melfold.files import locked, read_json
+from melfold.files import locked, read_json, write_text
 from melfold.learn.devices import Device
 from melfold.learn.predict import predict_probs
 from melfold.learn.runs import FULL, Run
@@ -157,3 +157,24 @@ def doubtful(targets: pd.DataFrame, oof: Probs) -> pd.DataFrame:
             )
     columns = ["fname", "labels", "suggested", "missing", "wrong", "doubt"]
     return pd.DataFrame(rows, columns=columns).sort_values(["doubt", "fname"], ascending=[False, True]).set_index("fname")
+
+
+def write_corrections(path: Path, doubts: pd.DataFrame, run: str) -> None:
+    """Write suggestions as a `corrections.csv` to be listened through and pruned; an existing file is never replaced.
+
+    Raises:
+        MelfoldError: a file stands there.
+    """
+    if path.exists():
+        raise MelfoldError("a file stands there already", str(path), "It may hold your own work: choose another name")
+    rows = [
+        (fname, ",".join(row.suggested or row.labels), f"{run}: {_why(row)}, doubt {row.doubt:.1f}")
+        for fname, row in zip(doubts.index, doubts.itertuples(), strict=True)
+    ]
+    table = pd.DataFrame(rows, columns=["fname", "labels", "why"])
+    write_text(path, table.to_csv(index=False, lineterminator="\n"))
+
+
+def _why(row: Any) -> str:
+    parts = [f"{kind} {', '.join(names)}" for kind, names in (("lacks", row.missing), ("wrong", row.wrong)) if names]
+    return "; ".join(parts)
