@@ -15,11 +15,14 @@ from melfold.terminal import (
     DataArg,
     DataOpt,
     DeviceOpt,
+    DevicesOpt,
+    EngineOpt,
     HomeOpt,
     JobsOpt,
     RecipeOpt,
     RunArg,
     RunOpt,
+    SchedulerOpt,
     SetOpt,
     bar,
     command,
@@ -80,12 +83,23 @@ def show(
 
 
 @command(app, "cache", "melfold cache data/fat2019 --recipe open")
-def cache(data: DataArg, recipe: RecipeOpt = "open", jobs: JobsOpt = -1, home: HomeOpt = None, set_: SetOpt = None) -> None:
+def cache(
+    data: DataArg,
+    recipe: RecipeOpt = "open",
+    jobs: JobsOpt = -1,
+    engine: EngineOpt = "joblib",
+    scheduler: SchedulerOpt = "",
+    home: HomeOpt = None,
+    set_: SetOpt = None,
+) -> None:
     """Turn audio into log-mel .npy files, once; only what is missing or has changed is made."""
     from melfold import pipeline
     from melfold.data.competition import load_competition
+    from melfold.engine import engine as running_on
 
-    typer.echo(pipeline.cache(load_competition(data), Home.find(home), _recipe(recipe, set_), jobs=jobs, progress=bar()))
+    place, resolved = Home.find(home), _recipe(recipe, set_)
+    with running_on(engine, scheduler, place.root):
+        typer.echo(pipeline.cache(load_competition(data.resolve()), place, resolved, jobs=jobs, progress=bar()))
 
 
 @command(app, "folds", "melfold folds data/fat2019 --n-folds 5 --seed 42")
@@ -116,22 +130,27 @@ def train(
     recipe: RecipeOpt = "open",
     folds: Annotated[str, typer.Option("--folds", help="0,1 or all or full (every curated clip, no held-out fold).")] = "all",
     run: RunOpt = None,
-    device: DeviceOpt = "auto",
+    device: DevicesOpt = "auto",
     jobs: JobsOpt = -1,
+    engine: EngineOpt = "joblib",
+    scheduler: SchedulerOpt = "",
     home: HomeOpt = None,
     set_: SetOpt = None,
 ) -> None:
     """Train folds of a run. Can be stopped at any moment; the same command goes on."""
     from melfold import pipeline
     from melfold.data.competition import load_competition
-    from melfold.learn.devices import pick_device
+    from melfold.engine import engine as running_on
+    from melfold.learn.devices import pick_devices
     from melfold.learn.runs import parse_folds
 
     resolved, place = _recipe(recipe, set_), Home.find(home)
     which = parse_folds(folds, resolved)
-    competition, target = load_competition(data), pick_device(device, resolved.train.amp)
+    competition, names = load_competition(data.resolve()), device.split(",")
+    target = pick_devices(names, resolved.train.amp)
     name = _run_name(run, recipe, resolved)
-    result = pipeline.train(competition, place, resolved, name, which, target, jobs=jobs, progress=bar())
+    with running_on(engine, scheduler, place.root):
+        result = pipeline.train(competition, place, resolved, name, which, target, names=names, jobs=jobs, progress=bar())
     scored = any(fold != "full" for fold in result.done_folds())
     follow = f"melfold oof {result.name}" if scored else f"melfold predict {result.name} --data {data}"
     typer.echo(f"{result.folder}\nDone: {', '.join(result.done_folds())}. Next: {follow}")
@@ -150,14 +169,25 @@ def oof(run: RunArg, home: HomeOpt = None, set_: SetOpt = None) -> None:
 
 
 @command(app, "predict", "melfold predict open --data data/fat2019")
-def predict(run: RunArg, data: DataOpt, device: DeviceOpt = "auto", home: HomeOpt = None, set_: SetOpt = None) -> None:
+def predict(
+    run: RunArg,
+    data: DataOpt,
+    device: DeviceOpt = "auto",
+    engine: EngineOpt = "joblib",
+    scheduler: SchedulerOpt = "",
+    home: HomeOpt = None,
+    set_: SetOpt = None,
+) -> None:
     """Predict the test clips with a run's trained folds, as its saved recipe says."""
     from melfold import pipeline
     from melfold.data.competition import load_competition
+    from melfold.engine import engine as running_on
     from melfold.learn.devices import pick_device
 
     place, (opened,) = _open_runs([run], home, set_)
-    typer.echo(pipeline.predict(opened, load_competition(data), place, pick_device(device, "off"), progress=bar()))
+    target = pick_device(device, "off")
+    with running_on(engine, scheduler, place.root):
+        typer.echo(pipeline.predict(opened, load_competition(data.resolve()), place, target, name=device, progress=bar()))
 
 
 @command(submission_app, "build", "melfold submission build open --data data/fat2019")
@@ -314,8 +344,10 @@ def run(
     data: DataArg,
     recipe: RecipeOpt = "open",
     run: RunOpt = None,
-    device: DeviceOpt = "auto",
+    device: DevicesOpt = "auto",
     jobs: JobsOpt = -1,
+    engine: EngineOpt = "joblib",
+    scheduler: SchedulerOpt = "",
     dry: Annotated[
         bool, typer.Option("--dry-run", help="All of it with a few clips and steps: does it run, and how fast?")
     ] = False,
@@ -324,18 +356,23 @@ def run(
 ) -> None:
     """The whole road, from a download to a checked submission.csv, skipping what is done."""
     from melfold import pipeline
-    from melfold.learn.devices import pick_device
+    from melfold.engine import engine as running_on
+    from melfold.learn.devices import pick_devices
 
-    resolved = _recipe(recipe, set_)
+    resolved, place = _recipe(recipe, set_), Home.find(home)
     name = _run_name(run, recipe, resolved)
-    target = pick_device(device, resolved.train.amp)
+    names = device.split(",")
+    target = pick_devices(names, resolved.train.amp)
     if dry:
-        tried = pipeline.dry_run(data, Home.find(home), resolved, target, jobs=jobs, progress=bar())
+        tried = pipeline.dry_run(data, place, resolved, target, jobs=jobs, progress=bar())
         hours = tried.steps * tried.seconds_per_step * resolved.train.batch_size / tried.batch_size / 3600
         typer.echo(f"Every stage runs: {tried.submission} is no result.")
         typer.echo(f"A fold will be {tried.steps:,} steps of {resolved.train.batch_size}: about {hours:,.1f} h on this device.")
         return
-    result, scores, path = pipeline.run_all(data, Home.find(home), resolved, name, target, jobs=jobs, progress=bar())
+    with running_on(engine, scheduler, place.root):
+        result, scores, path = pipeline.run_all(
+            data.resolve(), place, resolved, name, target, names=names, jobs=jobs, progress=bar()
+        )
     _print_oof(scores)
     typer.echo(f"{path}  (track: {result.info.track})")
 

@@ -15,6 +15,7 @@ from melfold.config import Recipe
 from melfold.data.competition import SPLITS, Competition, load_competition
 from melfold.data.folds import find_identical, fold_table_name, label_deviation, make_folds, read_folds, write_folds
 from melfold.data.logmel import build_cache, cut_short, read_manifest, stop_workers
+from melfold.engine import remote, spread
 from melfold.errors import MelfoldError
 from melfold.files import Home, Progress, read_json, silent
 from melfold.probs import is_current, make_probs, write_current
@@ -150,12 +151,19 @@ def train(
     which: Sequence[int | str],
     device: Device,
     *,
+    names: Sequence[str] = ("auto",),
     jobs: int = -1,
     progress: Progress = silent,
 ) -> Run:
-    """Train some folds of a run, making the log-mels and the fold table where they are missing."""
+    """Train some folds of a run, making the log-mels and the fold table where they are missing.
+
+    Args:
+        device: where they train one after the other, here.
+        names: of several devices here, on each of which a fold trains at a time; or, on a cluster, the device of every worker.
+    """
     from melfold.learn.noisy import teach
     from melfold.learn.runs import open_run, start_run
+    from melfold.learn.session import train_job, train_session
     from melfold.learn.train import train_fold
 
     try_recipe(home, name, competition, recipe, which)
@@ -166,10 +174,20 @@ def train(
     if teacher:
         as_heard = recipe.model_copy(update={"logmel": teacher.recipe.logmel})
         heard = cache(competition, home, as_heard, jobs=jobs, progress=progress)
+    else:
+        heard = None
+    if remote():
+        there = [(home.root, run.name, str(fold), folder, heard, names[0]) for fold in which]
+        for done, _ in enumerate(spread(train_job, there)):
+            progress(done + 1, len(there), f"{run.name}: folds trained")
+        return run
     for fold in which:
-        if teacher:
+        if teacher and heard:
             teach(run, teacher, fold, heard, device)
-        train_fold(run, fold, folder, device, progress=progress)
+        if len(names) == 1:
+            train_fold(run, fold, folder, device, progress=progress)
+    if len(names) > 1:
+        train_session(run, [str(fold) for fold in which], folder, names, amp=recipe.train.amp)
     return run
 
 
@@ -194,10 +212,16 @@ def try_recipe(home: Home, name: str, competition: Competition, recipe: Recipe, 
             feature_width(model.backbone, recipe.model.name, recipe.logmel.n_mels, length)
 
 
-def predict(run: Run, competition: Competition, home: Home, device: Device, *, progress: Progress = silent) -> Path:
+def predict(
+    run: Run, competition: Competition, home: Home, device: Device, *, name: str = "auto", progress: Progress = silent
+) -> Path:
     """Predict the test clips with every trained fold (with `full` where there is no other), and average.
 
     A test clip that cannot be read gets the mean out-of-fold probabilities, and a warning.
+
+    Args:
+        device: where it is done, unless on a cluster.
+        name: the device of every worker of a cluster.
 
     Returns:
         The table of the run's test probabilities.
@@ -206,6 +230,7 @@ def predict(run: Run, competition: Competition, home: Home, device: Device, *, p
     from melfold.data.clips import ClipStore
     from melfold.learn.predict import predict_probs
     from melfold.learn.runs import FULL
+    from melfold.learn.session import predict_job
     from melfold.learn.train import load_fold
 
     recipe = run.recipe
@@ -230,6 +255,11 @@ def predict(run: Run, competition: Competition, home: Home, device: Device, *, p
     key = [recipe.model_dump(mode="json"), manifest[["size", "mtime_ns"]].reset_index().to_numpy().tolist()]
     weights = run.weights_sha256(which)
     keys = {fold: [key, weights[fold]] for fold in which}
+    if remote():
+        left = [fold for fold in which if not is_current(run.fold(fold).test, keys[fold])]
+        there = [(run.folder.parents[1], run.name, fold, folder, readable, keys[fold], name) for fold in left]
+        for done, _ in enumerate(spread(predict_job, there)):
+            progress(done + 1, len(left), f"{run.name}: folds predicted")
     for number, fold in enumerate(which):
         path = run.fold(fold).test
         if not is_current(path, keys[fold]):
@@ -247,7 +277,15 @@ def predict(run: Run, competition: Competition, home: Home, device: Device, *, p
 
 
 def run_all(
-    root: Path, home: Home, recipe: Recipe, name: str, device: Device, *, jobs: int = -1, progress: Progress = silent
+    root: Path,
+    home: Home,
+    recipe: Recipe,
+    name: str,
+    device: Device,
+    *,
+    names: Sequence[str] = ("auto",),
+    jobs: int = -1,
+    progress: Progress = silent,
 ) -> tuple[Run, OofScores, Path]:
     """The whole road from a download to a checked `submission.csv`, skipping what is done."""
     from melfold.combine.ensemble import pool_oof
@@ -261,11 +299,12 @@ def run_all(
     log.info("2/6 log-mels in %s", folder)
     table, deviation = folds(competition, home, recipe)
     log.info("3/6 folds in %s (labels within %d clips of an even split)", table, deviation)
-    run = train(competition, home, recipe, name, range(recipe.folds.n_folds), device, jobs=jobs, progress=progress)
+    every = range(recipe.folds.n_folds)
+    run = train(competition, home, recipe, name, every, device, names=names, jobs=jobs, progress=progress)
     log.info("4/6 %d folds trained in %s", recipe.folds.n_folds, run.folder)
     scores = pool_oof(run)
     log.info("5/6 OOF lwlrap %.4f (%.3f to %.3f)", scores.oof_lwlrap, scores.low, scores.high)
-    predict(run, competition, home, device, progress=progress)
+    predict(run, competition, home, device, name=names[0], progress=progress)
     submitted = {row.id for row in Ledger.of(home).rows()}
     mean = recipe.predict.fold_mean
     path = build_submission(home, [run], competition, id=run.name, mean=mean, replace=run.name not in submitted)

@@ -37,6 +37,9 @@ RunOpt = Annotated[
     str | None, typer.Option("--run", help="The run's name (else the recipe's, with a piece of its hash where --set changed it).")
 ]
 DeviceOpt = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+DevicesOpt = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N; as cuda:0,cuda:1 a fold trains on each.")]
+EngineOpt = Annotated[str, typer.Option("--engine", help="joblib: this machine. dask: the workers of --scheduler.")]
+SchedulerOpt = Annotated[str, typer.Option("--scheduler", metavar="ADDRESS", help="Of the Dask scheduler.")]
 JobsOpt = Annotated[int, typer.Option("--jobs", help="Worker processes; -1 is one a core.")]
 
 

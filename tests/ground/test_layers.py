@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 FLOORS: list[list[str]] = [
-    ["errors", "files", "config", "probs", "metrics"],
+    ["errors", "engine", "files", "config", "probs", "metrics"],
     [f"data.{m}" for m in ("competition", "logmel", "folds", "clips", "demo")],
-    [f"learn.{m}" for m in ("runs", "devices", "augment", "losses", "model", "predict", "train", "session", "noisy")],
+    [f"learn.{m}" for m in ("runs", "devices", "augment", "losses", "model", "predict", "train", "noisy", "session")],
     [f"combine.{m}" for m in ("ensemble", "submission")],
     [f"kaggle.{m}" for m in ("client", "ledger", "download", "kernels", "sandbox", "rehearsal", "submit")],
     [f"report.{m}" for m in ("clips", "ledger")],

@@ -17,6 +17,7 @@ import pandas as pd
 
 from melfold.config import LogMelConfig
 from melfold.data.competition import Competition, Split
+from melfold.engine import remote
 from melfold.errors import MelfoldError
 from melfold.files import Home, Progress, atomic_path, locked, remove_leftovers, silent, write_json
 
@@ -251,7 +252,8 @@ def _make(
     items = list(work.items())
     # A chunk is one task: large enough to hide the cost of passing it, small enough that a kill loses little.
     chunks = [items[i : i + 8] for i in range(0, len(items), 8)]
-    transform = log_mel_of(config)  # made here, so that no worker has to import librosa
+    # Made here, so that no worker of this machine has to import librosa; to others the configuration alone is sent.
+    transform = config if remote() else log_mel_of(config)
     if jobs == -1 and len(work) < _FEW:
         jobs = 1
     with (folder / "journal.jsonl").open("a") as journal:
@@ -274,7 +276,9 @@ def stop_workers() -> None:
         loky._executor.shutdown(wait=True)
 
 
-def _make_chunk(folder: Path, chunk: list[tuple[str, Path]], transform: LogMel) -> list[ClipInfo]:
+def _make_chunk(folder: Path, chunk: list[tuple[str, Path]], transform: LogMel | LogMelConfig) -> list[ClipInfo]:
+    if isinstance(transform, LogMelConfig):
+        transform = log_mel_of(transform)
     return [make_clip(folder, fname, path, transform) for fname, path in chunk]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,6 +63,12 @@ def pick_device(name: str = "auto", amp: str = "auto") -> Device:
     return Device(device, _amp_dtype(device) if amp == "auto" else None)
 
 
+def pick_devices(names: Sequence[str], amp: str = "auto") -> Device:
+    """The first of several devices, all of which must be there."""
+    first, *_ = [pick_device(name, amp) for name in names]
+    return first
+
+
 def _amp_dtype(device: torch.device) -> torch.dtype | None:
     if device.type == "cuda":
         # A T4 emulates bf16 slowly: fp16 there.
@@ -76,6 +82,12 @@ def _cpu_has_bf16() -> bool:
         flags = torch.cpu.get_capabilities()
         return any(flags.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
     return torch.cpu._is_avx512_bf16_supported()  # before torch 2.11
+
+
+def shared_threads(devices: Sequence[str]) -> dict[str, str]:
+    """The environment of each of several processes that train at once: those on the CPU share its threads out."""
+    on_cpu = sum(name == "cpu" for name in devices)
+    return {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // on_cpu))} if on_cpu > 1 else {}
 
 
 @contextlib.contextmanager

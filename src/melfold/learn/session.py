@@ -1,24 +1,34 @@
-"""Several folds at a time, one a device, within a time limit; what is not done by then goes on in the next session."""
+"""Several folds at a time, one a device, within a time limit, or one a worker of a cluster; what is not done goes on later."""
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from melfold.config import Recipe
+from melfold.data.clips import ClipStore
 from melfold.errors import MelfoldError
 from melfold.files import Home
-from melfold.learn.devices import pick_device
+from melfold.learn.devices import pick_device, shared_threads
+from melfold.learn.noisy import teach
+from melfold.learn.predict import predict_probs
 from melfold.learn.runs import Run, open_run
-from melfold.learn.train import train_fold
+from melfold.learn.train import load_fold, train_fold
+from melfold.probs import write_current
 
 log = logging.getLogger(__name__)
 
 TELL_SECONDS = 30
+
+_ONE = threading.Lock()
+"""A worker may run jobs in several threads, but PyTorch's generator of random numbers is the whole process's."""
 
 
 def train_session(
@@ -38,6 +48,7 @@ def train_session(
     begun = time.monotonic()
     waiting = [fold for fold in folds if not run.fold(fold).done]
     free = list(devices)
+    environment = os.environ | shared_threads(devices)
     busy: dict[str, tuple[str, subprocess.Popen[bytes]]] = {}
     failed: list[str] = []
     try:
@@ -45,7 +56,7 @@ def train_session(
             late = time.monotonic() - begun > seconds
             while waiting and free and not late:
                 device, fold = free.pop(0), waiting.pop(0)
-                busy[fold] = device, _start(run, fold, cache, device, amp)
+                busy[fold] = device, _start(run, fold, cache, device, amp, environment)
             if late:
                 waiting = []
                 _stop(process for _, process in busy.values())
@@ -63,10 +74,10 @@ def train_session(
     return [fold for fold in folds if run.fold(fold).done]
 
 
-def _start(run: Run, fold: str, cache: Path, device: str, amp: str) -> subprocess.Popen[bytes]:
+def _start(run: Run, fold: str, cache: Path, device: str, amp: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     log.info("%s fold %s on %s", run.name, fold, device)
     command = [sys.executable, "-m", "melfold.learn.session", str(run.folder), fold, str(cache), device, amp]
-    return subprocess.Popen(command)
+    return subprocess.Popen(command, env=environment)
 
 
 def _stop(processes: Iterable[subprocess.Popen[bytes]], grace: float = 120) -> None:
@@ -101,6 +112,38 @@ def _worker(folder: str, fold: str, cache: str, device: str, amp: str) -> int:
         log.error("%s", error)
         return 2
     return 0
+
+
+def train_job(home: Path, name: str, fold: str, cache: Path, heard: Path | None, device: str) -> str:
+    """Train a fold, wherever this is called, from its last checkpoint.
+
+    Args:
+        home: the home folder, the same for all.
+        heard: the noisy clips' log-mels as the teacher hears them, where there is one.
+
+    Returns:
+        The fold.
+    """
+    place = Home(home)
+    run = open_run(place, name)
+    target = pick_device(device, run.recipe.train.amp)
+    with _ONE:
+        if heard:
+            teach(run, open_run(place, run.recipe.noisy.teacher), fold, heard, target)
+        train_fold(run, fold, cache, target)
+    return fold
+
+
+def predict_job(home: Path, name: str, fold: str, cache: Path, fnames: list[str], key: object, device: str) -> str:
+    """Write a fold's test probabilities, wherever this is called. Returns: the fold."""
+    run = open_run(Home(home), name)
+    recipe: Recipe = run.recipe
+    target = pick_device(device, "off")
+    with _ONE:
+        store = ClipStore(cache, fnames, recipe.logmel.n_mels, recipe.logmel.top_db)
+        probs = predict_probs(load_fold(run, fold, target), store, run.info.labels, recipe, target)
+        write_current(run.fold(fold).test, probs, key)
+    return fold
 
 
 if __name__ == "__main__":
