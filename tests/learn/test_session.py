@@ -6,11 +6,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from learn_world import World
 
 from melfold import pipeline
 from melfold.errors import MelfoldError
 from melfold.files import sha256_file
+from melfold.learn.devices import shared_threads
 from melfold.learn.session import train_session
 from melfold.learn.train import train_fold
 
@@ -28,6 +30,17 @@ def test_two_devices_train_two_folds_to_the_bytes_of_one_after_the_other(world: 
     ended = [together.fold(fold).result.stat().st_mtime for fold in ("0", "1")]
     assert max(begun) < min(ended), "both at a time"
     assert train_session(together, ["0", "1"], cache, ["cpu"]) == ["0", "1"], "what is done is left"
+
+
+def test_processes_on_the_cpu_share_its_threads_and_gpus_leave_them_alone() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(5)
+    try:
+        assert shared_threads(["cpu", "cpu"]) == {"OMP_NUM_THREADS": "2"}
+        assert shared_threads(["cpu"] * 8) == {"OMP_NUM_THREADS": "1"}
+        assert shared_threads(["cpu"]) == shared_threads(["cuda:0", "cuda:1"]) == {}
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_fold_that_fails_is_named_and_the_others_end(world: World, tmp_path: Path) -> None:
