@@ -9,8 +9,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
+from io import BytesIO, FileIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,10 @@ from melfold.engine import remote
 from melfold.errors import MelfoldError
 from melfold.files import Home, Progress, atomic_path, locked, remove_leftovers, silent, write_json
 
+if TYPE_CHECKING:
+    import soundfile
+    import torch
+
 log = logging.getLogger(__name__)
 
 NPY_HEADER = 128
@@ -28,6 +33,9 @@ NPY_HEADER = 128
 
 _AMIN = 1e-10  # the power below which librosa's power_to_db cuts off: -100 dB
 _BLOCK = 48  # frames at a time: windows, spectra and powers of a block stay in the processor's cache
+_SAMPLES = 1 << 20  # at a time, so that a clip of an hour needs no more memory than one of half a minute
+_LIMITED = 8192  # frames at a time
+_FULL_SCALE = 0.999
 _FEW = 400  # clips: fewer are made before workers have started
 _GROUP = 16  # neighbouring mel bands that share one small matrix product over the bins they cover
 
@@ -71,14 +79,28 @@ class LogMel:
 
     def __call__(self, waveform: np.ndarray) -> np.ndarray:
         """Args: waveform: float32 `(samples,)` at the configured rate, not empty. Returns: float32 dB `(frames, n_mels)`."""
+        out = np.concatenate(list(self.stream([waveform])))
+        return np.maximum(out, out.max() - self.config.top_db, out=out)
+
+    def stream(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """The log-mel of a waveform that comes in blocks, in parts as they become known, before `top_db` limits it."""
         import torch
 
-        config = self.config
-        half = config.n_fft // 2
-        padded = torch.zeros(len(waveform) + 2 * half, dtype=torch.float64)
-        padded[half : half + len(waveform)] = torch.from_numpy(waveform)
-        frames = padded.unfold(0, config.n_fft, config.hop_length)
-        out = np.zeros((len(frames), config.n_mels), np.float32)
+        n_fft, hop = self.config.n_fft, self.config.hop_length
+        rest = torch.empty(0, dtype=torch.float64)
+        for block in _with_ends(blocks, n_fft // 2):
+            known = torch.cat([rest, torch.from_numpy(block).double()])
+            if len(known) < n_fft:
+                rest = known
+                continue
+            frames = known.unfold(0, n_fft, hop)
+            yield self._decibels(frames)
+            rest = known[len(frames) * hop :]
+
+    def _decibels(self, frames: torch.Tensor) -> np.ndarray:
+        import torch
+
+        out = np.zeros((len(frames), self.config.n_mels), np.float32)
         for start in range(0, len(frames), _BLOCK):
             parts = torch.fft.rfft(frames[start : start + _BLOCK] * self._window).numpy().view(np.float64)
             np.square(parts, out=parts)
@@ -88,8 +110,19 @@ class LogMel:
         np.maximum(out, _AMIN, out=out)
         np.log10(out, out=out)
         out *= 10
-        np.maximum(out, out.max() - config.top_db, out=out)
         return out
+
+
+def _with_ends(blocks: Iterable[np.ndarray], silence: int) -> Iterator[np.ndarray]:
+    """Blocks with some zeros before the first and after the last one."""
+    zeros = np.zeros(silence, np.float32)
+    before: np.ndarray | None = None
+    for block in blocks:
+        if before is not None:
+            yield before
+        before = np.concatenate([zeros, block]) if before is None else block
+    if before is not None:
+        yield np.concatenate([before, zeros])
 
 
 @lru_cache(maxsize=4)
@@ -121,30 +154,56 @@ def read_waveform(path: Path, sr: int) -> tuple[np.ndarray, list[str]]:
     Raises:
         MelfoldError: a file that cannot be read, holds no samples, or holds samples that are not finite.
     """
+    blocks, flags = open_waveform(path, sr)
+    return np.concatenate(list(blocks)), flags
+
+
+def open_waveform(path: Path, sr: int) -> tuple[Iterator[np.ndarray], list[str]]:
+    """As `read_waveform`, in blocks of some 24 s; errors also come while the blocks are read."""
     import soundfile
 
-    flags = []
     try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        file = soundfile.SoundFile(path)
     except (soundfile.SoundFileError, OSError) as error:
-        raise MelfoldError("unreadable audio", f"{path.name} ({str(error).strip()})", "Download it again") from None
-    if not len(samples):
-        raise MelfoldError("unreadable audio", f"{path.name} (no samples)", "Download it again")
-    if cut := cut_short(path):
-        raise MelfoldError("unreadable audio", f"{path.name} ({cut})", "Download it again")
-    if not np.isfinite(samples).all():
-        raise MelfoldError("unreadable audio", f"{path.name} (samples that are not finite)", "Download it again")
-    if samples.shape[1] > 1:
-        flags.append("downmixed")
-    waveform = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
-    if rate != sr:
-        import soxr
+        raise _unreadable(path, str(error).strip()) from None
+    flags = (["downmixed"] if file.channels > 1 else []) + (["resampled"] if file.samplerate != sr else [])
+    return _waveform_blocks(file, path, sr), flags
 
-        flags.append("resampled")
-        waveform = soxr.resample(waveform, rate, sr, quality="HQ")
-        if not len(waveform):
-            raise MelfoldError("unreadable audio", f"{path.name} (no samples left at {sr} Hz)", "Download it again")
-    return waveform, flags
+
+def _waveform_blocks(file: soundfile.SoundFile, path: Path, sr: int) -> Iterator[np.ndarray]:
+    import soundfile
+
+    with file:
+        if cut := cut_short(path):
+            raise _unreadable(path, cut)
+        resampler = None
+        if file.samplerate != sr:
+            import soxr
+
+            resampler = soxr.ResampleStream(file.samplerate, sr, 1, dtype="float32", quality="HQ")
+        read = given = 0
+        last = False
+        while not last:
+            try:
+                samples = file.read(min(_SAMPLES, file.frames - read), dtype="float32", always_2d=True)
+            except (soundfile.SoundFileError, OSError) as error:
+                raise _unreadable(path, str(error).strip()) from None
+            read += len(samples)
+            last = len(samples) < _SAMPLES or read == file.frames
+            if not np.isfinite(samples).all():
+                raise _unreadable(path, "samples that are not finite")
+            block = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
+            if resampler:
+                block = resampler.resample_chunk(block, last=last)
+            given += len(block)
+            if len(block):
+                yield block
+        if not given:
+            raise _unreadable(path, f"no samples left at {sr} Hz" if read else "no samples")
+
+
+def _unreadable(path: Path, why: str) -> MelfoldError:
+    return MelfoldError("unreadable audio", f"{path.name} ({why})", "Download it again")
 
 
 def cut_short(path: Path) -> str:
@@ -283,43 +342,90 @@ def _make_chunk(folder: Path, chunk: list[tuple[str, Path]], transform: LogMel |
 
 
 def make_clip(folder: Path, fname: str, path: Path, transform: LogMel) -> ClipInfo:
-    """Write one clip's array and return its row; a clip that cannot be read gets the flag `unreadable` and no array."""
-    import torch
+    """Write one clip's array and return its row; a clip that cannot be read gets the flag `unreadable` and no array.
 
-    config = transform.config
+    Memory does not grow with the clip's length.
+    """
     stat = path.stat()
     target = npy_path(folder, fname)
     try:
-        waveform, flags = read_waveform(path, config.sr)
+        blocks, flags = open_waveform(path, transform.config.sr)
+        sound = _Sound()
+        # Not made durable: thousands of waits for the disk cost more than remaking clips after a power cut.
+        with atomic_path(target, durable=False) as temporary, temporary.open("w+b", buffering=0) as file:
+            frames, peak, mean, mean_square = _write_array(file, transform.stream(sound.listen(blocks)), transform.config)
     except MelfoldError as error:
         target.unlink(missing_ok=True)
         return ClipInfo(fname, stat.st_size, stat.st_mtime_ns, flags="unreadable", error=str(error))
-    peak = float(np.abs(waveform).max())
-    if peak == 0:
+    if sound.peak == 0:
         flags.append("silent")
-    if int((np.abs(waveform) >= 0.999).sum()) >= 10:
+    if sound.full_scale >= 10:
         flags.append("clipped")
-    if len(waveform) < config.n_fft:
+    if sound.samples < transform.config.n_fft:
         flags.append("short")
-    values = transform(waveform)
-    half = torch.from_numpy(values).half()  # NumPy's conversions to and from float16 are ten times slower
-    stored, as_float = half.numpy(), half.float().numpy()
-    # Not made durable: thousands of waits for the disk cost more than remaking clips after a power cut.
-    with atomic_path(target, durable=False) as temporary, temporary.open("wb") as file:
-        np.save(file, stored, allow_pickle=False)
-        if file.tell() != NPY_HEADER + stored.nbytes:
-            raise MelfoldError("unexpected .npy header", f"{file.tell() - stored.nbytes} bytes for {fname}")
     return ClipInfo(
         fname,
         stat.st_size,
         stat.st_mtime_ns,
-        seconds=round(len(waveform) / config.sr, 4),
-        frames=len(stored),
-        peak_db=round(float(values.max()), 4),
-        mean_db=float(as_float.mean(dtype=np.float64)),
-        mean_square_db=float(np.square(as_float).mean(dtype=np.float64)),
+        seconds=round(sound.samples / transform.config.sr, 4),
+        frames=frames,
+        peak_db=round(peak, 4),
+        mean_db=mean,
+        mean_square_db=mean_square,
         flags="|".join(flags),
     )
+
+
+@dataclass
+class _Sound:
+    """What is noted of a waveform on its way to the transform."""
+
+    samples: int = 0
+    peak: float = 0.0
+    full_scale: int = 0
+
+    def listen(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        for block in blocks:
+            self.samples += len(block)
+            peak = max(float(block.max()), -float(block.min()))
+            self.peak = max(self.peak, peak)
+            if peak >= _FULL_SCALE:
+                self.full_scale += int((np.abs(block) >= _FULL_SCALE).sum())
+            yield block
+
+
+def _write_array(file: FileIO, parts: Iterator[np.ndarray], config: LogMelConfig) -> tuple[int, float, float, float]:
+    """Write a `.npy` of float16 dB, limited to `top_db` below its peak. Returns frames, peak, mean and mean square."""
+    import torch
+
+    file.seek(NPY_HEADER)
+    frames, peak = 0, -np.inf
+    for part in parts:
+        frames, peak = frames + len(part), max(peak, float(part.max()))
+        file.write(torch.from_numpy(part).half().numpy())  # NumPy's conversions to and from float16 are ten times slower
+    # Rounding keeps the order, so that limiting afterwards gives what limiting before it would have given.
+    floor = float(np.float16(np.float32(peak) - np.float32(config.top_db)))
+    total = squares = 0.0
+    for start in range(0, frames, _LIMITED):
+        stored = np.empty((min(_LIMITED, frames - start), config.n_mels), np.float16)
+        at = NPY_HEADER + start * config.n_mels * stored.itemsize
+        file.seek(at)
+        if file.readinto(stored) != stored.nbytes:
+            raise OSError(f"{file.name}: fewer bytes than were written")
+        values = torch.from_numpy(stored).float().clamp_(min=floor)
+        file.seek(at)
+        file.write(values.half().numpy())
+        values = values.numpy()
+        total += float(values.sum(dtype=np.float64))
+        squares += float(np.square(values).sum(dtype=np.float64))
+    header = BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": (frames, config.n_mels)})
+    if len(header.getvalue()) != NPY_HEADER:
+        raise RuntimeError(f"a .npy header of {len(header.getvalue())} bytes")
+    file.seek(0)
+    file.write(header.getvalue())
+    cells = frames * config.n_mels
+    return frames, peak, total / cells, squares / cells
 
 
 def _read_manifest(folder: Path) -> dict[str, ClipInfo]:
