@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
+import soxr
 
 from melfold.config import LogMelConfig
 from melfold.data.competition import Competition, load_competition
@@ -72,6 +74,42 @@ def test_an_array_is_float16_frames_by_mels_in_c_order_behind_128_bytes(tiny_dow
         assert npy_path(folder, str(fname)).stat().st_size == NPY_HEADER + array.nbytes
         assert npy_path(folder, str(fname)).read_bytes()[NPY_HEADER:] == array.tobytes()
     assert json.loads((folder / "config.json").read_text()) == CONFIG.model_dump()
+
+
+def test_a_long_clip_is_limited_by_a_peak_that_comes_last(tiny_download: Maker, home: Home) -> None:
+    root = tiny_download()
+    rng = np.random.default_rng(0)
+    sound = 1e-4 * rng.standard_normal(140 * 22_050)
+    sound[-1000:] *= 5000
+    path = write_wav(root / "train_curated" / "c0000.wav", sound, 22_050)
+    folder = build(load_competition(root), home)
+    array, row = np.load(npy_path(folder, "c0000.wav")), read_manifest(folder).loc["c0000.wav"]
+    whole, rate = soundfile.read(path, dtype="float32")
+    expected = LogMel(CONFIG)(soxr.resample(whole, rate, CONFIG.sr))
+    assert len(array) > 1.5 * 8192
+    np.testing.assert_allclose(array, expected.astype(np.float16), rtol=2**-10)  # a step of float16
+    assert (row["frames"], row["seconds"]) == (len(array), 140)
+    assert row["peak_db"] == pytest.approx(expected.max(), abs=1e-4)
+    assert row["mean_db"] == pytest.approx(array.mean(dtype=np.float64))
+    assert row["mean_square_db"] == pytest.approx(np.square(array.astype(np.float64)).mean())
+
+
+def test_memory_does_not_grow_with_a_clips_length(tmp_path: Path) -> None:
+    for minutes in (1, 20):
+        write_wav(tmp_path / f"{minutes}.wav", np.tile(np.sin(np.arange(16_000)), 60 * minutes))
+    script = f"""
+import resource, sys
+from pathlib import Path
+from melfold.config import LogMelConfig
+from melfold.data.logmel import LogMel, make_clip
+transform, folder = LogMel(LogMelConfig(**{CONFIG.model_dump()!r})), Path({str(tmp_path)!r})
+for minutes in (1, 20):
+    assert make_clip(folder, f"{{minutes}}.wav", folder / f"{{minutes}}.wav", transform).seconds == 60 * minutes
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+"""
+    out = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    one, twenty = map(int, out.split())
+    assert twenty - one < 30 * 2**20  # its samples alone are 77 MB as float32
 
 
 def test_the_manifest_tells_facts_and_oddities_of_each_clip(tiny_download: Maker, home: Home) -> None:

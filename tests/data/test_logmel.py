@@ -136,6 +136,17 @@ def test_nothing_lies_further_below_the_peak_than_top_db() -> None:
     assert values.min() == values.max() - np.float32(30)
 
 
+@pytest.mark.parametrize("config", FRONT_ENDS.values(), ids=FRONT_ENDS)
+@pytest.mark.parametrize("sizes", [[7], [100, 5, 9_000, 1, 20_000], [3_000] * 9], ids=str)
+def test_blocks_of_any_size_give_the_log_mel_of_the_whole(config: LogMelConfig, sizes: list[int]) -> None:
+    whole = noise(config.sr)[: sum(sizes)].astype(np.float32)
+    log_mel = LogMel(config)
+    parts = list(log_mel.stream(iter(np.split(whole, np.cumsum(sizes)[:-1]))))
+    limited = np.concatenate(parts)
+    # A matrix product's last bit may depend on its number of rows.
+    np.testing.assert_allclose(np.maximum(limited, limited.max() - np.float32(config.top_db)), log_mel(whole), rtol=0, atol=1e-5)
+
+
 def test_a_transform_is_made_once_a_configuration() -> None:
     assert log_mel_of(LogMelConfig()) is log_mel_of(LogMelConfig())
     assert log_mel_of(LogMelConfig()) is not log_mel_of(LogMelConfig(n_mels=64))

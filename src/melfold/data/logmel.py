@@ -87,22 +87,26 @@ class LogMel:
         import torch
 
         n_fft, hop = self.config.n_fft, self.config.hop_length
-        rest = torch.empty(0, dtype=torch.float64)
-        for block in _with_ends(blocks, n_fft // 2):
-            known = torch.cat([rest, torch.from_numpy(block).double()])
-            if len(known) < n_fft:
-                rest = known
-                continue
-            frames = known.unfold(0, n_fft, hop)
-            yield self._decibels(frames)
-            rest = known[len(frames) * hop :]
+        rest = torch.zeros(n_fft // 2, dtype=torch.float64)
+        for block, last in _marked(blocks):
+            known = torch.zeros(len(rest) + len(block) + last * (n_fft // 2), dtype=torch.float64)
+            known[: len(rest)] = rest
+            known[len(rest) : len(rest) + len(block)] = torch.from_numpy(block)
+            rest = known
+            if len(known) >= n_fft:
+                frames = known.unfold(0, n_fft, hop)
+                yield self._decibels(frames)
+                rest = known[len(frames) * hop :]
 
     def _decibels(self, frames: torch.Tensor) -> np.ndarray:
         import torch
 
         out = np.zeros((len(frames), self.config.n_mels), np.float32)
+        windowed = torch.empty(min(_BLOCK, len(frames)), self.config.n_fft, dtype=torch.float64)
         for start in range(0, len(frames), _BLOCK):
-            parts = torch.fft.rfft(frames[start : start + _BLOCK] * self._window).numpy().view(np.float64)
+            block = frames[start : start + _BLOCK]
+            torch.mul(block, self._window, out=windowed[: len(block)])
+            parts = torch.fft.rfft(windowed[: len(block)]).numpy().view(np.float64)
             np.square(parts, out=parts)
             power = (parts[:, 0::2] + parts[:, 1::2]).astype(np.float32)
             for mels, bins, weights in self._bands:
@@ -113,16 +117,15 @@ class LogMel:
         return out
 
 
-def _with_ends(blocks: Iterable[np.ndarray], silence: int) -> Iterator[np.ndarray]:
-    """Blocks with some zeros before the first and after the last one."""
-    zeros = np.zeros(silence, np.float32)
-    before: np.ndarray | None = None
+def _marked(blocks: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, bool]]:
+    """Each block, and whether it is the last one."""
+    before = None
     for block in blocks:
         if before is not None:
-            yield before
-        before = np.concatenate([zeros, block]) if before is None else block
+            yield before, False
+        before = block
     if before is not None:
-        yield np.concatenate([before, zeros])
+        yield before, True
 
 
 @lru_cache(maxsize=4)
