@@ -16,6 +16,10 @@ from melfold.errors import MelfoldError
 from melfold.probs import Probs, align
 
 
+_PAIRS = 4096  # at a time, so that memory stays flat and the comparisons in the processor's cache
+_DRAWN = 1 << 22  # counts at a time
+
+
 @dataclass(frozen=True)
 class Interval:
     """A bootstrap interval around a score."""
@@ -70,8 +74,8 @@ def bootstrap_interval(
 ) -> Interval:
     """Percentile interval of lwlrap over resampled clips."""
     sums, counts = _by_clip(targets, scores)
-    drawn = _resampled(counts, draws, rng)
-    low, high = np.quantile((drawn @ sums) / (drawn @ counts), [(1 - level) / 2, (1 + level) / 2])
+    totals = _resampled(np.stack([sums, counts], axis=1), draws, rng)
+    low, high = np.quantile(totals[:, 0] / totals[:, 1], [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(low), float(high))
 
 
@@ -81,8 +85,8 @@ def paired_bootstrap(
     """Is `a` better than `b`? Both are scored on the same resampled clips, so that what makes a clip hard falls out."""
     sums_a, counts = _by_clip(targets, a)
     sums_b, _ = _by_clip(targets, b)
-    drawn = _resampled(counts, draws, rng)
-    differences = (drawn @ (sums_a - sums_b)) / (drawn @ counts)
+    totals = _resampled(np.stack([sums_a - sums_b, counts], axis=1), draws, rng)
+    differences = totals[:, 0] / totals[:, 1]
     low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
     # Resamples in which nothing differs count half, so that a run is no better than itself.
     better = float(np.mean(differences > 0) + np.mean(differences == 0) / 2)
@@ -100,9 +104,15 @@ def _by_clip(targets: pd.DataFrame, scores: Probs) -> tuple[np.ndarray, np.ndarr
     return sums[keep], counts[keep]
 
 
-def _resampled(counts: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """How often each clip is in each resample, `(draws, clips)`."""
-    return rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=draws)
+def _resampled(values: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """Sums of `(clips, columns)` over as many clips drawn with replacement, `(draws, columns)`."""
+    clips = len(values)
+    at_once = max(1, _DRAWN // clips)
+    sums = []
+    for begin in range(0, draws, at_once):
+        times_drawn = rng.multinomial(clips, np.full(clips, 1 / clips), size=min(at_once, draws - begin))
+        sums.append(times_drawn @ values)
+    return np.concatenate(sums)
 
 
 def constant_lwlrap(targets: pd.DataFrame) -> float:
@@ -129,7 +139,10 @@ def _pair_precisions(targets: pd.DataFrame, scores: Probs) -> tuple[np.ndarray, 
             "scores must be finite", f"{rows.sum()} clips with NaN or infinity, first {targets.index[rows.argmax()]}"
         )
     clips, labels = np.nonzero(truth)
-    # One row a true pair: which labels stand at or above it. Pairs are few (1.2 a clip), so this is small.
-    above = values[clips] >= values[clips, labels][:, None]
-    hits = (above & (truth[clips] > 0)).sum(axis=1)
-    return hits / above.sum(axis=1), clips, labels
+    precision = np.empty(len(clips))
+    for begin in range(0, len(clips), _PAIRS):
+        part = slice(begin, begin + _PAIRS)
+        # One row a true pair: which labels stand at or above it.
+        above = values[clips[part]] >= values[clips[part], labels[part]][:, None]
+        precision[part] = (above & (truth[clips[part]] > 0)).sum(axis=1) / above.sum(axis=1)
+    return precision, clips, labels
