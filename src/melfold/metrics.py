@@ -15,7 +15,6 @@ import pandas as pd
 from melfold.errors import MelfoldError
 from melfold.probs import Probs, align
 
-
 _PAIRS = 4096  # at a time, so that memory stays flat and the comparisons in the processor's cache
 _DRAWN = 1 << 22  # counts at a time
 

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import librosa
 import numpy as np
-from threadpoolctl import threadpool_limits
+import soundfile
+import torch
+from torch.nn import functional
 
 from melfold.config import LogMelConfig
 from melfold.data.clips import ClipStore, Phase, draw_start, train_batches
-from melfold.data.logmel import build_cache, log_mel_of, make_clip
+from melfold.data.logmel import build_cache, log_mel_of, make_clip, read_waveform
 from melfold.files import Home
-from tests.bench.harness import Result, ratio_result, seconds_of, take_turns
+from tests.bench.harness import Result, one_thread, ratio_result, seconds_of, take_turns
 from tests.bench.workspace import Workspace, synthesise, write_competition
 
 MELFOLD = [sys.executable, "-c", "from melfold.cli import main; main()"]
@@ -69,10 +71,57 @@ def melfold_loop(paths: Sequence[Path], front: LogMelConfig, folder: Path) -> No
         make_clip(folder, path.name, path, transform)
 
 
+def decode_and_fft(paths: Sequence[Path], front: LogMelConfig) -> None:
+    """What no log-mel can do without: samples, and the spectra of windowed frames, in the float64 that librosa's values need."""
+    window = torch.hann_window(front.n_fft, dtype=torch.float64)
+    half = front.n_fft // 2
+    for path in paths:
+        samples, _ = soundfile.read(path, dtype="float32")
+        frames = functional.pad(torch.from_numpy(samples).double(), (half, half)).unfold(0, front.n_fft, front.hop_length)
+        for start in range(0, len(frames), 32):  # the quickest of 8 to 128
+            torch.fft.rfft(frames[start : start + 32] * window)
+
+
+def cache_bound(work: Workspace) -> list[Result]:
+    """Log-mels a second in one thread, against decoding and FFT alone; and where the time goes."""
+    ours = Fresh(work.folder / "bound_ours")
+    with one_thread():
+        turns = take_turns(
+            lambda: melfold_loop(work.wavs, work.front, ours()),
+            lambda: decode_and_fft(work.wavs, work.front),
+            work.pick(9, 1),
+        )
+        shares = _shares(work, ours())
+    return [
+        ratio_result(
+            "cache_bound",
+            "bare decode + FFT",
+            turns,
+            work.seconds,
+            "s audio/s",
+            bound=0.35,
+            aim=0.8,
+            **{f"share_{name}": round(share, 2) for name, share in shares.items()},
+        )
+    ]
+
+
+def _shares(work: Workspace, folder: Path) -> dict[str, float]:
+    """Which part of making log-mels is reading and which is transforming; the rest is writing and noting."""
+    transform = log_mel_of(work.front)
+    waveforms = [read_waveform(path, work.front.sr)[0] for path in work.wavs]
+    melfold_loop(work.wavs, work.front, folder)
+    whole = seconds_of(lambda: melfold_loop(work.wavs, work.front, folder))
+    read = seconds_of(lambda: [read_waveform(path, work.front.sr) for path in work.wavs])
+    made = seconds_of(lambda: [transform(waveform) for waveform in waveforms])
+    fft = seconds_of(lambda: decode_and_fft(work.wavs, work.front)) - read
+    return {"read": read / whole, "fft": fft / whole, "mel": (made - fft) / whole, "write": 1 - (read + made) / whole}
+
+
 def cache_one(work: Workspace) -> list[Result]:
     """Log-mels a second in one thread, melfold's and librosa's; both must hold the same numbers."""
     ours, theirs = Fresh(work.folder / "one_ours"), Fresh(work.folder / "one_theirs")
-    with threadpool_limits(1):
+    with one_thread():
         turns = take_turns(
             lambda: melfold_loop(work.wavs, work.front, ours()),
             lambda: librosa_loop(work.wavs, work.front, theirs()),
@@ -98,6 +147,46 @@ def cache_one(work: Workspace) -> list[Result]:
     ]
 
 
+def cache_workers(work: Workspace) -> list[Result]:
+    """`build_cache` on two workers against one, end to end, workers of both kinds already started."""
+    clips = work.pick(1500, 16)
+    competition = write_competition(work.folder / "workers", work.wavs, clips - 2, 2)
+    homes = {jobs: Fresh(work.folder / f"workers{jobs}_home") for jobs in (1, 2)}
+
+    def build(jobs: int) -> None:
+        with one_thread():
+            build_cache(competition, work.front, Home(homes[jobs]()), jobs=jobs)
+
+    turns = take_turns(lambda: build(2), lambda: build(1), work.pick(5, 1))
+    return [ratio_result("cache_workers", "one worker", turns, clips, "clips/s", bound=1.6, aim=1.9, clips=clips)]
+
+
+FAT2019_CLIPS, FAT2019_HOURS = 24_785, 90.0
+
+
+def cache_fat2019(work: Workspace) -> list[Result]:
+    """Minutes that the competition's training clips would take: `melfold cache` of a sample, start and end included, scaled up.
+
+    The sample's clips are shorter than the real ones, so the part of the work that a clip costs, whatever its length, is over-
+    rather than understated.
+    """
+    copies = work.pick(1600, 12)
+    competition = write_competition(work.folder / "sample", work.wavs, copies - 2, 2)
+    hours = copies * work.seconds / len(work.wavs) / 3600
+    homes, logs = Fresh(work.folder / "sample_home"), work.folder / "sample.log"
+
+    def ours() -> None:
+        command = [*MELFOLD, "cache", str(competition.root), "--recipe", "open", "--home", str(homes()), "--jobs", "2"]
+        with logs.open("w") as log:
+            subprocess.run(command, check=True, stdout=log, stderr=log)
+
+    ours()
+    seconds = statistics.median(seconds_of(ours) for _ in range(work.pick(3, 1)))
+    minutes = seconds / hours * FAT2019_HOURS / 60
+    notes = {"sample_hours": round(hours, 2), "clips": copies, "speed_x": round(hours * 3600 / seconds)}
+    return [Result("cache_fat2019", f"{hours:.1f} h sampled", minutes, None, "min", minutes, "min", 8, 8, False, notes)]
+
+
 def cache_two(work: Workspace) -> list[Result]:
     """`build_cache` on two workers, end to end, against the librosa loop in one thread of one process.
 
@@ -113,7 +202,7 @@ def cache_two(work: Workspace) -> list[Result]:
         build_cache(competition, work.front, Home(homes()), jobs=2)
 
     def theirs() -> None:
-        with threadpool_limits(1):
+        with one_thread():
             librosa_loop(paths, work.front, folders())
 
     turns = take_turns(ours, theirs, work.pick(5, 1))
@@ -160,7 +249,7 @@ def png(work: Workspace) -> list[Result]:
         for path in paths:
             _picture(path, work.front, work.folder / "picture.png", axes=axes)
 
-    with threadpool_limits(1):
+    with one_thread():
         turns = take_turns(ours, lambda: pictures(axes=True), work.pick(5, 1))
         bare = take_turns(ours, lambda: pictures(axes=False), work.pick(3, 1))
     return [
@@ -201,7 +290,10 @@ def _picture(path: Path, front: LogMelConfig, target: Path, *, axes: bool) -> np
 
 
 def crops(work: Workspace) -> list[Result]:
-    """Random crops of 256 x 128 a second from the cache, in one thread, without reading ahead; beside whole files."""
+    """Random crops of 256 x 128 a second from the cache, in one thread, without reading ahead.
+
+    Against copies of as many bytes from one array in memory, and, beside it, against whole files.
+    """
     fnames = list(work.competition.curated.index)
     store = ClipStore(work.cache, fnames, work.front.n_mels, work.front.top_db)
     batch, steps = 64, work.pick(40, 3)
@@ -216,17 +308,28 @@ def crops(work: Workspace) -> list[Result]:
         for _ in range(steps):
             out = np.empty((batch, 256, work.front.n_mels), np.float16)
             for crop in out:
-                _np_load_crop(work.cache / f"{fnames[rng.integers(len(fnames))][:-4]}.npy", crop, rng)
+                np_load_crop(work.cache / f"{fnames[rng.integers(len(fnames))][:-4]}.npy", crop, rng)
 
-    with threadpool_limits(1):
-        turns = take_turns(ours, theirs, work.pick(9, 1))
-    rate, whole = turns.rates(batch * steps)
+    memory = np.concatenate([np.load(work.cache / f"{fname[:-4]}.npy") for fname in fnames])
+    starts = rng.integers(0, len(memory) - 256, batch * steps)
+
+    def copies() -> None:
+        for step in range(steps):
+            out = np.empty((batch, 256, work.front.n_mels), np.float16)
+            for crop, start in zip(out, starts[step * batch : (step + 1) * batch], strict=True):
+                crop[:] = memory[start : start + 256]
+
+    with one_thread():
+        turns = take_turns(ours, copies, work.pick(9, 1))
+        peer = take_turns(ours, theirs, work.pick(9, 1))
     return [
-        Result("crops", "np.load and slice", rate, whole, "crops/s", rate, "crops/s", 2000, 2000, notes={"spread": turns.spread})
+        ratio_result("crops", "copies in memory", turns, batch * steps, "crops/s", bound=0.05, aim=0.1),
+        ratio_result("crops", "np.load and slice", peer, batch * steps, "crops/s", bound=1.5, aim=2),
     ]
 
 
-def _np_load_crop(path: Path, out: np.ndarray, rng: np.random.Generator) -> None:
+def np_load_crop(path: Path, out: np.ndarray, rng: np.random.Generator) -> None:
+    """A random crop out of a whole file, read anew."""
     log_mel = np.load(path)
     spare = len(log_mel) - len(out)
     if spare >= 0:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
+from threadpoolctl import threadpool_limits
+
+RESULTS = Path(__file__).with_name("results")
+"""A JSON a machine, and pictures."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +41,13 @@ class Result:
 
     @property
     def ok(self) -> bool:
-        """Whether the bound holds."""
+        """Whether the bound holds: what no change may fall behind."""
         return self.value >= self.bound if self.higher else self.value <= self.bound
+
+    @property
+    def reached(self) -> bool:
+        """Whether the aim is reached, to within the noise of a percent."""
+        return self.value >= 0.99 * self.aim if self.higher else self.value <= 1.01 * self.aim
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,18 @@ class Turns:
         """The lowest and the highest ratio of neighbouring turns."""
         pairs = [b / a for a, b in zip(self.ours, self.theirs, strict=True)]
         return [round(min(pairs), 3), round(max(pairs), 3)]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within it, NumPy's and PyTorch's libraries compute in one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -88,11 +112,12 @@ def ratio_result(
     return Result(name, against, ours, theirs, unit, turns.ratio, "x", bound, aim, notes={"spread": turns.spread, **notes})
 
 
-def show(results: list[Result], *, quick: bool) -> None:
-    """Print the table."""
+def show(results: list[Result], before: dict[tuple[str, str], float], *, quick: bool) -> None:
+    """Print the table, with the values of `before` by name and what they are held against."""
     table = Table(title="melfold bench" + (" --quick: sizes too small to mean anything" if quick else ""))
-    for column in ("benchmark", "against", "ours", "theirs", "unit", "value", "bound", "aim", ""):
-        table.add_column(column, justify="right" if column in ("ours", "theirs", "value", "bound", "aim") else "left")
+    for column in ("benchmark", "against", "ours", "theirs", "unit", "value", "before", "bound", "goal", ""):
+        numbers = ("ours", "theirs", "value", "before", "bound", "goal")
+        table.add_column(column, justify="right" if column in numbers else "left")
     for r in results:
         sign = "≥" if r.higher else "≤"
         table.add_row(
@@ -102,9 +127,10 @@ def show(results: list[Result], *, quick: bool) -> None:
             "" if r.theirs is None else _number(r.theirs),
             r.unit,
             f"{_number(r.value)} {r.value_unit}",
+            _number(before[r.name, r.against]) if (r.name, r.against) in before else "",
             f"{sign} {_number(r.bound)}",
             f"{sign} {_number(r.aim)}",
-            "ok" if r.ok else "MISSED",
+            "MISSED" if not r.ok else "" if r.reached else "goal missed",
         )
     console = Console(width=150)
     console.print(table)

@@ -4,22 +4,102 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from timm.utils import ModelEmaV3
 from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
 
 from melfold import pipeline
-from melfold.config import Recipe, load_recipe
-from melfold.data.clips import ClipStore, window_batches
+from melfold.config import AugmentConfig, Recipe, load_recipe
+from melfold.data.clips import Batch, ClipStore, Phase, draw_start, prefetch, train_batches, window_batches
+from melfold.learn.augment import apply_augment, draw_augment
 from melfold.learn.devices import Device, pick_device
 from melfold.learn.model import Tagger, build_model
 from melfold.learn.predict import predict_logits
 from melfold.learn.runs import FULL, start_run
 from melfold.learn.train import train_fold
-from tests.bench.harness import Result, Turns, ratio_result, take_turns
+from tests.bench.harness import Result, Turns, ratio_result, seconds_of, take_turns
 from tests.bench.workspace import Workspace
+
+
+def feed(work: Workspace) -> list[Result]:
+    """Crops a second of 256 x 128, read, made float32 and augmented as a fold of `scratch` sees them, on two cores.
+
+    Against FAT2019's habit: all log-mels in memory, and two `DataLoader` workers that augment clip by clip with the same
+    methods in NumPy. What is not measured is a GPU: there our augmentation runs on it, and the processor has only to read.
+    """
+    recipe = load_recipe("scratch")
+    config, front = recipe.augment, recipe.logmel
+    length, batch, steps = 256, 64, work.pick(60, 3)
+    fnames = list(work.competition.curated.index)
+    store = ClipStore(work.cache, fnames, front.n_mels, front.top_db)
+    device = pick_device("cpu")
+    targets = np.eye(80, dtype=np.float32)[np.arange(len(fnames)) % 80]
+
+    def batches() -> Iterator[Batch]:
+        phase = Phase(steps, np.arange(len(fnames)))
+        return train_batches(store, [phase], length=length, batch_size=batch, pad="wrap", first_step=0, seeds=(0, 0))
+
+    def ours() -> None:
+        for step, read in enumerate(prefetch(batches())):
+            draw = draw_augment(config, batch, front.n_mels, length, np.random.default_rng([0, step]))
+            apply_augment(draw, device.log_mels(read.log_mels), device.tensor(targets[read.rows]), -50.0, device)
+
+    def reading() -> None:
+        for read in prefetch(batches()):
+            device.log_mels(read.log_mels)
+
+    clips = [np.load(work.cache / f"{fname[:-4]}.npy").astype(np.float32) for fname in fnames]
+    peer = InMemory(clips, targets, length, batch * steps, config)
+    loader = DataLoader(peer, batch_size=batch, num_workers=2, persistent_workers=True)
+
+    def theirs() -> None:
+        for _ in loader:
+            pass
+
+    turns = take_turns(ours, theirs, work.pick(5, 1))
+    read_rate = batch * steps / statistics.median(seconds_of(reading) for _ in range(work.pick(5, 1)))
+    rate, _ = turns.rates(batch * steps)
+    notes = {"spread": turns.spread, "without_augmentation": round(read_rate), "threads": torch.get_num_threads()}
+    return [
+        Result("feed", "goal", rate, None, "crops/s", rate, "crops/s", 2000, 4000, notes=notes),
+        ratio_result("feed", "in memory, augmented clip by clip", turns, batch * steps, "crops/s", bound=1.5, aim=2),
+    ]
+
+
+class InMemory(Dataset):
+    """FAT2019's habit: log-mels `(frames, n_mels)` in memory; crops, SpecAugment and mixup for each clip, in NumPy."""
+
+    def __init__(self, clips: list[np.ndarray], targets: np.ndarray, length: int, size: int, config: AugmentConfig) -> None:
+        self.clips, self.targets, self.length, self.size, self.config = clips, targets, length, size, config
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.default_rng(number)
+        row = number % len(self.clips)
+        crop, target = self._crop(row, rng), self.targets[row]
+        if rng.random() < self.config.mixup_prob:
+            other = int(rng.integers(len(self.clips)))
+            louder = self._crop(other, rng) + np.float32(rng.uniform(-self.config.mixup_gain_db, self.config.mixup_gain_db))
+            crop = 10 * np.log10(10 ** (crop / 10) + 10 ** (louder / 10))
+            target = np.maximum(target, self.targets[other])
+        masks = ((self.config.time_masks, self.config.time_mask_width), (self.config.freq_masks, self.config.freq_mask_width))
+        for axis, (count, width) in enumerate(masks):
+            for _ in range(count):
+                size = int(rng.integers(0, int(width * crop.shape[axis]) + 1))
+                begin = int(rng.integers(0, crop.shape[axis] - size + 1))
+                crop[(slice(None),) * axis + (slice(begin, begin + size),)] = -50
+        return np.ascontiguousarray(crop.T[None]), target
+
+    def _crop(self, row: int, rng: np.random.Generator) -> np.ndarray:
+        clip = self.clips[row]
+        start = draw_start(len(clip), self.length, "wrap", rng)
+        return np.take(clip, np.arange(start, start + self.length), axis=0, mode="wrap")
 
 
 def train(work: Workspace) -> list[Result]:
@@ -72,6 +152,7 @@ def _train_recipe(work: Workspace, steps: int) -> Recipe:
             "train.validate_every=0",
             "train.checkpoint_minutes=1000",
             "augment.mixup_prob=0.5",
+            "noisy.use=false",
             "augment.off_epochs=0",
         ],
     )

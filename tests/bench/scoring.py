@@ -1,4 +1,4 @@
-"""The metric, against a loop over clips."""
+"""The metric, against a bare sort, scikit-learn and a loop over clips."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import pandas as pd
 from sklearn.metrics import label_ranking_average_precision_score
 
 from melfold.metrics import lwlrap
-from tests.bench.harness import Result, ratio_result, seconds_of, take_turns
+from melfold.probs import make_probs, read_probs, write_probs
+from tests.bench.harness import Result, one_thread, ratio_result, take_turns
 from tests.bench.workspace import Workspace
 
 
@@ -30,13 +31,44 @@ def score(work: Workspace) -> list[Result]:
 
     values = [lwlrap(targets_table, scores_table), loop_lwlrap(truth, scores), sklearn()]
     assert np.ptp(values) < 1e-6, f"three ways to compute lwlrap differ: {values}"
-    turns = take_turns(lambda: lwlrap(targets_table, scores_table), lambda: loop_lwlrap(truth, scores), work.pick(15, 1))
-    sklearn_rate = clips / min(seconds_of(sklearn) for _ in range(5))
-    return [
-        ratio_result(
-            "lwlrap", "loop over clips", turns, clips, "clips/s", bound=3.0, aim=3.0, sklearn_clips_per_s=round(sklearn_rate)
-        )
-    ]
+    sides = {
+        "bare sort": (lambda: np.sort(scores, axis=1), 0.1, 0.5),
+        "scikit-learn": (sklearn, 3.0, 10.0),
+        "loop over clips": (lambda: loop_lwlrap(truth, scores), 3.0, 3.0),
+    }
+    with one_thread():
+        return [
+            ratio_result(
+                "lwlrap",
+                against,
+                take_turns(lambda: lwlrap(targets_table, scores_table), theirs, work.pick(15, 1)),
+                clips,
+                "clips/s",
+                bound=bound,
+                aim=aim,
+            )
+            for against, (theirs, bound, aim) in sides.items()
+        ]
+
+
+def tables(work: Workspace) -> list[Result]:
+    """Probabilities written to and read from CSV, cells a second, beside the same array as bytes."""
+    clips, labels = work.pick(4970, 50), 80
+    values = np.random.default_rng(0).random((clips, labels), np.float32)
+    probs = make_probs(values, [f"{n:08x}.wav" for n in range(clips)], [f"label_{n}" for n in range(labels)])
+    path, bare = work.folder / "probs.csv", work.folder / "probs.npy"
+
+    def ours() -> None:
+        write_probs(path, probs)
+        read_probs(path)
+
+    def theirs() -> None:
+        np.save(bare, values)
+        np.load(bare)
+
+    turns = take_turns(ours, theirs, work.pick(5, 1))
+    rate, bytes_rate = turns.rates(clips * labels)
+    return [Result("tables", "np.save and np.load", rate, bytes_rate, "cells/s", rate, "cells/s", 1e5, 1e5)]
 
 
 def loop_lwlrap(truth: np.ndarray, scores: np.ndarray) -> float:
