@@ -36,7 +36,7 @@ def memory(work: Workspace) -> list[Result]:
     against = f"{small:,} clips"
     notes = {"clips": large}
     return [
-        Result(f"memory {stage}", against, there, here, "MiB", there / here, "x", 1.1, 1.0, False, notes)
+        Result(f"memory {stage}", against, there, here, "MiB", there / here, "x", 1.2, 1.1, False, notes)
         for stage, (here, there) in peaks.items()
     ]
 
@@ -64,7 +64,7 @@ def hour(work: Workspace) -> list[Result]:
         peaks.append(peak)
     here, there = peaks
     notes = {"seconds_for_the_long_one": round(seconds, 1)}
-    return [Result("hour", "a clip of a minute", there, here, "MiB", there / here, "x", 1.1, 1.0, False, notes)]
+    return [Result("hour", "a clip of a minute", there, here, "MiB", there / here, "x", 1.1, 1.05, False, notes)]
 
 
 SIZES = (1_000, 4_000, 16_000)
@@ -84,9 +84,12 @@ def growth(work: Workspace) -> list[Result]:
             data, home = work.folder / f"growth{clips}x{labels}", work.folder / f"growth_home{clips}x{labels}"
             write_competition(data, wavs, clips, 10, labels)
             for stage, command in _stages(data, clips, home, work.pick(20, 2)).items():
-                begin = time.perf_counter()
-                peak = peak_uss(command, work.folder / "growth.log", interval=0.1)
-                measured.setdefault((stage, labels), []).append((time.perf_counter() - begin, peak / 2**20))
+                times, peaks = [], []
+                for number in range(work.pick(2, 1)):  # the quicker of two: what disturbs only ever adds
+                    begin = time.perf_counter()
+                    peaks.append(peak_uss([*command, "--home", f"{home}-{number}"], work.folder / "growth.log", interval=0.1))
+                    times.append(time.perf_counter() - begin)
+                measured.setdefault((stage, labels), []).append((min(times), max(peaks) / 2**20))
     draw_growth(RESULTS / "growth.png" if not work.quick else work.folder / "growth.png", sizes, measured)
     results = []
     for (stage, labels), points in measured.items():
@@ -95,8 +98,8 @@ def growth(work: Workspace) -> list[Result]:
         linear = (t16 - t4) / (sizes[2] - sizes[1]) / max((t4 - t1) / (sizes[1] - sizes[0]), 1e-4)
         name, notes = f"growth {stage}, {labels} labels", {"seconds": [round(t, 1) for t, _ in points]}
         notes["MiB"] = [round(m) for _, m in points]
-        results.append(Result(name, "time, linear is 1", t16, t4, "s", linear, "x", 1.5, 1.0, False, notes))
-        results.append(Result(name, "memory at a quarter", m16, m4, "MiB", m16 / m4, "x", 2.0, 1.0, False))
+        results.append(Result(name, "time, linear is 1", t16, t4, "s", linear, "x", 1.6, 1.25, False, notes))
+        results.append(Result(name, "memory at a quarter", m16, m4, "MiB", m16 / m4, "x", 2.0, 1.1, False))
     return results
 
 
