@@ -122,13 +122,12 @@ def draw_growth(path: Path, sizes: Sequence[int], measured: dict[tuple[str, int]
         for row, unit in enumerate(("seconds", "MiB at the peak")):
             ax = axes[row, stages.index(stage)]
             ax.plot(sizes, [point[row] for point in points], marker="o", label=f"{labels} labels")
-            ax.set_ylim(bottom=0)
             ax.grid(alpha=0.3)
             ax.set_title(f"melfold {stage}" if row == 0 else "")
             ax.set_xlabel("clips" if row else "")
             ax.set_ylabel(unit if stages[0] == stage else "")
     for ax in axes.flat:
-        ax.set_ylim(top=1.15 * ax.get_ylim()[1])
+        ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
     axes[0, 0].legend()
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110)
