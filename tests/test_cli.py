@@ -93,7 +93,6 @@ BAD: dict[str, tuple[list[str], str]] = {
     "cache: unknown key": (["cache", "DATA", "--set", "logmel.nmels=64"], "unknown key: logmel.nmels (nearest: logmel.n_mels)"),
     "cache: not a setting": (["cache", "DATA", "--set", "logmel"], "--set needs section.key=value: 'logmel'"),
     "cache: bad value": (["cache", "DATA", "--set", "logmel.fmax=99999.0"], "needs fmin < fmax <= sr / 2"),
-    "cache: gaps": (["cache", "DATA", "--set", "logmel.hop_length=4096"], "needs hop_length <= n_fft"),
     "folds: no folder": (["folds", "NOSUCH"], "no such data folder"),
     "folds: more than clips": (["folds", "DATA", "--n-folds", "9"], "more folds than clips: 9 folds, 8 clips"),
     "train: no folder": (["train", "NOSUCH", "--recipe", "demo"], "no such data folder"),

@@ -47,8 +47,6 @@ class LogMelConfig(_Frozen):
     def _check(self) -> LogMelConfig:
         if not self.fmin < self.fmax <= self.sr / 2:
             raise ValueError(f"needs fmin < fmax <= sr / 2, found fmin={self.fmin} fmax={self.fmax} sr={self.sr}")
-        if self.hop_length > self.n_fft:
-            raise ValueError(f"needs hop_length <= n_fft, or sound is skipped; found {self.hop_length} > {self.n_fft}")
         return self
 
     def fingerprint(self) -> str:

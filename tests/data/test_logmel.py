@@ -20,6 +20,7 @@ FRONT_ENDS = {
     "1st": LogMelConfig(n_fft=2560, hop_length=690),
     "post-deadline": LogMelConfig(n_fft=1764, hop_length=882, fmin=50, fmax=16_000),
     "audioset": LogMelConfig(sr=32_000, n_fft=1024, hop_length=320, n_mels=224, fmin=50, fmax=14_000),
+    "with gaps": LogMelConfig(sr=16_000, n_fft=256, hop_length=1000, n_mels=16, fmax=8_000),
     "odd sizes": LogMelConfig(
         sr=16_000, n_fft=401, hop_length=161, n_mels=33, fmin=0, fmax=7_000, window="hamming", htk=True, norm=None
     ),

@@ -88,7 +88,9 @@ class LogMel:
 
         n_fft, hop = self.config.n_fft, self.config.hop_length
         rest = torch.zeros(n_fft // 2, dtype=torch.float64)
+        skip = 0  # samples between two frames, where the hop is longer than a frame
         for block, last in _marked(blocks):
+            block, skip = block[skip:], max(0, skip - len(block))
             known = torch.zeros(len(rest) + len(block) + last * (n_fft // 2), dtype=torch.float64)
             known[: len(rest)] = rest
             known[len(rest) : len(rest) + len(block)] = torch.from_numpy(block)
@@ -97,6 +99,7 @@ class LogMel:
                 frames = known.unfold(0, n_fft, hop)
                 yield self._decibels(frames)
                 rest = known[len(frames) * hop :]
+                skip = max(0, len(frames) * hop - len(known))
 
     def _decibels(self, frames: torch.Tensor) -> np.ndarray:
         import torch
