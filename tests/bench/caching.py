@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
 
@@ -91,7 +91,7 @@ def cache_bound(work: Workspace) -> list[Result]:
             lambda: decode_and_fft(work.wavs, work.front),
             work.pick(9, 1),
         )
-        shares = _shares(work, ours())
+        shares = _shares(work, ours)
     return [
         ratio_result(
             "cache_bound",
@@ -106,15 +106,18 @@ def cache_bound(work: Workspace) -> list[Result]:
     ]
 
 
-def _shares(work: Workspace, folder: Path) -> dict[str, float]:
-    """Which part of making log-mels is reading and which is transforming; the rest is writing and noting."""
+def _shares(work: Workspace, folders: Fresh) -> dict[str, float]:
+    """Which part of making log-mels is reading, FFT, the rest of the transform, and writing and noting."""
     transform = log_mel_of(work.front)
     waveforms = [read_waveform(path, work.front.sr)[0] for path in work.wavs]
-    melfold_loop(work.wavs, work.front, folder)
-    whole = seconds_of(lambda: melfold_loop(work.wavs, work.front, folder))
-    read = seconds_of(lambda: [read_waveform(path, work.front.sr) for path in work.wavs])
-    made = seconds_of(lambda: [transform(waveform) for waveform in waveforms])
-    fft = seconds_of(lambda: decode_and_fft(work.wavs, work.front)) - read
+
+    def median(part: Callable[[], object]) -> float:
+        return statistics.median(seconds_of(part) for _ in range(work.pick(9, 1)))
+
+    whole = median(lambda: melfold_loop(work.wavs, work.front, folders()))
+    read = median(lambda: [read_waveform(path, work.front.sr) for path in work.wavs])
+    made = median(lambda: [transform(waveform) for waveform in waveforms])
+    fft = median(lambda: decode_and_fft(work.wavs, work.front)) - read
     return {"read": read / whole, "fft": fft / whole, "mel": (made - fft) / whole, "write": 1 - (read + made) / whole}
 
 
