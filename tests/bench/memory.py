@@ -130,7 +130,7 @@ def draw_growth(path: Path, sizes: Sequence[int], measured: dict[tuple[str, int]
         ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
     axes[0, 0].legend()
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
 
 
