@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from melfold.config import Recipe, View, parse_recipe
+from melfold.config import Recipe, View
 from melfold.data.clips import ClipStore, window_starts
 from melfold.data.competition import Competition, read_test
 from melfold.data.logmel import build_cache, read_manifest, stop_workers
@@ -28,6 +28,7 @@ from melfold.learn.devices import Device, pick_device
 from melfold.learn.model import Tagger, build_model, load_weights
 from melfold.learn.predict import predict_logits, sigmoid
 from melfold.probs import Probs, make_probs, mean_probs, write_probs
+from melfold.recipes import parse_recipe
 
 OWN_SHARE = 0.93
 """Of the session's limit: the rest is for starting it and for handing the output over."""

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from melfold.combine.ensemble import pool_oof
-from melfold.config import parse_recipe
 from melfold.data.competition import load_competition
 from melfold.data.logmel import build_cache, stop_workers
 from melfold.errors import MelfoldError
 from melfold.files import Home, sha256_file, write_json, write_text
 from melfold.learn.runs import FULL, Run, start_run
 from melfold.learn.session import train_session
+from melfold.recipes import parse_recipe
 
 STARTED = time.monotonic()
 

@@ -94,11 +94,11 @@ def cache(
 ) -> None:
     """Turn audio into log-mel .npy files, once; only what is missing or has changed is made."""
     from melfold import pipeline
+    from melfold.compute import Compute
     from melfold.data.competition import load_competition
-    from melfold.engine import engine as running_on
 
     place, resolved = Home.find(home), _recipe(recipe, set_)
-    with running_on(engine, scheduler, place.root):
+    with Compute(engine=engine, scheduler=scheduler).connected(place.root):
         typer.echo(pipeline.cache(load_competition(data.resolve()), place, resolved, jobs=jobs, progress=bar()))
 
 
@@ -139,8 +139,8 @@ def train(
 ) -> None:
     """Train folds of a run. Can be stopped at any moment; the same command goes on."""
     from melfold import pipeline
+    from melfold.compute import Compute
     from melfold.data.competition import load_competition
-    from melfold.engine import engine as running_on
     from melfold.learn.devices import pick_devices
     from melfold.learn.runs import parse_folds
 
@@ -149,7 +149,7 @@ def train(
     competition, names = load_competition(data.resolve()), device.split(",")
     target = pick_devices(names, resolved.train.amp)
     name = _run_name(run, recipe, resolved)
-    with running_on(engine, scheduler, place.root):
+    with Compute(engine=engine, scheduler=scheduler).connected(place.root):
         result = pipeline.train(competition, place, resolved, name, which, target, names=names, jobs=jobs, progress=bar())
     scored = any(fold != "full" for fold in result.done_folds())
     follow = f"melfold oof {result.name}" if scored else f"melfold predict {result.name} --data {data}"
@@ -180,13 +180,13 @@ def predict(
 ) -> None:
     """Predict the test clips with a run's trained folds, as its saved recipe says."""
     from melfold import pipeline
+    from melfold.compute import Compute
     from melfold.data.competition import load_competition
-    from melfold.engine import engine as running_on
     from melfold.learn.devices import pick_device
 
     place, (opened,) = _open_runs([run], home, set_)
     target = pick_device(device, "off")
-    with running_on(engine, scheduler, place.root):
+    with Compute(engine=engine, scheduler=scheduler).connected(place.root):
         typer.echo(pipeline.predict(opened, load_competition(data.resolve()), place, target, name=device, progress=bar()))
 
 
@@ -356,7 +356,7 @@ def run(
 ) -> None:
     """The whole road, from a download to a checked submission.csv, skipping what is done."""
     from melfold import pipeline
-    from melfold.engine import engine as running_on
+    from melfold.compute import Compute
     from melfold.learn.devices import pick_devices
 
     resolved, place = _recipe(recipe, set_), Home.find(home)
@@ -369,7 +369,7 @@ def run(
         typer.echo(f"Every stage runs: {tried.submission} is no result.")
         typer.echo(f"A fold will be {tried.steps:,} steps of {resolved.train.batch_size}: about {hours:,.1f} h on this device.")
         return
-    with running_on(engine, scheduler, place.root):
+    with Compute(engine=engine, scheduler=scheduler).connected(place.root):
         result, scores, path = pipeline.run_all(
             data.resolve(), place, resolved, name, target, names=names, jobs=jobs, progress=bar()
         )
@@ -416,7 +416,7 @@ def demo(home: HomeOpt = None, set_: SetOpt = None, device: DeviceOpt = "auto") 
 @command(recipe_app, "list", "melfold recipe list")
 def recipe_list(home: HomeOpt = None, set_: SetOpt = None) -> None:
     """The recipes that come with the kit."""
-    from melfold.config import load_recipe, recipe_names
+    from melfold.recipes import load_recipe, recipe_names
 
     refuse_set(set_)
     for name in recipe_names():
@@ -431,7 +431,7 @@ def recipe_show(
     set_: SetOpt = None,
 ) -> None:
     """What a recipe resolves to: every value, and the reason where one is given."""
-    from melfold.config import explain_recipe, load_recipe
+    from melfold.recipes import explain_recipe, load_recipe
 
     resolved = load_recipe(name, set_ or [])
     reasons = {key: reason for key, (_, reason) in explain_recipe(name).items()}
@@ -476,14 +476,14 @@ def _numbers(text: str | None) -> list[float] | None:
 
 
 def _recipe(name: str, sets: list[str] | None) -> Recipe:
-    from melfold.config import load_recipe
+    from melfold.recipes import load_recipe
 
     return load_recipe(name, sets or [])
 
 
 def _run_name(given: str | None, recipe: str, resolved: Recipe) -> str:
-    from melfold.config import load_recipe
     from melfold.learn.runs import default_run_name
+    from melfold.recipes import load_recipe
 
     return given or default_run_name(resolved, load_recipe(recipe))
 

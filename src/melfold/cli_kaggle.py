@@ -168,10 +168,10 @@ def kernel_build_train(
 ) -> None:
     """A kernel that trains folds, one a GPU, and is continued by the next session."""
     from melfold import pipeline
-    from melfold.config import load_recipe
     from melfold.data.competition import load_competition
     from melfold.kaggle.kernels import build_train
     from melfold.learn.runs import default_run_name, parse_folds
+    from melfold.recipes import load_recipe
 
     place, resolved = Home.find(home), load_recipe(recipe, set_ or [])
     data = data or place.data / competition

@@ -14,13 +14,6 @@ from typing import Any
 
 from melfold.errors import MelfoldError
 
-Progress = Callable[[int, int, str], None]
-"""Told (done, total, text) as work goes on; the library draws nothing itself."""
-
-
-def silent(done: int, total: int, text: str) -> None:
-    """A `Progress` that says nothing."""
-
 
 @dataclass(frozen=True)
 class Home:

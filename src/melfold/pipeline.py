@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from melfold.compute import Progress, remote, silent, spread
 from melfold.config import Recipe
 from melfold.data.competition import SPLITS, Competition, load_competition
 from melfold.data.folds import find_identical, fold_table_name, label_deviation, make_folds, read_folds, write_folds
 from melfold.data.logmel import build_cache, cut_short, read_manifest, stop_workers
-from melfold.engine import remote, spread
 from melfold.errors import MelfoldError
-from melfold.files import Home, Progress, read_json, silent
+from melfold.files import Home, read_json
 from melfold.probs import is_current, make_probs, write_current
 
 if TYPE_CHECKING:

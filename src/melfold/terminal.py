@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from melfold.compute import Progress
 from melfold.errors import MelfoldError
-from melfold.files import Progress
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -18,7 +18,7 @@ import pandas as pd
 
 from melfold import pipeline
 from melfold.combine.ensemble import compare, pool_oof, read_together
-from melfold.config import Recipe, load_recipe
+from melfold.config import Recipe
 from melfold.data.clips import ClipStore
 from melfold.data.competition import load_competition
 from melfold.data.logmel import cache_folder
@@ -29,6 +29,7 @@ from melfold.learn.runs import Run
 from melfold.learn.train import load_fold
 from melfold.metrics import lwlrap, paired_bootstrap
 from melfold.probs import Probs
+from melfold.recipes import load_recipe
 
 COMMON = (
     "logmel.n_mels=64",

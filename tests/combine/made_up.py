@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import label_ranking_average_precision_score
 
-from melfold.config import load_recipe
 from melfold.data.competition import Competition
 from melfold.files import Home, sha256_file, write_json
 from melfold.learn.runs import Run, start_run
 from melfold.probs import Probs, make_probs, write_current, write_probs
+from melfold.recipes import load_recipe
 
 LABELS = ("Bark", "Hiss_(air)", "Meow", "Tone")
 

@@ -8,17 +8,10 @@ from typing import Any
 import pydantic
 import pytest
 
-from melfold.config import (
-    LogMelConfig,
-    Recipe,
-    View,
-    explain_recipe,
-    load_recipe,
-    parse_recipe,
-    recipe_differences,
-    recipe_names,
-)
+from melfold.artefacts import differences
+from melfold.config import LogMelConfig, Recipe, View
 from melfold.errors import MelfoldError
+from melfold.recipes import explain_recipe, load_recipe, parse_recipe, recipe_names
 
 OTHER_LOGMEL: dict[str, Any] = {
     "sr": 48_000,
@@ -69,7 +62,7 @@ def test_a_recipe_file_is_a_delta_on_its_base(tmp_path: Path) -> None:
     path.write_text('base = "scratch"\n[train]\nlr = 2e-3  # twice as fast\n')
     recipe = load_recipe(str(path))
     assert recipe.name == "mine"
-    assert recipe_differences(load_recipe("scratch"), recipe) == ["train.lr: 0.001 -> 0.002"]
+    assert differences(load_recipe("scratch").training(), recipe.training()) == ["train.lr: 0.001 -> 0.002"]
     assert explain_recipe(str(path))["train.lr"] == (2e-3, "twice as fast")
 
 
@@ -213,9 +206,13 @@ def test_the_recipe_fingerprint_sees_values_and_not_names() -> None:
 
 def test_differences_name_each_changed_value_and_nothing_else() -> None:
     base = load_recipe("base")
-    assert recipe_differences(base, base.model_copy(update={"name": "x", "about": "y"})) == []
+    assert differences(base.training(), base.model_copy(update={"name": "x", "about": "y"}).training()) == []
     other = load_recipe("base", ["seed=3", "train.epochs=2", "model.kwargs.x=1"])
-    assert recipe_differences(base, other) == ["seed: 0 -> 3", "model.kwargs: {} -> {'x': 1}", "train.epochs: 30.0 -> 2.0"]
+    assert differences(base.training(), other.training()) == [
+        "seed: 0 -> 3",
+        "model.kwargs.x: none -> 1",
+        "train.epochs: 30.0 -> 2.0",
+    ]
 
 
 def test_seconds_become_the_nearest_frames_and_never_none() -> None:

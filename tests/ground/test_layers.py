@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 FLOORS: list[list[str]] = [
-    ["errors", "engine", "files", "config", "probs", "metrics"],
+    ["errors", "files", "artefacts", "config", "recipes", "compute", "probs", "metrics"],
     [f"data.{m}" for m in ("competition", "logmel", "folds", "clips", "demo")],
     [f"learn.{m}" for m in ("runs", "devices", "augment", "losses", "model", "predict", "train", "noisy", "session")],
     [f"combine.{m}" for m in ("ensemble", "submission")],

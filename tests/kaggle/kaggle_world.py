@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from melfold import pipeline
-from melfold.config import Recipe, load_recipe
+from melfold.config import Recipe
 from melfold.data.competition import Competition, load_competition
 from melfold.data.demo import write_demo
 from melfold.files import Home
 from melfold.kaggle.kernels import Built, build_infer
 from melfold.learn.devices import pick_device
+from melfold.recipes import load_recipe
 
 SLUG = "freesound-audio-tagging-2019"
 SETS = (

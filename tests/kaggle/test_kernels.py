@@ -17,7 +17,6 @@ from slugify import slugify
 
 from melfold import pipeline
 from melfold.combine.submission import build_submission
-from melfold.config import load_recipe
 from melfold.errors import MelfoldError
 from melfold.files import sha256_file
 from melfold.kaggle import kernels, sandbox
@@ -26,6 +25,7 @@ from melfold.kaggle.kernels import Built, build_infer, build_train, fetch_run, p
 from melfold.kaggle.rehearsal import rehearse
 from melfold.learn.devices import pick_device
 from melfold.learn.runs import open_run
+from melfold.recipes import load_recipe
 
 ON_KAGGLE = {"joblib", "librosa", "numpy", "pandas", "pydantic", "safetensors", "scipy", "sklearn", "soundfile", "soxr"}
 ON_KAGGLE |= {"timm", "torch"}
@@ -68,7 +68,7 @@ def test_the_pack_imports_only_what_kaggles_image_has() -> None:
                     asked.setdefault(top, set()).add(name)
     lazily = {
         "iterstrat": {"melfold/data/folds.py"},  # folds are never made in a kernel: the table travels with it
-        "distributed": {"melfold/engine.py"},  # asked for by --engine dask alone
+        "distributed": {"melfold/compute.py"},  # asked for by --engine dask alone
     }
     assert {k: v for k, v in asked.items() if k and k not in ON_KAGGLE} == lazily
 

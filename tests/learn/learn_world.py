@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from melfold import pipeline
-from melfold.config import Recipe, load_recipe
+from melfold.config import Recipe
 from melfold.data.clips import ClipStore
 from melfold.data.competition import Competition
 from melfold.data.logmel import cache_folder
 from melfold.files import Home
 from melfold.learn.devices import Device
 from melfold.learn.runs import Run, start_run
+from melfold.recipes import load_recipe
 
 TINY = (
     "logmel.n_fft=256",

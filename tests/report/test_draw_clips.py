@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from melfold.config import Recipe, load_recipe
+from melfold.config import Recipe
 from melfold.data.competition import Competition, load_competition
 from melfold.errors import MelfoldError
+from melfold.recipes import load_recipe
 from melfold.report.clips import draw_clips
 
 

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from melfold.compute import Progress, remote, silent
 from melfold.config import LogMelConfig
 from melfold.data.competition import Competition, Split
-from melfold.engine import remote
 from melfold.errors import MelfoldError
-from melfold.files import Home, Progress, atomic_path, locked, remove_leftovers, silent, write_json
+from melfold.files import Home, atomic_path, locked, remove_leftovers, write_json
 
 if TYPE_CHECKING:
     import soundfile

@@ -7,8 +7,9 @@ import shutil
 import zipfile
 from pathlib import Path, PurePosixPath
 
+from melfold.compute import Progress, silent
 from melfold.errors import MelfoldError
-from melfold.files import Progress, atomic_path, locked, remove_leftovers, silent
+from melfold.files import atomic_path, locked, remove_leftovers
 from melfold.kaggle.client import Kaggle
 
 log = logging.getLogger(__name__)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from melfold.compute import Progress, silent
 from melfold.config import Recipe, View
 from melfold.data.clips import ClipStore, prefetch, window_batches
-from melfold.files import Progress, silent
 from melfold.learn.devices import Device, exact
 from melfold.learn.model import Tagger
 from melfold.probs import Probs, make_probs

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from melfold.config import Recipe, parse_recipe, recipe_differences
+from melfold.artefacts import differences
+from melfold.config import Recipe
 from melfold.data.competition import Competition, multi_hot
 from melfold.data.folds import read_folds
 from melfold.errors import MelfoldError
 from melfold.files import Home, digest, read_json, sha256_file, write_json, write_text
 from melfold.probs import align, read_probs
+from melfold.recipes import parse_recipe
 
 FULL = "full"
 """The name, in place of a fold's number, of a model trained on every curated clip."""
@@ -333,7 +335,7 @@ def refuse_changes(run: Run, recipe: Recipe, others: Sequence[str] = ()) -> None
     Raises:
         MelfoldError: naming what differs.
     """
-    changes = [*recipe_differences(run.recipe, recipe), *others]
+    changes = [*differences(run.recipe.training(), recipe.training()), *others]
     if changes:
         more = f"; and {len(changes) - 6} more" if len(changes) > 6 else ""
         raise MelfoldError(

@@ -19,10 +19,11 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 
+from melfold.compute import Progress, silent
 from melfold.config import Recipe
 from melfold.data.clips import ClipStore, Phase, prefetch, train_batches
 from melfold.errors import MelfoldError
-from melfold.files import Progress, atomic_path, digest, locked, remove_leftovers, sha256_file, silent, write_json, write_text
+from melfold.files import atomic_path, digest, locked, remove_leftovers, sha256_file, write_json, write_text
 from melfold.learn.augment import apply_augment, draw_augment
 from melfold.learn.devices import Device, repeatable
 from melfold.learn.losses import bootstrapped, loss_named
