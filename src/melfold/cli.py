@@ -31,9 +31,9 @@ from melfold.terminal import (
 )
 
 if TYPE_CHECKING:
-    from melfold.combine.ensemble import OofScores
+    from melfold.combine.oof import OofScores
     from melfold.config import Recipe
-    from melfold.learn.runs import Run
+    from melfold.learn.predictions import Prediction
 
 app = typer.Typer(
     name="melfold",
@@ -93,13 +93,14 @@ def cache(
     set_: SetOpt = None,
 ) -> None:
     """Turn audio into log-mel .npy files, once; only what is missing or has changed is made."""
-    from melfold import pipeline
+    from melfold import stages
     from melfold.compute import Compute
     from melfold.data.competition import load_competition
 
     place, resolved = Home.find(home), _recipe(recipe, set_)
-    with Compute(engine=engine, scheduler=scheduler).connected(place.root):
-        typer.echo(pipeline.cache(load_competition(data.resolve()), place, resolved, jobs=jobs, progress=bar()))
+    compute = Compute(jobs=jobs, engine=engine, scheduler=scheduler, progress=bar())
+    with compute.connected(place.root):
+        typer.echo(stages.cache(load_competition(data.resolve()), place, resolved, compute))
 
 
 @command(app, "folds", "melfold folds data/fat2019 --n-folds 5 --seed 42")
@@ -115,12 +116,12 @@ def folds(
     set_: SetOpt = None,
 ) -> None:
     """Write the fold table: stratified on the labels alone, the same for everyone."""
-    from melfold import pipeline
+    from melfold import stages
     from melfold.data.competition import load_competition
 
     asked = {"n_folds": n_folds, "seed": seed, "group_identical": "true" if group_identical else None}
     changes = [f"folds.{key}={value}" for key, value in asked.items() if value is not None]
-    path, deviation = pipeline.folds(load_competition(data), Home.find(home), _recipe(recipe, [*(set_ or []), *changes]))
+    path, deviation = stages.folds(load_competition(data), Home.find(home), _recipe(recipe, [*(set_ or []), *changes]))
     typer.echo(f"{path}\nNo label is more than {deviation} clips off an even split.")
 
 
@@ -138,19 +139,18 @@ def train(
     set_: SetOpt = None,
 ) -> None:
     """Train folds of a run. Can be stopped at any moment; the same command goes on."""
-    from melfold import pipeline
+    from melfold import stages
     from melfold.compute import Compute
     from melfold.data.competition import load_competition
-    from melfold.learn.devices import pick_devices
-    from melfold.learn.runs import parse_folds
+    from melfold.learn.start import parse_folds
 
     resolved, place = _recipe(recipe, set_), Home.find(home)
     which = parse_folds(folds, resolved)
-    competition, names = load_competition(data.resolve()), device.split(",")
-    target = pick_devices(names, resolved.train.amp)
+    competition = load_competition(data.resolve())
+    compute = Compute(tuple(device.split(",")), jobs, engine, scheduler, bar())
     name = _run_name(run, recipe, resolved)
-    with Compute(engine=engine, scheduler=scheduler).connected(place.root):
-        result = pipeline.train(competition, place, resolved, name, which, target, names=names, jobs=jobs, progress=bar())
+    with compute.connected(place.root):
+        result = stages.train(competition, place, resolved, name, which, compute)
     scored = any(fold != "full" for fold in result.done_folds())
     follow = f"melfold oof {result.name}" if scored else f"melfold predict {result.name} --data {data}"
     typer.echo(f"{result.folder}\nDone: {', '.join(result.done_folds())}. Next: {follow}")
@@ -159,10 +159,10 @@ def train(
 @command(app, "oof", "melfold oof open")
 def oof(run: RunArg, home: HomeOpt = None, set_: SetOpt = None) -> None:
     """Score a run's held-out predictions: pooled, by fold and by label."""
-    from melfold.combine.ensemble import pool_oof
+    from melfold.combine.oof import score
 
     _, (opened,) = _open_runs([run], home, set_)
-    scores = pool_oof(opened)
+    scores = score(opened)
     print_table(scores.per_label.sort_values("lwlrap"), "label")
     _print_oof(scores)
     typer.echo(f"{opened.oof}\n{opened.scores}")
@@ -179,15 +179,14 @@ def predict(
     set_: SetOpt = None,
 ) -> None:
     """Predict the test clips with a run's trained folds, as its saved recipe says."""
-    from melfold import pipeline
+    from melfold import stages
     from melfold.compute import Compute
     from melfold.data.competition import load_competition
-    from melfold.learn.devices import pick_device
 
     place, (opened,) = _open_runs([run], home, set_)
-    target = pick_device(device, "off")
-    with Compute(engine=engine, scheduler=scheduler).connected(place.root):
-        typer.echo(pipeline.predict(opened, load_competition(data.resolve()), place, target, name=device, progress=bar()))
+    compute = Compute((device,), engine=engine, scheduler=scheduler, progress=bar())
+    with compute.connected(place.root):
+        typer.echo(stages.predict(opened, load_competition(data.resolve()), place, compute).test)
 
 
 @command(submission_app, "build", "melfold submission build open --data data/fat2019")
@@ -205,9 +204,9 @@ def submission_build(
     from melfold.data.competition import load_competition
 
     place, opened = _open_runs(runs, home, set_)
-    name = id or "+".join(run.name for run in opened)
+    name = id or "+".join(p.label.replace("@", "-") for p in opened)
     path = build_submission(place, opened, load_competition(data), id=name, mean=mean, weights=_numbers(weights))
-    noted = read_json(path.with_name("recipe.json"))
+    noted = read_json(path.with_name("manifest.json"))
     typer.echo(f"{path}\nTrack: {noted['track']}. Data: {'; '.join(noted['data'])}.", nl=False)
     typer.echo(f" Licences of first weights: {', '.join(noted['licences'])}." if noted["licences"] else "")
     for rule in noted["breaks"]:
@@ -225,11 +224,10 @@ def ensemble_suggest(
     """Rank ways to combine runs by honest OOF scores: fitted weights are scored on folds they were not fitted on."""
     import pandas as pd
 
-    from melfold import pipeline
-    from melfold.combine.ensemble import suggest
+    from melfold.combine.ensemble import predictions_alike, suggest
 
     place, opened = _open_runs(runs or [], home, set_)
-    opened = opened or pipeline.runs_alike(place)
+    opened = opened or predictions_alike(place)
     found = suggest(opened)
     rows = {}
     for number, item in enumerate(found):
@@ -247,12 +245,12 @@ def ensemble_suggest(
             "to": item.gain.high,
         }
     print_table(pd.DataFrame.from_dict(rows, orient="index"), "")
-    _warn_incomplete(found[0].clips, max(len(run.clips) for run in opened))
+    _warn_incomplete(found[0].clips, max(len(p.run.clips) for p in opened))
     best = found[0]
     how = f" --mean {best.mean}" + (f" --weights {','.join(f'{w:g}' for w in best.weights)}" if best.weights else "")
     for run in opened:
-        if run.name in best.runs and not run.test.exists():
-            typer.echo(f"Next: melfold predict {run.name} --data DATA")
+        if run.label in best.runs and not run.test.exists():
+            typer.echo(f"Next: melfold predict {run.label} --data DATA")
     typer.echo(f"Next: melfold submission build {' '.join(best.runs)}{how if len(best.runs) > 1 else ''} --data DATA")
     typer.echo("The best of many is a little lucky: where an interval over the best run holds 0, nothing is decided.")
 
@@ -268,19 +266,19 @@ def relabel_suggest(
     set_: SetOpt = None,
 ) -> None:
     """List curated clips whose held-out prediction contradicts their labels: wrong labels, and likely missing ones."""
-    from melfold import pipeline
-    from melfold.learn.noisy import write_corrections
+    from melfold.combine.relabel import suggest_corrections, write_corrections
 
     _, (opened,) = _open_runs([run], home, set_)
-    doubts = pipeline.suggest_corrections(opened)
+    doubts = suggest_corrections(opened)
     shown = doubts.head(top)
     print_table(shown.map(lambda value: ", ".join(value) if isinstance(value, tuple) else value), "fname")
     rest = f"; these are the first {top}" if len(doubts) > top else ""
-    heard = len(opened.clips) - sum(len(opened.held_out(fold)) for fold in opened.missing_folds())
+    source = opened.run
+    heard = len(source.clips) - sum(len(source.held_out(fold)) for fold in source.missing_folds())
     typer.echo(f"{len(doubts)} of {heard} clips are in doubt{rest}.")
-    _warn_incomplete(heard, len(opened.clips))
+    _warn_incomplete(heard, len(source.clips))
     if output:
-        write_corrections(output, shown, opened.name)
+        write_corrections(output, shown, opened.label)
         typer.echo(f"{output}\nListen, strike out, then: --set data.corrections={output}")
 
 
@@ -299,7 +297,7 @@ def compare(
     if labels:
         print_table(found.labels, "label")
     print_table(found.runs, "run")
-    _warn_incomplete(found.clips, max(len(run.clips) for run in opened))
+    _warn_incomplete(found.clips, max(len(p.run.clips) for p in opened))
     for names, mean, spread in found.seeds:
         typer.echo(f"{len(names)} seeds ({', '.join(names)}): mean {mean:.4f}, standard deviation {spread:.4f}")
     if len(opened) > 1:
@@ -314,7 +312,7 @@ def submission_check(
     set_: SetOpt = None,
 ) -> None:
     """Would the competition take this file?"""
-    from melfold.combine.submission import check_submission
+    from melfold.combine.check import check_submission
     from melfold.data.competition import load_competition
 
     refuse_set(set_)
@@ -330,7 +328,7 @@ def submission_score(
     set_: SetOpt = None,
 ) -> None:
     """Score a file as the leaderboard would, Public and Private apart. For scoring only: never choose by it."""
-    from melfold.combine.submission import score_submission
+    from melfold.combine.check import score_submission
 
     refuse_set(set_)
     scores = score_submission(file, truth)
@@ -355,43 +353,39 @@ def run(
     set_: SetOpt = None,
 ) -> None:
     """The whole road, from a download to a checked submission.csv, skipping what is done."""
-    from melfold import pipeline
+    from melfold import stages
     from melfold.compute import Compute
-    from melfold.learn.devices import pick_devices
+    from melfold.dry_run import dry_run
 
     resolved, place = _recipe(recipe, set_), Home.find(home)
     name = _run_name(run, recipe, resolved)
-    names = device.split(",")
-    target = pick_devices(names, resolved.train.amp)
+    compute = Compute(tuple(device.split(",")), jobs, engine, scheduler, bar())
     if dry:
-        tried = pipeline.dry_run(data, place, resolved, target, jobs=jobs, progress=bar())
+        tried = dry_run(data, place, resolved, compute)
         hours = tried.steps * tried.seconds_per_step * resolved.train.batch_size / tried.batch_size / 3600
         typer.echo(f"Every stage runs: {tried.submission} is no result.")
         typer.echo(f"A fold will be {tried.steps:,} steps of {resolved.train.batch_size}: about {hours:,.1f} h on this device.")
         return
-    with Compute(engine=engine, scheduler=scheduler).connected(place.root):
-        result, scores, path = pipeline.run_all(
-            data.resolve(), place, resolved, name, target, names=names, jobs=jobs, progress=bar()
-        )
+    with compute.connected(place.root):
+        result, scores, path = stages.run(data.resolve(), place, resolved, name, compute)
     _print_oof(scores)
-    typer.echo(f"{path}  (track: {result.info.track})")
+    typer.echo(f"{path}  (track: {result.run.info.track})")
 
 
 @command(app, "demo", "melfold demo")
 def demo(home: HomeOpt = None, set_: SetOpt = None, device: DeviceOpt = "auto") -> None:
     """The whole job on a synthetic competition, in a home of its own (build/demo)."""
-    from melfold import pipeline
-    from melfold.combine.submission import score_submission
+    from melfold import stages
+    from melfold.combine.check import score_submission
+    from melfold.compute import Compute
     from melfold.data.demo import write_demo
-    from melfold.learn.devices import pick_device
 
     started = time.monotonic()
     place = Home((home or Path("build/demo")).resolve())
     resolved = _recipe("demo", set_)
     name = _run_name(None, "demo", resolved)
-    target = pick_device(device, resolved.train.amp)
     data = write_demo(place.data / "demo")
-    result, scores, path = pipeline.run_all(data, place, resolved, name, target, progress=bar())
+    result, scores, path = stages.run(data, place, resolved, name, Compute((device,), progress=bar()))
     test = score_submission(path, data / "test_post_competition.csv")
     constant = scores.constant_lwlrap
     typer.echo(f"\nThe demo took {time.monotonic() - started:.0f} s. lwlrap, beside a constant prediction's {constant:.3f}:")
@@ -408,7 +402,7 @@ def demo(home: HomeOpt = None, set_: SetOpt = None, device: DeviceOpt = "auto") 
     ):
         typer.echo(f"  {what:<24} {where}")
     at = f"--home {place.root}"
-    typer.echo(f"Next: melfold oof {result.name} {at}")
+    typer.echo(f"Next: melfold oof {result.label} {at}")
     typer.echo(f"      melfold show {data} {next(p.name for p in sorted((data / 'test').iterdir()))} --recipe demo -o clips.png")
     typer.echo("      melfold run PATH/TO/THE/DOWNLOAD --recipe open")
 
@@ -452,13 +446,13 @@ def _show_value(key: str, value: object, reason: str) -> None:
     typer.echo(f"{line:<40} # {reason}" if reason else line)
 
 
-def _open_runs(names: list[str], home: Path | None, sets: list[str] | None) -> tuple[Home, list[Run]]:
+def _open_runs(names: list[str], home: Path | None, sets: list[str] | None) -> tuple[Home, list[Prediction]]:
     """What commands that read finished runs begin with."""
-    from melfold.learn.runs import open_run
+    from melfold.learn.predictions import open_prediction
 
     refuse_set(sets)
     place = Home.find(home)
-    return place, [open_run(place, name) for name in names]
+    return place, [open_prediction(place, name) for name in names]
 
 
 def _warn_incomplete(clips: int, all_clips: int) -> None:
@@ -482,7 +476,7 @@ def _recipe(name: str, sets: list[str] | None) -> Recipe:
 
 
 def _run_name(given: str | None, recipe: str, resolved: Recipe) -> str:
-    from melfold.learn.runs import default_run_name
+    from melfold.learn.start import default_run_name
     from melfold.recipes import load_recipe
 
     return given or default_run_name(resolved, load_recipe(recipe))

@@ -167,16 +167,16 @@ def kernel_build_train(
     set_: SetOpt = None,
 ) -> None:
     """A kernel that trains folds, one a GPU, and is continued by the next session."""
-    from melfold import pipeline
+    from melfold import stages
     from melfold.data.competition import load_competition
     from melfold.kaggle.kernels import build_train
-    from melfold.learn.runs import default_run_name, parse_folds
+    from melfold.learn.start import default_run_name, parse_folds
     from melfold.recipes import load_recipe
 
     place, resolved = Home.find(home), load_recipe(recipe, set_ or [])
     data = data or place.data / competition
     download = load_competition(data)
-    table, _ = pipeline.folds(download, place, resolved)
+    table, _ = stages.folds(download, place, resolved)
     name = run or default_run_name(resolved, load_recipe(recipe))
     client = _client(competition)
     built = build_train(

@@ -117,6 +117,7 @@ class ModelConfig(_Frozen):
     pool: Literal["mean_max", "mean"] = "mean_max"
     """Over time, after the mean over frequency."""
     head: Literal["linear", "norm_linear"] = "linear"
+    """`norm_linear`: a layer norm first; the backbone's own final one if it has one behind its pooling, as ConvNeXt does."""
     frozen: bool = False
     """Train the head only."""
     licence: str = ""
@@ -141,6 +142,8 @@ class TrainConfig(_Frozen):
     pad: Literal["wrap", "floor"] = "wrap"
     """A clip shorter than the crop is repeated, or set in silence at a random place."""
     loss: Literal["bce", "focal", "asl", "lsep", "lsep_bce"] = "bce"
+    loss_kwargs: dict[str, float] = {}
+    """Arguments of the loss, such as `{gamma = 1}` for focal."""
     optimizer: str = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-3
     lr_min: Annotated[float, Field(ge=0)] = 1e-6
