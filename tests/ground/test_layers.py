@@ -13,8 +13,14 @@ import pytest
 FLOORS: list[list[str]] = [
     ["errors", "files", "artefacts", "config", "recipes", "compute", "probs", "metrics"],
     [f"data.{m}" for m in ("competition", "logmel", "folds", "clips", "demo")],
-    [f"learn.{m}" for m in ("provenance", "runs", "start", "predictions", "devices", "augment", "losses", "normalise", "batches")],
-    [f"learn.{m}" for m in ("weights", "model", "predict", "fold_data", "state", "train_log", "train", "noisy", "jobs", "launch")],
+    [
+        f"learn.{m}"
+        for m in ("provenance", "runs", "start", "predictions", "devices", "augment", "losses", "normalise", "batches")
+    ],
+    [
+        f"learn.{m}"
+        for m in ("weights", "model", "predict", "fold_data", "state", "train_log", "train", "noisy", "jobs", "launch")
+    ],
     [f"combine.{m}" for m in ("oof", "ensemble", "relabel", "check", "submission")],
     [f"kaggle.{m}" for m in ("client", "ledger", "download", "kernels", "sandbox", "rehearsal", "submit")],
     [f"report.{m}" for m in ("clips", "ledger")],
