@@ -59,6 +59,36 @@ def test_another_recipe_is_refused_naming_the_keys(world: World, tmp_path: Path)
     assert "--run NAME" in message
 
 
+FREE = ("train.checkpoint_minutes=9", "train.validate_every=0.5")
+
+
+def test_what_changes_no_weight_does_not_name_a_run(world: World) -> None:
+    recipe = world.recipe()
+    for sets in (FREE, ("predict.overlap=0.25", "predict.shift_seconds=[0.0, 0.1]"), ("predict.fold_mean=rank",)):
+        assert world.recipe(*sets) != recipe
+        assert world.recipe(*sets).fingerprint() == recipe.fingerprint()
+        assert world.recipe(*sets).training() == recipe.training()
+    for sets in ("seed=1", "train.crop_seconds=0.5", "train.amp=off", "noisy.per_label=3", "logmel.top_db=70.0"):
+        assert world.recipe(sets).fingerprint() != recipe.fingerprint()
+
+
+def test_a_run_is_continued_with_other_settings_of_checkpoints_and_validation(world: World, tmp_path: Path) -> None:
+    begin(world.start(tmp_path))
+    again = world.start(tmp_path, *FREE)
+    assert again.recipe.train.checkpoint_minutes == 9
+    assert open_run(Home(tmp_path), "tiny").recipe == again.recipe
+    assert again.fold(0).checkpoint.exists()
+
+
+def test_other_settings_of_prediction_are_sent_to_a_prediction_of_that_name(world: World, tmp_path: Path) -> None:
+    begin(world.start(tmp_path))
+    with pytest.raises(MelfoldError, match="run tiny exists and predicts with different settings: predict.overlap") as caught:
+        world.start(tmp_path, "predict.overlap=0.25")
+    assert "melfold predict tiny --data DATA" in str(caught.value)
+    assert len(caught.value.lines) == 1
+    assert open_run(Home(tmp_path), "tiny").recipe.predict.overlap == 0.5
+
+
 def test_other_labels_are_refused(world: World, tmp_path: Path) -> None:
     begin(world.start(tmp_path))
     competition = world.competition
