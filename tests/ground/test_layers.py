@@ -13,11 +13,18 @@ import pytest
 FLOORS: list[list[str]] = [
     ["errors", "files", "artefacts", "config", "recipes", "compute", "probs", "metrics"],
     [f"data.{m}" for m in ("competition", "logmel", "folds", "clips", "demo")],
-    [f"learn.{m}" for m in ("runs", "devices", "augment", "losses", "model", "predict", "train", "noisy", "session")],
-    [f"combine.{m}" for m in ("ensemble", "submission")],
+    [
+        f"learn.{m}"
+        for m in ("provenance", "runs", "start", "predictions", "devices", "augment", "losses", "normalise", "batches")
+    ],
+    [
+        f"learn.{m}"
+        for m in ("weights", "model", "predict", "fold_data", "state", "train_log", "train", "noisy", "jobs", "launch")
+    ],
+    [f"combine.{m}" for m in ("oof", "ensemble", "relabel", "check", "submission")],
     [f"kaggle.{m}" for m in ("client", "ledger", "download", "kernels", "sandbox", "rehearsal", "submit")],
     [f"report.{m}" for m in ("clips", "ledger")],
-    ["pipeline", "terminal", "cli_kaggle", "cli"],
+    ["stages", "dry_run", "pipeline", "terminal", "cli_kaggle", "cli"],
 ]
 ORDER = [room for floor in FLOORS for room in floor]
 PACKAGE = Path(__file__).resolve().parents[2] / "src" / "melfold"
@@ -79,7 +86,7 @@ def test_the_command_line_starts_without_the_heavy_libraries() -> None:
 
 
 def test_the_table_rooms_load_without_torch_and_librosa() -> None:
-    code = "import sys, melfold.pipeline, melfold.metrics, melfold.data.clips; print(' '.join(sys.modules))"
+    code = "import sys, melfold.stages, melfold.metrics, melfold.data.clips; print(' '.join(sys.modules))"
     loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
     assert "melfold.data.clips" in loaded
     assert not loaded & {"torch", "timm", "librosa", "sklearn", "typer", "rich", "iterstrat"}
