@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from melfold.combine.ensemble import pool_oof
+from melfold.data.cache import build_cache, stop_workers
 from melfold.data.competition import load_competition
-from melfold.data.logmel import build_cache, stop_workers
 from melfold.errors import MelfoldError
 from melfold.files import Home, sha256_file, write_json, write_text
 from melfold.learn.runs import FULL, Run, start_run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from melfold.compute import Progress, remote, silent, spread
+from melfold.compute import Compute, Progress, remote, silent, spread
 from melfold.config import Recipe
-from melfold.data.competition import SPLITS, Competition, load_competition
-from melfold.data.folds import find_identical, fold_table_name, label_deviation, make_folds, read_folds, write_folds
-from melfold.data.logmel import build_cache, cut_short, read_manifest, stop_workers
+from melfold.data.cache import build_cache, read_manifest, stop_workers, unreadable
+from melfold.data.competition import SPLITS, Competition, load_competition, with_bad_clips
+from melfold.data.folds import fold_table, fold_table_path
 from melfold.errors import MelfoldError
 from melfold.files import Home, read_json
 from melfold.probs import is_current, make_probs, write_current
@@ -28,119 +27,25 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Report:
-    """What `check` found in a sane download. `splits`: a row a split. `notes`: what is worth knowing."""
-
-    splits: pd.DataFrame
-    notes: list[str]
-
-
-def check(root: Path, home: Home, recipe: Recipe, *, progress: Progress = silent) -> Report:
-    """Validate tables, folders and every file's header.
-
-    Raises:
-        MelfoldError: with a line for each problem.
-    """
-    import soundfile
-
-    competition = load_competition(root)
-    problems, rows, notes = [], {}, []
-    total = sum(len(competition.split(s)) for s in SPLITS)
-    done = 0
-    for split in SPLITS:
-        table = competition.split(split)
-        seconds, kinds = [], Counter()
-        for fname, path in table["path"].items():
-            try:
-                header = soundfile.info(path)
-            except (soundfile.SoundFileError, OSError) as error:
-                if fname not in recipe.data.exclude:
-                    problems.append(
-                        MelfoldError(f"{split}: unreadable audio", f"{fname} ({str(error).strip()})", "Download it again")
-                    )
-                continue
-            finally:
-                done += 1
-                progress(done, total, "reading headers")
-            cut = "" if header.frames else "no samples"
-            if (cut := cut or cut_short(path)) and fname not in recipe.data.exclude:
-                problems.append(MelfoldError(f"{split}: unreadable audio", f"{fname} ({cut})", "Download it again"))
-            seconds.append(header.duration)
-            kinds[f"{header.samplerate} Hz, {header.channels} ch, {header.format} {header.subtype}"] += 1
-        if len(table):
-            multi = sum(len(labels) > 1 for labels in table["labels"]) if split != "test" else None
-            rows[split] = {
-                "clips": len(table),
-                "multi-label": multi,
-                "hours": sum(seconds) / 3600,
-                "shortest s": min(seconds, default=0),
-                "longest s": max(seconds, default=0),
-                "audio": "; ".join(kind for kind, _ in kinds.most_common(3)),
-            }
-        else:
-            notes.append(f"no {split} clips in this download; recipes that use them cannot run")
-    notes += [f"{fname} is left out by recipe {recipe.name}: {why}" for fname, why in excluded_here(competition, recipe).items()]
-    if not problems:
-        notes += _identical_notes(competition, home, recipe)
-    if problems:
-        raise MelfoldError.many(problems)
-    return Report(pd.DataFrame(rows).T, notes)
-
-
-def excluded_here(competition: Competition, recipe: Recipe) -> dict[str, str]:
-    """The clips of this competition that a recipe leaves out."""
-    return {f: why for f, why in recipe.data.exclude.items() if f in competition.curated.index or f in competition.noisy.index}
-
-
-def _identical_notes(competition: Competition, home: Home, recipe: Recipe) -> list[str]:
-    path = folds_path(home, competition, recipe)
-    table = read_folds(path, competition)["fold"] if path.exists() else None
-    notes = []
-    for group in find_identical(dict(competition.curated["path"])):
-        where = ""
-        if table is not None:
-            folds = sorted(set(table.loc[group]))
-            where = f" (fold {', '.join(map(str, folds))}"
-            where += ": `melfold folds --group-identical` keeps them together)" if len(folds) > 1 else ")"
-        notes.append(f"identical audio: {', '.join(group)}{where}")
-    return notes
-
-
 def cache(competition: Competition, home: Home, recipe: Recipe, *, jobs: int = -1, progress: Progress = silent) -> Path:
     """Make the log-mels a recipe needs. Returns the cache's folder."""
     try:
         splits = SPLITS if recipe.noisy.use else ("curated", "test")
-        return build_cache(
-            competition, recipe.logmel, home, splits=splits, exclude=recipe.data.exclude, jobs=jobs, progress=progress
-        )
+        exclude = with_bad_clips(recipe, competition).data.exclude
+        compute = Compute(jobs=jobs, progress=progress)
+        return build_cache(competition, recipe.logmel, home, splits=splits, exclude=exclude, compute=compute)
     finally:
         stop_workers()
 
 
 def folds_path(home: Home, competition: Competition, recipe: Recipe) -> Path:
-    """Where a recipe's fold table lies: the grouped one where the recipe asks for it."""
-    config = recipe.folds
-    return home.folds / fold_table_name(competition.name, config.n_folds, config.seed, grouped=config.group_identical)
+    """The file of a recipe's fold table."""
+    return fold_table_path(home, competition.name, recipe.folds)
 
 
 def folds(competition: Competition, home: Home, recipe: Recipe) -> tuple[Path, int]:
-    """Make a recipe's fold table, or hold the one that stands against the curated clips.
-
-    Returns:
-        Its path, and the most clips by which a label in a fold is off an even split.
-    """
-    path = folds_path(home, competition, recipe)
-    targets = competition.targets()
-    if not path.exists():
-        groups = find_identical(dict(competition.curated["path"])) if recipe.folds.group_identical else []
-        numbers = {fname: number for number, group in enumerate(groups) for fname in group}
-        write_folds(path, make_folds(targets, recipe.folds.n_folds, recipe.folds.seed, numbers))
-    table = read_folds(path, competition)
-    found = table["fold"].nunique()
-    if found != recipe.folds.n_folds:
-        raise MelfoldError(f"{path.name} has another number of folds", f"{found}, the recipe {recipe.folds.n_folds}")
-    return path, label_deviation(targets, table)
+    """Make a recipe's fold table, or check the one that exists: see `data.folds.fold_table`."""
+    return fold_table(competition, home, recipe.folds)
 
 
 def train(
@@ -166,6 +71,7 @@ def train(
     from melfold.learn.session import train_job, train_session
     from melfold.learn.train import train_fold
 
+    recipe = with_bad_clips(recipe, competition)
     try_recipe(home, name, competition, recipe, which)
     table, _ = folds(competition, home, recipe)
     run = start_run(home, name, recipe, competition, table)
@@ -196,6 +102,7 @@ def try_recipe(home: Home, name: str, competition: Competition, recipe: Recipe, 
     from melfold.learn.model import build_model, feature_width
     from melfold.learn.runs import FULL, begun, check_corrections, check_noisy, open_run, refuse_changes
 
+    recipe = with_bad_clips(recipe, competition)
     check_corrections(recipe, competition)
     if recipe.noisy.use:
         check_noisy(competition)
@@ -247,10 +154,10 @@ def predict(
         log.warning("run %s was trained on %s, this is %s", run.name, run.info.competition, competition.name)
     if not which:
         raise MelfoldError(f"run {run.name} has no trained fold", str(run.folder), "Run `melfold train`")
-    folder = build_cache(competition, recipe.logmel, home, splits=["test"], progress=progress)
+    folder = build_cache(competition, recipe.logmel, home, splits=["test"], compute=Compute(progress=progress))
     manifest = read_manifest(folder).loc[list(competition.test.index)]
-    unreadable = manifest["flags"].str.contains("unreadable")
-    readable = list(manifest.index[~unreadable])
+    lost = unreadable(manifest)
+    readable = list(manifest.index.drop(lost))
     store = ClipStore(folder, readable, recipe.logmel.n_mels, recipe.logmel.top_db)
     key = [recipe.model_dump(mode="json"), manifest[["size", "mtime_ns"]].reset_index().to_numpy().tolist()]
     weights = run.weights_sha256(which)
@@ -265,14 +172,13 @@ def predict(
         if not is_current(path, keys[fold]):
             write_current(path, predict_probs(load_fold(run, fold, device), store, run.info.labels, recipe, device), keys[fold])
         progress(number + 1, len(which), f"{run.name}: predicting {len(readable)} test clips")
-    prior = prior_of(run) if unreadable.any() else None
-    if not is_current(run.test, [keys, list(unreadable)]):
+    prior = prior_of(run) if lost else None
+    if not is_current(run.test, [keys, lost]):
         probs = fold_mean(run, which)
         if prior is not None:
-            names = list(manifest.index[unreadable])
-            filler = make_probs(prior.to_numpy()[None].repeat(len(names), 0), names, run.info.labels)
+            filler = make_probs(prior.to_numpy()[None].repeat(len(lost), 0), lost, run.info.labels)
             probs = pd.concat([probs, filler])
-        write_current(run.test, probs.loc[list(competition.test.index)], [keys, list(unreadable)], rests_on=weights)
+        write_current(run.test, probs.loc[list(competition.test.index)], [keys, lost], rests_on=weights)
     return run.test
 
 
@@ -336,6 +242,7 @@ def dry_run(root: Path, home: Home, recipe: Recipe, device: Device, *, jobs: int
     from melfold.learn.train import phases_of
 
     whole = load_competition(root)
+    recipe = with_bad_clips(recipe, whole)
     per_fold = 8
     few = replace(
         whole,

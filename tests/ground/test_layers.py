@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 FLOORS: list[list[str]] = [
-    ["errors", "files", "artefacts", "config", "recipes", "compute", "probs", "metrics"],
-    [f"data.{m}" for m in ("competition", "logmel", "folds", "clips", "demo")],
+    ["errors", "files", "artefacts", "config", "facts", "recipes", "compute", "probs", "metrics"],
+    [f"data.{m}" for m in ("competition", "audio", "logmel", "cache", "folds", "check", "clips", "demo")],
     [f"learn.{m}" for m in ("runs", "devices", "augment", "losses", "model", "predict", "train", "noisy", "session")],
     [f"combine.{m}" for m in ("ensemble", "submission")],
     [f"kaggle.{m}" for m in ("client", "ledger", "download", "kernels", "sandbox", "rehearsal", "submit")],

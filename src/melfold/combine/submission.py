@@ -16,6 +16,7 @@ import pandas as pd
 from melfold.combine.ensemble import pool_oof
 from melfold.data.competition import Competition
 from melfold.errors import MelfoldError
+from melfold.facts import facts_of, split_labels
 from melfold.files import Home, digest, read_json, sha256_file, write_json
 from melfold.learn.runs import FULL, Run
 from melfold.metrics import bootstrap_interval, lwlrap
@@ -107,9 +108,10 @@ def standing_of(runs: Sequence[Run]) -> Standing:
     track = "open" if any(info.track == "open" for info in infos) else "scratch"
     licences = sorted({part for info in infos for part in info.licence.split(", ") if part})
     breaks = []
-    if track == "open":
+    rules = facts_of(runs[0].info.labels)
+    if track == "open" and not rules.external_data:
         theirs = ", ".join(run.name for run in runs if run.info.track == "open")
-        breaks.append(f"no pretrained models and no external data ({theirs})")
+        breaks.append(f"{rules.external_data_rule} ({theirs})")
     if "unknown" in licences:
         breaks.append("the licence of its first weights is not known: name it with --set model.licence=…")
     if bound := [licence for licence in licences if re.search(r"(?i)\bnc\b|non-?commercial", licence)]:
@@ -228,7 +230,7 @@ def score_submission(path: Path, truth: Path) -> pd.DataFrame:
     try:
         table = pd.read_csv(truth, dtype=str, encoding="utf-8-sig", keep_default_na=False)
         table = table.set_index("fname", verify_integrity=True)
-        usage, labels = table["usage"], table["labels"].str.split(",")
+        usage, labels = table["usage"], table["labels"].map(split_labels)
     except (OSError, KeyError, ValueError) as error:
         raise MelfoldError(f"{truth} is no truth table", str(error), "It needs fname, labels and usage") from None
     unknown = {label for own in labels for label in own} - set(probs.columns)

@@ -14,10 +14,11 @@ import numpy as np
 import pandas as pd
 
 from melfold.config import NoisyConfig
+from melfold.data.cache import read_manifest
 from melfold.data.clips import ClipStore
 from melfold.data.competition import multi_hot
-from melfold.data.logmel import read_manifest
 from melfold.errors import MelfoldError
+from melfold.facts import join_labels
 from melfold.files import locked, read_json, write_text
 from melfold.learn.devices import Device
 from melfold.learn.predict import predict_probs
@@ -168,7 +169,7 @@ def write_corrections(path: Path, doubts: pd.DataFrame, run: str) -> None:
     if path.exists():
         raise MelfoldError("a file stands there already", str(path), "It may hold your own work: choose another name")
     rows = [
-        (fname, ",".join(row.suggested or row.labels), f"{run}: {_why(row)}, doubt {row.doubt:.1f}")
+        (fname, join_labels(row.suggested or row.labels), f"{run}: {_why(row)}, doubt {row.doubt:.1f}")
         for fname, row in zip(doubts.index, doubts.itertuples(), strict=True)
     ]
     table = pd.DataFrame(rows, columns=["fname", "labels", "why"])

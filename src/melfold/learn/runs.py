@@ -18,6 +18,7 @@ from melfold.config import Recipe
 from melfold.data.competition import Competition, multi_hot
 from melfold.data.folds import read_folds
 from melfold.errors import MelfoldError
+from melfold.facts import join_labels, split_labels
 from melfold.files import Home, digest, read_json, sha256_file, write_json, write_text
 from melfold.probs import align, read_probs
 from melfold.recipes import parse_recipe
@@ -127,8 +128,9 @@ class Run:
     @cached_property
     def clips(self) -> pd.DataFrame:
         """`fold` and `labels` (a tuple) of the curated clips that take part, indexed by `fname`, sorted."""
-        table = pd.read_csv(self.folder / "clips.csv", index_col="fname", dtype={"fname": str, "labels": str})
-        table["labels"] = [tuple(text.split(",")) for text in table["labels"]]
+        dtypes = {"fname": str, "labels": str}
+        table = pd.read_csv(self.folder / "clips.csv", index_col="fname", dtype=dtypes, keep_default_na=False)
+        table["labels"] = [split_labels(text) for text in table["labels"]]
         return table.loc[~table.index.isin(self.recipe.data.exclude)]
 
     @cached_property
@@ -136,9 +138,9 @@ class Run:
         """The labels (a tuple) of the noisy clips that take part, by `fname`, sorted; none where the recipe does not use them."""
         if not self.recipe.noisy.use:
             return pd.Series([], index=pd.Index([], name="fname", dtype=str), dtype=object)
-        table = pd.read_csv(self.folder / "noisy.csv", index_col="fname", dtype=str)["labels"]
+        table = pd.read_csv(self.folder / "noisy.csv", index_col="fname", dtype=str, keep_default_na=False)["labels"]
         table = table.loc[~table.index.isin(self.recipe.data.exclude)]
-        return pd.Series([tuple(text.split(",")) for text in table], index=table.index, dtype=object)
+        return pd.Series([split_labels(text) for text in table], index=table.index, dtype=object)
 
     def targets(self, fnames: Sequence[str]) -> pd.DataFrame:
         """Multi-hot `(clips, labels)` of some curated clips, to score by."""
@@ -229,13 +231,14 @@ def start_run(home: Home, name: str, recipe: Recipe, competition: Competition, f
     folder = home.runs / name
     check_corrections(recipe, competition)
     folds = read_folds(folds_path, competition).sort_index()
-    clips = folds.assign(labels=[",".join(competition.curated.at[f, "labels"]) for f in folds.index]).to_csv(lineterminator="\n")
+    labels = [join_labels(competition.curated.at[f, "labels"]) for f in folds.index]
+    clips = folds.assign(labels=labels).to_csv(lineterminator="\n")
     clips_sha256 = hashlib.sha256(clips.encode()).hexdigest()
     teacher = find_teacher(home, recipe, clips_sha256)
     noisy = ""
     if recipe.noisy.use:
         check_noisy(competition)
-        noisy = competition.noisy[["labels"]].sort_index()["labels"].str.join(",").to_csv(lineterminator="\n")
+        noisy = competition.noisy[["labels"]].sort_index()["labels"].map(join_labels).to_csv(lineterminator="\n")
     info = RunInfo(
         competition=competition.name,
         labels=list(competition.labels),
