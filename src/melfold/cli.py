@@ -56,11 +56,12 @@ app.add_typer(submission_app, name="submission")
 @command(app, "check", "melfold check data/fat2019")
 def check(data: DataArg, recipe: RecipeOpt = "open", home: HomeOpt = None, set_: SetOpt = None) -> None:
     """Is this download complete and sane? Reads the tables and every file's header."""
-    from melfold import pipeline
+    from melfold.compute import Compute
+    from melfold.data.check import check as check_download
 
-    report = pipeline.check(data, Home.find(home), _recipe(recipe, set_), progress=bar())
-    print_table(report.splits, "split")
-    for note in report.notes:
+    checked = check_download(data, Home.find(home), _recipe(recipe, set_), Compute(progress=bar()))
+    print_table(checked.splits, "split")
+    for note in checked.notes:
         typer.echo(f"note: {note}")
     typer.echo("This download is complete and sane.")
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 FLOORS: list[list[str]] = [
-    ["errors", "files", "artefacts", "config", "recipes", "compute", "probs", "metrics"],
-    [f"data.{m}" for m in ("competition", "logmel", "folds", "clips", "demo")],
+    ["errors", "files", "artefacts", "config", "facts", "recipes", "compute", "probs", "metrics"],
+    [f"data.{m}" for m in ("competition", "audio", "logmel", "cache", "folds", "check", "clips", "demo")],
     [
         f"learn.{m}"
         for m in ("provenance", "runs", "start", "predictions", "devices", "augment", "losses", "normalise", "batches")
@@ -21,10 +21,10 @@ FLOORS: list[list[str]] = [
         f"learn.{m}"
         for m in ("weights", "model", "predict", "fold_data", "state", "train_log", "train", "noisy", "jobs", "launch")
     ],
-    [f"combine.{m}" for m in ("oof", "ensemble", "relabel", "check", "submission")],
+    [f"combine.{m}" for m in ("oof", "ensemble", "relabel", "check", "submission", "rebuild")],
     [f"kaggle.{m}" for m in ("client", "ledger", "download", "kernels", "sandbox", "rehearsal", "submit")],
     [f"report.{m}" for m in ("clips", "ledger")],
-    ["stages", "dry_run", "pipeline", "terminal", "cli_kaggle", "cli"],
+    ["stages", "dry_run", "terminal", "cli_kaggle", "cli"],
 ]
 ORDER = [room for floor in FLOORS for room in floor]
 PACKAGE = Path(__file__).resolve().parents[2] / "src" / "melfold"

@@ -22,7 +22,7 @@ import torch
 from learn_world import TINY, World
 from safetensors.torch import load_file
 
-from melfold.data.logmel import npy_path
+from melfold.data.cache import npy_path
 from melfold.errors import MelfoldError
 from melfold.files import Home, atomic_path
 from melfold.learn import fold_data, state

@@ -47,9 +47,7 @@ def plan_rebuild(home: Home, id: str, data: Path) -> Plan:
     return Plan(list(dict.fromkeys(commands)), list(dict.fromkeys(notes)))
 
 
-def _plan_member(
-    home: Home, member: dict[str, Any], folder: Path, data: Path, commands: list[str], notes: list[str]
-) -> None:
+def _plan_member(home: Home, member: dict[str, Any], folder: Path, data: Path, commands: list[str], notes: list[str]) -> None:
     name, label = member["name"], label_of(member)
     recipe = parse_recipe(member["recipe"], f"the manifest's recipe of {name}")
     if not (home.runs / name / "run.json").exists():

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from melfold.config import Recipe
+from melfold.data.audio import read_waveform
 from melfold.data.clips import tile
 from melfold.data.competition import SPLITS, Competition
-from melfold.data.logmel import log_mel_of, read_waveform
+from melfold.data.logmel import log_mel_of
 from melfold.errors import MelfoldError
 from melfold.files import atomic_path
 
