@@ -147,6 +147,22 @@ def recipe_keys() -> list[Key]:
     return keys
 
 
+def compare_recipes(a: Recipe, b: Recipe) -> list[tuple[str, str, str]]:
+    """Every setting in which two recipes differ: its key, and both values as TOML, empty where one has none."""
+    one, other = (_leaves(recipe.model_dump(mode="json", exclude={"name", "about"})) for recipe in (a, b))
+    keys = [*one, *(key for key in other if key not in one)]
+    rows = [(key, *(toml_value(own[key]) if key in own else "" for own in (one, other))) for key in keys]
+    return [row for row in rows if row[1] != row[2]]
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values -> dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in values.items():
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+
 def recipe_toml(recipe: Recipe, reasons: Mapping[str, str]) -> str:
     """A recipe as a TOML file that gives every setting, so that it needs no base.
 
