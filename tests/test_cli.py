@@ -13,7 +13,7 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
-from melfold.cli import app
+from melfold.cli.main import app
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ def _python(code: str) -> subprocess.CompletedProcess[str]:
 def test_light_commands_import_neither_torch_nor_pandas(args: list[str]) -> None:
     code = f"""
 import sys
-from melfold.cli import app
+from melfold.cli.main import app
 try:
     app({args!r})
 except SystemExit as error:

@@ -25,8 +25,9 @@ from melfold.data.logmel import build_cache, read_manifest, stop_workers
 from melfold.errors import MelfoldError
 from melfold.files import Home, sha256_file, write_json
 from melfold.learn.devices import Device, pick_device
-from melfold.learn.model import Tagger, build_model, load_weights
+from melfold.learn.model import Tagger, build_model
 from melfold.learn.predict import predict_logits, sigmoid
+from melfold.learn.weights import load_weights
 from melfold.probs import Probs, make_probs, mean_probs, write_probs
 from melfold.recipes import parse_recipe
 

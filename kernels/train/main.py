@@ -16,13 +16,16 @@ from typing import Any
 
 import torch
 
-from melfold.combine.ensemble import pool_oof
+from melfold.combine.oof import score
+from melfold.compute import Compute
 from melfold.data.competition import load_competition
 from melfold.data.logmel import build_cache, stop_workers
 from melfold.errors import MelfoldError
 from melfold.files import Home, sha256_file, write_json, write_text
-from melfold.learn.runs import FULL, Run, start_run
-from melfold.learn.session import train_session
+from melfold.learn.launch import train_folds
+from melfold.learn.predictions import own_prediction
+from melfold.learn.runs import FULL, Run
+from melfold.learn.start import start_run
 from melfold.recipes import parse_recipe
 
 STARTED = time.monotonic()
@@ -54,9 +57,10 @@ def main(bundle: dict[str, Any], root: Path) -> None:
     say("log-mels are made")
     run = start_run(Home(working), bundle["name"], recipe, competition, table)
     left = 60 * minutes * (1 - SAVE_SHARE) - (time.monotonic() - STARTED)
-    done = train_session(run, bundle["folds"], cache, devices, amp=recipe.train.amp, seconds=left)
+    train_folds(run, bundle["folds"], cache, Compute(tuple(devices)), seconds=left)
+    done = [fold for fold in bundle["folds"] if run.fold(fold).done]
     if any(fold != FULL for fold in run.done_folds()):
-        scores = pool_oof(run)
+        scores = score(own_prediction(run))
         say(f"OOF lwlrap {scores.oof_lwlrap:.4f} of {scores.clips} clips, folds missing: {scores.missing or 'none'}")
     state = {fold: "done" if fold in done else where(run, fold) for fold in bundle["folds"]}
     seconds = round(time.monotonic() - STARTED, 1)

@@ -140,7 +140,7 @@ class ModelConfig(_Frozen):
     pool: Literal["mean_max", "mean"] = "mean_max"
     """Pooling over time, after the mean over frequency."""
     head: Literal["linear", "norm_linear"] = "linear"
-    """Output layer: linear, or LayerNorm and linear."""
+    """Output layer; `norm_linear` puts a layer norm first: the backbone's own final one if it has one, as ConvNeXt does."""
     frozen: bool = False
     """Train the head only."""
     licence: str = ""
@@ -169,6 +169,8 @@ class TrainConfig(_Frozen):
     """A clip shorter than the crop is repeated (`wrap`), or placed at random in silence (`floor`)."""
     loss: Literal["bce", "focal", "asl", "lsep", "lsep_bce"] = "bce"
     """Loss function."""
+    loss_kwargs: dict[str, float] = {}
+    """Arguments of the loss, such as `{gamma = 1}` for focal."""
     optimizer: str = "adamw"
     """Any optimizer of timm, by its name."""
     lr: Annotated[float, Field(gt=0)] = 1e-3

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 
 
 class MelfoldError(Exception):
-    """Something the user can mend, told in one line: what is wrong, what was found, how to mend it.
+    """Something the user can fix, told in one line: what is wrong, what was found, how to fix it.
 
     Args:
         what: what is wrong, without a final full stop.
         found: what was found instead.
-        fix: how to mend it.
+        fix: how to fix it.
     """
 
     def __init__(self, what: str, found: str = "", fix: str = "") -> None:
@@ -39,3 +39,8 @@ def _rebuild(lines: tuple[str, ...]) -> MelfoldError:
     error = MelfoldError(lines[0])
     error.lines = lines
     return error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, cut to what fits in ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -92,6 +92,16 @@ def paired_bootstrap(
     return Difference(float((sums_a - sums_b).sum() / counts.sum()), float(low), float(high), better)
 
 
+def interval_of(targets: pd.DataFrame, scores: Probs) -> Interval:
+    """The 95 % interval that every command prints: 1,000 resamples from one fixed seed."""
+    return bootstrap_interval(targets, scores, rng=np.random.default_rng(0))
+
+
+def difference_of(targets: pd.DataFrame, a: Probs, b: Probs) -> Difference:
+    """The paired difference that every command prints: 2,000 resamples from one fixed seed."""
+    return paired_bootstrap(targets, a, b, rng=np.random.default_rng(0))
+
+
 def _by_clip(targets: pd.DataFrame, scores: Probs) -> tuple[np.ndarray, np.ndarray]:
     """The sum of precisions and the number of labels, of each clip that has any."""
     precision, clips, _ = _pair_precisions(targets, scores)

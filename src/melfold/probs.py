@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from melfold.errors import MelfoldError
-from melfold.files import atomic_path, digest, read_json, sha256_file, write_json
+from melfold.files import atomic_path
 
 Probs = pd.DataFrame
 
@@ -70,26 +69,6 @@ def write_probs(path: Path, probs: Probs) -> None:
     """Write 9 significant digits, which give every float32 back exactly."""
     with atomic_path(path) as temporary:
         probs.to_csv(temporary, index_label="fname", float_format="%.9g", lineterminator="\n")
-
-
-def is_current(path: Path, key: Any, *, rests_on: Any = None) -> bool:
-    """Whether a table of probabilities was made from just this key and has not changed since.
-
-    Args:
-        rests_on: asked for in place of the key by those who do not know all of it.
-    """
-    stamp = path.with_suffix(".json")
-    if not (path.exists() and stamp.exists()):
-        return False
-    noted = read_json(stamp)
-    same = noted.get("key") == digest(key) if rests_on is None else noted.get("rests_on") == rests_on
-    return same and noted.get("sha256") == sha256_file(path)
-
-
-def write_current(path: Path, probs: Probs, key: Any, *, rests_on: Any = None) -> None:
-    """Write a table of probabilities, and beside it what `is_current` asks for."""
-    write_probs(path, probs)
-    write_json(path.with_suffix(".json"), {"key": digest(key), "sha256": sha256_file(path), "rests_on": rests_on})
 
 
 def align(probs: Probs, fnames: pd.Index | Sequence[str], labels: Sequence[str], source: str) -> Probs:

@@ -57,11 +57,11 @@ def find_kernel(home: Home, id: str) -> Kernel:
     Raises:
         MelfoldError: it was not pushed since it was built.
     """
-    from melfold.kaggle.build import Built, slug_of, title_for
+    from melfold.kaggle.kernels import Built, slug_of, title_for
     from melfold.kaggle.submit import Kernel
 
     built = Built(home.root / "build" / "kernels" / slug_of(title_for("infer", id)))
-    pushed = built.record("pushed.json")
+    pushed = built.noted("pushed.json")
     if not pushed:
         raise MelfoldError("this kernel was not pushed since it was built", str(built.folder), "Run `melfold kernel push`")
     return Kernel(pushed["kernel"], pushed["version"])
@@ -98,9 +98,10 @@ def ledger_show(
         raise MelfoldError("no such column", sort, f"Use one of {', '.join(COLUMNS)}")
     ledger = Ledger.of(Home.find(home))
     rows = ledger.rows()
-    rows.sort(
-        key=lambda row: float(getattr(row, sort) or "-inf") if sort in SCORES else getattr(row, sort), reverse=sort in SCORES
-    )
+    if sort in SCORES:
+        rows.sort(key=lambda row: -float(getattr(row, sort) or "-inf"))
+    else:
+        rows.sort(key=lambda row: getattr(row, sort))
     choices = choose_two(rows)
     if json:
         selected = [{"id": c.row.id, "tag": c.row.tag, "ref": c.row.ref, "reason": c.reason} for c in choices]

@@ -35,9 +35,7 @@ def runs(context: typer.Context, json: JsonOpt = False, home: HomeOpt = None) ->
 
     if context.invoked_subcommand:
         if home or json:
-            raise MelfoldError(
-                "options come after the subcommand", "melfold runs --…", f"melfold runs {context.invoked_subcommand} --…"
-            )
+            raise MelfoldError("options come last", f"melfold runs {context.invoked_subcommand} … --home HOME")
         return
     place = Home.find(home)
     found = [_describe(place.runs / name, name, run) for name, run in list_runs(place)]

@@ -83,9 +83,7 @@ def compare(
     for names, mean, spread in found.seeds:
         typer.echo(f"{len(names)} seeds ({', '.join(names)}): mean {score(mean)}, standard deviation {score(spread)}")
     if len(rows) > 1:
-        typer.echo(
-            "difference: from the first run; d_low to d_high: its 95 % interval over paired clips; better: P(difference > 0)."
-        )
+        typer.echo("difference: from the first run; d_low to d_high: its 95 % interval; better: the share of resamples above 0.")
 
 
 def _without_unfinished(predictions: Sequence[Prediction]) -> Sequence[Prediction]:
@@ -104,7 +102,7 @@ def _without_unfinished(predictions: Sequence[Prediction]) -> Sequence[Predictio
 def ensemble_suggest(
     runs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RUN...]", help="Runs or RUN@NAME (default: all finished runs on the same folds)."),
+        typer.Argument(metavar="[RUN...]", help="Runs or RUN@NAME (default: all finished runs with the same folds)."),
     ] = None,
     json: JsonOpt = False,
     home: HomeOpt = None,
@@ -118,9 +116,8 @@ def ensemble_suggest(
     opened = open_predictions(place, runs) if runs else predictions_alike(place)
     if len(opened) < 2:
         found = f"{len(opened)} in {place.runs}" if not runs else ", ".join(runs)
-        raise MelfoldError(
-            "an ensemble needs at least two finished runs on the same folds", found, "Train another recipe or seed"
-        )
+        what = "an ensemble needs at least two finished runs with the same folds"
+        raise MelfoldError(what, found, "Train another recipe or seed")
     suggestions = suggest(opened)
     if json:
         print_json([_as_json(item) for item in suggestions])

@@ -129,7 +129,7 @@ def demo(
 ) -> None:
     """The whole job on a small synthetic competition."""
     from melfold import stages
-    from melfold.combine.submission import score_submission
+    from melfold.combine.check import score_submission
     from melfold.data.demo import write_demo
 
     started = time.monotonic()
@@ -139,10 +139,8 @@ def demo(
     data = write_demo(place.data / "demo")
     prediction, scores, path = stages.run(data, place, recipe, name, compute)
     test = score_submission(path, data / "test_post_competition.csv")
-    typer.echo(
-        f"\nThe demo took {time.monotonic() - started:.0f} s. A constant prediction scores {score(scores.constant_lwlrap)}."
-    )
-    typer.echo("lwlrap with 95 % interval:")
+    typer.echo(f"\nThe demo took {time.monotonic() - started:.0f} s.")
+    typer.echo(f"lwlrap with 95 % interval (a constant prediction scores {score(scores.constant_lwlrap)}):")
     typer.echo(f"  out-of-fold   {score(scores.oof_lwlrap)}  ({interval(scores.low, scores.high)}, {scores.clips} clips)")
     for half, row in test.iterrows():
         clips = f"{row['clips']:.0f} clips"

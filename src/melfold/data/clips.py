@@ -1,15 +1,12 @@
-"""Crops and windows out of the cache, in batches, read ahead of their use."""
+"""Stretches of cached log-mels: random crops and evaluation windows start here."""
 
 from __future__ import annotations
 
 import os
-import queue
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 
@@ -17,14 +14,6 @@ from melfold.data.logmel import NPY_HEADER, npy_path, read_manifest
 from melfold.errors import MelfoldError
 
 Pad = Literal["wrap", "floor"]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """`log_mels`: float16 dB `(clips, frames, n_mels)`. `rows`: which clip of the caller's list each one is."""
-
-    log_mels: np.ndarray
-    rows: np.ndarray
 
 
 class ClipStore:
@@ -98,13 +87,6 @@ def tile(log_mel: np.ndarray, length: int, pad: Pad, top_db: float) -> np.ndarra
     return np.pad(log_mel, ((-start, length - frames + start), (0, 0)), constant_values=max(float(log_mel.max()) - top_db, -100))
 
 
-def draw_start(frames: int, length: int, pad: Pad, rng: np.random.Generator) -> int:
-    """Where a training crop begins: anywhere within a longer clip, or so that a shorter one lies anywhere in the crop."""
-    if frames >= length:
-        return int(rng.integers(0, frames - length + 1))
-    return int(rng.integers(0, frames)) if pad == "wrap" else int(rng.integers(frames - length, 1))
-
-
 def window_starts(frames: int, length: int, overlap: float, shift: int, pad: Pad) -> list[int]:
     """Where evaluation windows begin, spread evenly from a clip's begin to its end, all moved by `shift` frames."""
     spare = frames - length
@@ -113,99 +95,3 @@ def window_starts(frames: int, length: int, overlap: float, shift: int, pad: Pad
     hop = max(1, round(length * (1 - overlap)))
     count = -(-spare // hop) + 1
     return sorted({min(max(round(s) + shift, 0), spare) for s in np.linspace(0, spare, count)})
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of training, up to the step `until`, in which clips are drawn from `rows`; a row may stand there repeatedly."""
-
-    until: int
-    rows: np.ndarray
-
-
-def train_batches(
-    store: ClipStore, phases: Sequence[Phase], *, length: int, batch_size: int, pad: Pad, first_step: int, seeds: Sequence[int]
-) -> Iterator[Batch]:
-    """Random crops, for the steps from `first_step` to the end of the last phase.
-
-    In each phase clips come in an endless row of shuffled passes over its rows, cut into equal batches, and each step draws
-    from a generator of its own: the batch of a step does not depend on where reading began, so that a resumed run sees what it
-    would have seen.
-    """
-    begin = 0
-    for number, phase in enumerate(phases):
-        n = len(phase.rows)
-        orders: dict[int, np.ndarray] = {}
-        for step in range(max(first_step, begin), phase.until):
-            positions = np.arange((step - begin) * batch_size, (step - begin + 1) * batch_size)
-            passes = positions // n
-            for p in np.unique(passes):
-                if p not in orders:
-                    orders[p] = np.random.default_rng([*seeds, 10 * number, int(p)]).permutation(n)
-            rows = phase.rows[[orders[p][i] for p, i in zip(passes, positions % n, strict=True)]]
-            orders = {p: order for p, order in orders.items() if p >= passes[-1]}
-            rng = np.random.default_rng([*seeds, 1, step])
-            log_mels = np.empty((batch_size, length, store.n_mels), np.float16)
-            for out, row in zip(log_mels, rows, strict=True):
-                store.read(row, draw_start(int(store.frames[row]), length, pad, rng), out, pad)
-            yield Batch(log_mels, rows)
-        begin = phase.until
-
-
-def window_batches(store: ClipStore, *, length: int, overlap: float, shift: int, batch_size: int, pad: Pad) -> Iterator[Batch]:
-    """Evaluation windows of all clips in order; every batch but the last is full, whatever the clips' lengths."""
-    windows = [
-        (row, start)
-        for row, frames in enumerate(store.frames)
-        for start in window_starts(int(frames), length, overlap, shift, pad)
-    ]
-    for begin in range(0, len(windows), batch_size):
-        part = windows[begin : begin + batch_size]
-        log_mels = np.empty((len(part), length, store.n_mels), np.float16)
-        for out, (row, start) in zip(log_mels, part, strict=True):
-            store.read(row, start, out, pad)
-        yield Batch(log_mels, np.array([row for row, _ in part]))
-
-
-T = TypeVar("T")
-
-
-def prefetch(items: Iterable[T], depth: int = 3) -> Iterator[T]:
-    """Iterate in a background thread, up to `depth` items ahead; its errors are raised here.
-
-    One thread is enough: a crop is one read of some tens of microseconds, against milliseconds of a training step.
-    """
-    ahead: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def put(item: tuple[str, T | BaseException | None]) -> None:
-        while not stop.is_set():
-            try:
-                return ahead.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for item in items:
-                put(("item", item))
-                if stop.is_set():
-                    return
-            put(("end", None))
-        except BaseException as error:
-            put(("error", error))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, item = ahead.get()
-            if kind == "item":
-                yield item  # type: ignore[misc]
-            elif kind == "error":
-                raise item  # type: ignore[misc]
-            else:
-                return
-    finally:
-        stop.set()
-        thread.join()

@@ -15,14 +15,17 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from melfold.combine.ensemble import prior_of
-from melfold.combine.submission import check_submission
+from melfold.combine.check import check_submission
+from melfold.combine.oof import prior_of
+from melfold.combine.submission import open_submission
 from melfold.config import Recipe
 from melfold.data.competition import Competition
 from melfold.errors import MelfoldError
 from melfold.files import Home, digest, read_json, sha256_file, write_json, write_text
 from melfold.kaggle.client import Kaggle, KaggleError, wait_until
-from melfold.learn.runs import Run, current_commit, open_run
+from melfold.learn.predictions import open_prediction
+from melfold.learn.provenance import current_commit
+from melfold.learn.runs import Run, open_run
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +34,7 @@ MOST_BYTES = 1_000_000
 
 _PACKAGE = Path(str(resources.files("melfold")))
 
-LEFT_OUT = ("cli.py", "cli_kaggle.py", "terminal.py", "pipeline.py", "kaggle", "report", "data/demo.py")
+LEFT_OUT = ("__main__.py", "cli", "pipeline.py", "dry_run.py", "kaggle", "report", "data/demo.py")
 """Of the package, what no kernel needs."""
 
 BUDGET_MINUTES = {"cpu": 240, "gpu": 60}
@@ -129,22 +132,20 @@ def build_infer(
     Raises:
         MelfoldError: no such submission, a run that has changed since, or a script that would be too large.
     """
-    path = home.submissions / id / "recipe.json"
-    if not path.exists():
-        raise MelfoldError("no such submission", id, "Run `melfold submission build`")
-    recipe = read_json(path)
+    recipe = open_submission(home, id)
     runs, files = [], {}
     for part in recipe["runs"]:
-        run = open_run(home, part["name"])
-        used = run.used_folds()
-        if part["weights_sha256"] != run.weights_sha256(run.done_folds()):
+        label = f"{part['name']}@{part['prediction']}" if part["prediction"] else part["name"]
+        prediction = open_prediction(home, label)
+        run = prediction.run
+        if part["weights_sha256"] != run.weights_sha256(run.used_folds()):
             raise MelfoldError(f"run {run.name} has changed since submission {id} was built", str(run.folder), "Build it anew")
-        weights = {}
-        for fold in used:
-            weights[fold] = part["weights_sha256"][fold]
+        for fold in run.used_folds():
+            run.fold(fold).verify()
             files[f"{run.name}-{run.fold(fold).path.name}.safetensors"] = run.fold(fold).weights
-        prior = {label: float(value) for label, value in prior_of(run).items()}
-        runs.append({"name": run.name, "recipe": part["recipe"], "weights": weights, "prior": prior, "share": part["share"]})
+        prior = {name: float(value) for name, value in prior_of(prediction).items()}
+        member = {"name": label, "recipe": part["recipe"], "weights": part["weights_sha256"], "prior": prior}
+        runs.append(member | {"share": part["share"]})
     bundle = {
         "id": id,
         "track": recipe["track"],
@@ -157,7 +158,7 @@ def build_infer(
         "kind": "infer",
         "id": id,
         "competition": recipe["competition"],
-        "submission_sha256": recipe["submission_sha256"],
+        "submission_sha256": recipe["files"]["submission.csv"],
         "provenance": _provenance([open_run(home, part["name"]) for part in recipe["runs"]]),
     }
     return _build(home, "infer", id, owner, competition_slug, bundle, files, facts, gpu=gpu, source=source)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from melfold.combine.submission import check_submission
+from melfold.combine.check import check_submission
 from melfold.data.competition import Competition
 from melfold.errors import MelfoldError
 from melfold.files import Home, read_json, write_json, write_text

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from melfold.combine.submission import open_submission
 from melfold.errors import MelfoldError
-from melfold.files import Home, digest, locked, read_json, sha256_file
+from melfold.files import Home, digest, locked
 from melfold.kaggle.client import Kaggle, KaggleError, Submission, wait_until
 from melfold.kaggle.ledger import SPENT, Ledger, Row, now
-from melfold.learn.runs import current_commit
+from melfold.learn.provenance import current_commit
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def submit(client: Kaggle, home: Home, id: str, *, kernel: Kernel | None = None,
             not complete, or a refusal.
     """
     ledger = Ledger.of(home)
-    recipe = _recipe(home, id)
+    manifest = open_submission(home, id)
 
     def busy() -> None:
         log.warning("waiting for another melfold that submits from %s", home.submissions)
@@ -73,10 +74,10 @@ def submit(client: Kaggle, home: Home, id: str, *, kernel: Kernel | None = None,
             tag=secrets.token_hex(6),
             id=id,
             time=now(),
-            commit=current_commit(but="submissions"),
+            commit=current_commit(exclude="submissions"),
             kernel=kernel.slug if kernel else "",
             version=str(kernel.version) if kernel else "",
-            **_provenance(recipe),
+            **_provenance(manifest),
         )
         ledger.add(row)
         return _call(client, ledger, row, home.submissions / id / "submission.csv", kernel)
@@ -177,26 +178,14 @@ def sync(client: Kaggle, home: Home) -> list[str]:
     return lines
 
 
-def _recipe(home: Home, id: str) -> dict[str, Any]:
-    folder = home.submissions / id
-    if not (folder / "recipe.json").exists():
-        known = sorted(p.parent.name for p in home.submissions.glob("*/recipe.json"))
-        raise MelfoldError("no such submission", id, f"Known: {', '.join(known) or 'none; run `melfold submission build`'}")
-    recipe = read_json(folder / "recipe.json")
-    path = folder / "submission.csv"
-    if not path.exists() or sha256_file(path) != recipe["submission_sha256"]:
-        raise MelfoldError(f"submission {id} is not as it was built", str(path), "Run `melfold submission build` again")
-    return recipe
-
-
-def _provenance(recipe: dict[str, Any]) -> dict[str, str]:
-    runs = recipe["runs"]
-    oof = recipe["oof_lwlrap"]
+def _provenance(manifest: dict[str, Any]) -> dict[str, str]:
+    runs = manifest["runs"]
+    oof = manifest["oof_lwlrap"]
     return {
         "runs": "+".join(run["name"] for run in runs),
         "weights": digest([run["weights_sha256"] for run in runs])[:16],
         "recipes": digest([run["recipe"] for run in runs])[:16],
         "folds": "+".join(sorted({run["folds_sha256"][:16] for run in runs})),
-        "track": recipe["track"],
+        "track": manifest["track"],
         "oof_lwlrap": "" if oof is None else f"{oof:.6f}",
     }

@@ -107,14 +107,14 @@ def _draw_masks(masks: int, width: float, clips: int, size: int, rng: np.random.
 
 
 def apply_augment(
-    draw: AugmentDraw, log_mels: torch.Tensor, targets: torch.Tensor, fill: float | torch.Tensor, device: Device
+    draw: AugmentDraw, log_mels: torch.Tensor, targets: torch.Tensor, fill: torch.Tensor, device: Device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply what was drawn.
 
     Args:
         log_mels: float32 dB `(clips, 1, n_mels, frames)`.
         targets: `(clips, labels)` in 0..1.
-        fill: the dB of masked cells, one for all or `(clips,)`.
+        fill: the dB of masked cells, which broadcasts to the log-mels.
 
     Returns:
         New tensors of the same shapes.
@@ -148,13 +148,12 @@ def apply_augment(
             louder = (other + column(draw.partner_gain_db)) * _DB_TO_NEPER
             log_mels = torch.logaddexp(log_mels * _DB_TO_NEPER, louder) / _DB_TO_NEPER
             targets = torch.maximum(targets, other_targets)
-    filled = fill.view(-1, 1, 1, 1) if isinstance(fill, torch.Tensor) else fill
     for masks, shape in ((draw.freq_masks, (1, 1, -1, 1)), (draw.time_masks, (1, 1, 1, -1))):
         if masks is not None:
             size = log_mels.shape[2 if shape[2] == -1 else 3]
             at = np.arange(size)[None, None]
             hidden = ((at >= masks[..., :1]) & (at < masks[..., 1:])).any(axis=1)
-            log_mels = torch.where(device.tensor(hidden).view(len(masks), *shape[1:]), filled, log_mels)
+            log_mels = torch.where(device.tensor(hidden).view(len(masks), *shape[1:]), fill, log_mels)
     return log_mels, targets
 
 

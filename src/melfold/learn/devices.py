@@ -1,4 +1,4 @@
-"""The device, its mixed precision and its threads: the only room that knows them."""
+"""Devices, their mixed precision and their threads: the only module that knows them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,16 @@ class Device:
 
     torch: torch.device
     amp: torch.dtype | None
+
+    @property
+    def precision(self) -> str:
+        """Of training: `bf16`, `fp16` or `fp32`."""
+        return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(self.amp, "fp32")
+
+    def describe(self) -> str:
+        """The device and its precision, for people."""
+        name = f" ({torch.cuda.get_device_name(self.torch)})" if self.torch.type == "cuda" else ""
+        return f"{self.torch}{name}, {self.precision}"
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """Mixed precision, where there is any."""
@@ -61,12 +71,6 @@ def pick_device(name: str = "auto", amp: str = "auto") -> Device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise MelfoldError("no such device", f"{name}; CUDA devices here: {torch.cuda.device_count()}", "Use --device cpu")
     return Device(device, _amp_dtype(device) if amp == "auto" else None)
-
-
-def pick_devices(names: Sequence[str], amp: str = "auto") -> Device:
-    """The first of several devices, all of which must be there."""
-    first, *_ = [pick_device(name, amp) for name in names]
-    return first
 
 
 def _amp_dtype(device: torch.device) -> torch.dtype | None:

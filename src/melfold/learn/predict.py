@@ -9,7 +9,8 @@ import torch
 
 from melfold.compute import Progress, silent
 from melfold.config import Recipe, View
-from melfold.data.clips import ClipStore, prefetch, window_batches
+from melfold.data.clips import ClipStore
+from melfold.learn.batches import prefetch, window_batches
 from melfold.learn.devices import Device, exact
 from melfold.learn.model import Tagger
 from melfold.probs import Probs, make_probs

@@ -1,24 +1,21 @@
-"""The files of a run: their names, and the facts that every fold of it must share."""
+"""Runs: one training of a recipe, in `runs/<name>`. Its files, and what all of its folds share."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import re
-import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from melfold.artefacts import differences
+from melfold.artefacts import Artefact, differences, listed, summary
 from melfold.config import Recipe
-from melfold.data.competition import Competition, multi_hot
-from melfold.data.folds import read_folds
+from melfold.data.competition import multi_hot
 from melfold.errors import MelfoldError
-from melfold.files import Home, digest, read_json, sha256_file, write_json, write_text
+from melfold.files import Home, digest, locked, read_json
 from melfold.probs import align, read_probs
 from melfold.recipes import parse_recipe
 
@@ -28,25 +25,38 @@ FULL = "full"
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a run rests on, beside its recipe."""
+    """The facts of a run beside its recipe. Hashes are SHA-256 in hex, empty where there is nothing to hash."""
 
     competition: str
     labels: list[str]
-    folds_table: str
+    fold_table: str
     folds_sha256: str
     clips_sha256: str
-    logmel_fingerprint: str
-    weights_sha256: str
+    noisy_sha256: str
+    first_weights_sha256: str
+    teacher: str
+    """The teacher's name and its fingerprint."""
     track: str
+    """`scratch`: the competition's data alone. `open`: weights from elsewhere, here or in the teacher."""
     data: str
     """`curated`, or `curated and noisy`."""
     licence: str
-    """Of the weights it starts from; empty where it starts from none, `unknown` where nobody says."""
-    noisy_sha256: str
-    """Of the noisy clips and their labels, where they are used."""
-    teacher: str
-    """The teacher's name and its recipe's fingerprint."""
+    """Of the weights it starts from; `unknown` if neither the recipe nor timm names it."""
     commit: str
+    data_folder: str
+    """The download it was started with."""
+
+    def made_from(self) -> dict[str, Any]:
+        """What must not change while a run is trained."""
+        return {
+            "competition": self.competition,
+            "labels": digest(self.labels),
+            "fold_table": self.folds_sha256,
+            "clips": self.clips_sha256,
+            "noisy_clips": self.noisy_sha256,
+            "first_weights": self.first_weights_sha256,
+            "teacher": self.teacher,
+        }
 
 
 @dataclass(frozen=True)
@@ -69,36 +79,69 @@ class FoldFolder:
         return self.path / "log.jsonl"
 
     @property
-    def oof(self) -> Path:
-        return self.path / "oof.csv"
+    def teacher_probs(self) -> Path:
+        """This fold's predictions for the noisy clips, once it has been a teacher."""
+        return self.path / "teacher_probs.csv"
 
     @property
-    def test(self) -> Path:
-        return self.path / "test.csv"
-
-    @property
-    def noisy(self) -> Path:
-        """What this fold's model thinks of the noisy clips, once it has been a teacher."""
-        return self.path / "noisy.csv"
-
-    @property
-    def lesson(self) -> Path:
-        """The noisy clips that the teacher's model of this fold kept, and their targets."""
-        return self.path / "lesson.csv"
+    def pseudo_labels(self) -> Path:
+        """The noisy clips that the teacher's model of this fold selected, and their targets."""
+        return self.path / "pseudo_labels.csv"
 
     @property
     def result(self) -> Path:
-        """Written last: where it stands, the fold is done."""
+        """Written last: if it exists, the fold is done."""
         return self.path / "result.json"
+
+    @property
+    def artefact(self) -> Artefact:
+        """The trained weights and their stamp."""
+        return Artefact(self.result, (self.weights,))
 
     @property
     def done(self) -> bool:
         return self.result.exists()
 
+    def weights_sha256(self) -> str:
+        """The recorded hash of the weights.
+
+        Raises:
+            MelfoldError: a result that cannot be read, or that belongs to another fold.
+        """
+        return self._checked(self.artefact.read())
+
+    def verify(self) -> dict[str, Any]:
+        """The result, after checking the weights against it.
+
+        Raises:
+            MelfoldError: weights that are missing, damaged, or of another fold.
+        """
+        content = self.artefact.verify()
+        self._checked(content)
+        return content
+
+    def _checked(self, content: dict[str, Any]) -> str:
+        if content["made_from"].get("fold") != self.fold:
+            found = f"fold {content['made_from'].get('fold')}"
+            raise MelfoldError(f"{self.result} belongs to another fold", found, f"Delete {self.path} and train it again")
+        return content["files"][self.weights.name]
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Hold this fold for training.
+
+        Raises:
+            MelfoldError: another process holds it.
+        """
+
+        def busy() -> None:
+            raise MelfoldError("another melfold is training this fold", str(self.path), "Wait for it, or stop it")
+
+        return locked(self.path / ".lock", busy)
+
 
 @dataclass(frozen=True)
 class Run:
-    """An execution of a recipe, in `runs/<name>`."""
+    """One training of a recipe."""
 
     folder: Path
     recipe: Recipe
@@ -109,16 +152,8 @@ class Run:
         return self.folder.name
 
     @property
-    def oof(self) -> Path:
-        return self.folder / "oof.csv"
-
-    @property
-    def test(self) -> Path:
-        return self.folder / "test.csv"
-
-    @property
-    def scores(self) -> Path:
-        return self.folder / "scores.json"
+    def home(self) -> Home:
+        return Home(self.folder.parents[1])
 
     def fold(self, fold: int | str) -> FoldFolder:
         """The folder of a fold by its number, or of `full`."""
@@ -127,24 +162,23 @@ class Run:
     @cached_property
     def clips(self) -> pd.DataFrame:
         """`fold` and `labels` (a tuple) of the curated clips that take part, indexed by `fname`, sorted."""
-        table = pd.read_csv(self.folder / "clips.csv", index_col="fname", dtype={"fname": str, "labels": str})
-        table["labels"] = [tuple(text.split(",")) for text in table["labels"]]
+        table = _read_clips(self.folder / "clips.csv")
+        table["fold"] = table["fold"].astype(int)
         return table.loc[~table.index.isin(self.recipe.data.exclude)]
 
     @cached_property
     def noisy(self) -> pd.Series:
-        """The labels (a tuple) of the noisy clips that take part, by `fname`, sorted; none where the recipe does not use them."""
+        """The labels (a tuple) of the noisy clips that take part, by `fname`, sorted; empty if the recipe does not use them."""
         if not self.recipe.noisy.use:
             return pd.Series([], index=pd.Index([], name="fname", dtype=str), dtype=object)
-        table = pd.read_csv(self.folder / "noisy.csv", index_col="fname", dtype=str)["labels"]
-        table = table.loc[~table.index.isin(self.recipe.data.exclude)]
-        return pd.Series([tuple(text.split(",")) for text in table], index=table.index, dtype=object)
+        labels = _read_clips(self.folder / "noisy.csv")["labels"]
+        return labels.loc[~labels.index.isin(self.recipe.data.exclude)]
 
     def targets(self, fnames: Sequence[str]) -> pd.DataFrame:
         """Multi-hot `(clips, labels)` of some curated clips, to score by."""
         return multi_hot(self.clips["labels"].loc[list(fnames)], self.info.labels)
 
-    def taught(self, fnames: Sequence[str]) -> pd.DataFrame:
+    def train_targets(self, fnames: Sequence[str]) -> pd.DataFrame:
         """As `targets`, to learn from: with the recipe's corrections."""
         labels = self.clips["labels"].loc[list(fnames)]
         corrections = self.recipe.data.corrections
@@ -154,18 +188,20 @@ class Run:
         return multi_hot(labels, self.info.labels)
 
     def noisy_targets(self, fold: int | str) -> pd.DataFrame:
-        """`(clips, labels)` in 0..1 of the noisy clips a fold learns from: its lesson where there is a teacher, else the table's.
+        """`(clips, labels)` in 0..1 of the noisy clips a fold learns from: the pseudo labels if there is a teacher, else the
+        table's labels.
 
         Raises:
-            MelfoldError: a teacher has given no lesson yet.
+            MelfoldError: the teacher's pseudo labels are missing or damaged.
         """
         if not self.recipe.noisy.teacher:
             return multi_hot(self.noisy, self.info.labels)
-        path = self.fold(fold).lesson
+        path = self.fold(fold).pseudo_labels
         if not path.exists():
-            raise MelfoldError(f"fold {fold} of {self.name} has no lesson", str(path), "`melfold train` asks the teacher for it")
-        lesson = read_probs(path)
-        return align(lesson, lesson.index, self.info.labels, str(path))
+            raise MelfoldError(f"fold {fold} of {self.name} has no pseudo labels", str(path), "`melfold train` makes them")
+        Artefact.of(path).verify()
+        targets = read_probs(path)
+        return align(targets, targets.index, self.info.labels, str(path))
 
     def held_out(self, fold: int | str) -> list[str]:
         """The clips a fold is scored on; none for `full`."""
@@ -179,225 +215,65 @@ class Run:
         """The folds that are not trained."""
         return [k for k in range(self.recipe.folds.n_folds) if not self.fold(k).done]
 
-    def used_folds(self) -> list[str]:
-        """The folds that predict: `full` only where there is no other."""
-        done = self.done_folds()
-        return [fold for fold in done if fold != FULL] or done
-
-    def weights_sha256(self, folds: Sequence[str]) -> dict[str, str]:
-        """The hashes of some trained folds' weights."""
-        return {fold: read_json(self.fold(fold).result)["weights_sha256"] for fold in folds}
-
     def done_folds(self) -> list[str]:
         """The folds (and `full`) that are trained."""
         return [f for f in [*map(str, range(self.recipe.folds.n_folds)), FULL] if self.fold(f).done]
 
+    def used_folds(self) -> list[str]:
+        """The folds that predict: `full` only if there is no other."""
+        done = self.done_folds()
+        return [fold for fold in done if fold != FULL] or done
 
-def parse_folds(text: str, recipe: Recipe) -> list[int | str]:
-    """`0,1`, `all` or `full` -> folds.
+    def weights_sha256(self, folds: Sequence[str]) -> dict[str, str]:
+        """The recorded hashes of some trained folds' weights."""
+        return {fold: self.fold(fold).weights_sha256() for fold in folds}
 
-    Raises:
-        MelfoldError: a fold the recipe does not have.
-    """
-    if text == "all":
-        return list(range(recipe.folds.n_folds))
-    which: list[int | str] = []
-    for part in text.split(","):
-        if part == FULL:
-            which.append(FULL)
-        elif part.strip().isdigit() and int(part) < recipe.folds.n_folds:
-            which.append(int(part))
-        else:
-            raise MelfoldError("no such fold", repr(part), f"Use 0 to {recipe.folds.n_folds - 1}, all, or {FULL}")
-    return which
+    def has_data(self) -> bool:
+        """Whether there is something to lose: a checkpoint or a trained fold."""
+        return any(self.fold(f).done or self.fold(f).checkpoint.exists() for f in [*range(self.recipe.folds.n_folds), FULL])
 
 
-def default_run_name(recipe: Recipe, shipped: Recipe | None) -> str:
-    """The recipe's name, with a piece of the fingerprint where `--set` changed it."""
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", recipe.name)
-    return name if shipped and shipped.fingerprint() == recipe.fingerprint() else f"{name}-{recipe.fingerprint()[:6]}"
+def _read_clips(path: Path) -> pd.DataFrame:
+    table = pd.read_csv(path, index_col="fname", dtype=str, keep_default_na=False)
+    table["labels"] = pd.Series([tuple(text.split(",")) for text in table["labels"]], index=table.index, dtype=object)
+    return table
 
 
-def start_run(home: Home, name: str, recipe: Recipe, competition: Competition, folds_path: Path) -> Run:
-    """Make a run's folder, or open it to go on with the same recipe, folds and data.
-
-    Raises:
-        MelfoldError: the run stands already and rests on something else.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise MelfoldError("a run's name is letters, digits, dots, dashes", repr(name), "Use --run NAME")
-    folder = home.runs / name
-    check_corrections(recipe, competition)
-    folds = read_folds(folds_path, competition).sort_index()
-    clips = folds.assign(labels=[",".join(competition.curated.at[f, "labels"]) for f in folds.index]).to_csv(lineterminator="\n")
-    clips_sha256 = hashlib.sha256(clips.encode()).hexdigest()
-    teacher = find_teacher(home, recipe, clips_sha256)
-    noisy = ""
-    if recipe.noisy.use:
-        check_noisy(competition)
-        noisy = competition.noisy[["labels"]].sort_index()["labels"].str.join(",").to_csv(lineterminator="\n")
-    info = RunInfo(
-        competition=competition.name,
-        labels=list(competition.labels),
-        folds_table=folds_path.name,
-        folds_sha256=sha256_file(folds_path),
-        clips_sha256=clips_sha256,
-        logmel_fingerprint=recipe.logmel.fingerprint(),
-        weights_sha256=weights_sha256(recipe.model.weights),
-        track="open" if teacher and teacher.info.track == "open" else recipe.track,
-        data="curated and noisy" if noisy or (teacher and teacher.info.noisy_sha256) else "curated",
-        licence=_licences(licence_of(recipe), teacher.info.licence if teacher else ""),
-        noisy_sha256=hashlib.sha256(noisy.encode()).hexdigest() if noisy else "",
-        teacher=f"{teacher.name} {teacher.recipe.fingerprint()}" if teacher else "",
-        commit=current_commit(),
-    )
-    if begun(home, name):
-        run = open_run(home, name)
-        changes = []
-        for key, old in asdict(run.info).items():
-            new = getattr(info, key)
-            if key not in ("commit", "logmel_fingerprint") and new != old:
-                changes.append(f"{key}: {_short(old)} -> {_short(new)}")
-        refuse_changes(run, recipe, changes)
-        return run
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "clips.csv", clips)
-    if noisy:
-        write_text(folder / "noisy.csv", noisy)
-    write_json(folder / "recipe.json", recipe.model_dump(mode="json"))
-    write_json(folder / "run.json", asdict(info))  # last: it marks the folder as a run
-    return Run(folder, recipe, info)
-
-
-def check_noisy(competition: Competition) -> None:
-    """Raises: MelfoldError: a download without noisy clips."""
-    if not len(competition.noisy):
-        raise MelfoldError("this download has no noisy clips", str(competition.root), "Use a recipe without noisy.use")
-
-
-def check_corrections(recipe: Recipe, competition: Competition) -> None:
-    """Hold a recipe's corrections against the competition.
-
-    Raises:
-        MelfoldError: with a line for each clip that is not curated and each label that there is not.
-    """
-    problems = []
-    for fname, correction in recipe.data.corrections.items():
-        if fname not in competition.curated.index:
-            problems.append(MelfoldError("a correction is about no curated clip", fname, "Mend data.corrections"))
-        for label in set(correction.labels) - set(competition.labels):
-            problems.append(MelfoldError("a correction has an unknown label", f"{fname}: {label!r}", "Mend data.corrections"))
-    if problems:
-        raise MelfoldError.many(problems)
-
-
-def find_teacher(home: Home, recipe: Recipe, clips_sha256: str) -> Run | None:
-    """The run that judges the noisy clips for a recipe.
-
-    Raises:
-        MelfoldError: no such run, or one of other folds or labels: its models would have seen what the student is scored on.
-    """
-    if not recipe.noisy.teacher:
-        return None
-    teacher = open_run(home, recipe.noisy.teacher)
-    if teacher.info.clips_sha256 != clips_sha256:
-        raise MelfoldError(
-            "a teacher must have the student's folds and labels", teacher.name, "Train it on the same fold table and download"
-        )
-    return teacher
-
-
-def licence_of(recipe: Recipe) -> str:
-    """The licence of the weights a recipe starts from, as it says itself or as timm knows it."""
-    if recipe.model.weights == "none":
-        return ""
-    if recipe.model.licence:
-        return recipe.model.licence
-    import timm
-
-    known = timm.get_pretrained_cfg(recipe.model.name) if recipe.model.weights == "hub" else None
-    return (known and known.license) or "unknown"
-
-
-def _licences(*licences: str) -> str:
-    return ", ".join(sorted({part for text in licences for part in text.split(", ") if part}))
-
-
-def begun(home: Home, name: str) -> bool:
-    """Whether a run holds something to lose: one of which no fold was begun gives way to a mended recipe of the same name."""
-    folder = home.runs / name
-    return (folder / "run.json").exists() and any(folder.glob("*/[!.]*"))
-
-
-def refuse_changes(run: Run, recipe: Recipe, others: Sequence[str] = ()) -> None:
-    """Refuse to go on with a run under another recipe, or with other changes.
-
-    Raises:
-        MelfoldError: naming what differs.
-    """
-    changes = [*differences(run.recipe.training(), recipe.training()), *others]
-    if changes:
-        more = f"; and {len(changes) - 6} more" if len(changes) > 6 else ""
-        raise MelfoldError(
-            f"run {run.name} rests on something else", "; ".join(changes[:6]) + more, "Use another name: --run NAME"
-        )
+def run_stamp(folder: Path, noisy: bool) -> Artefact:
+    """The tables of a run and their stamp, `run.json`."""
+    return Artefact(folder / "run.json", (folder / "clips.csv", *([folder / "noisy.csv"] if noisy else [])))
 
 
 def open_run(home: Home, name: str | Path) -> Run:
-    """Open a run by its name, or by its folder's path.
+    """Open a run by its name, or by its folder's path, after checking its files against their recorded hashes.
 
     Raises:
-        MelfoldError: no such run.
+        MelfoldError: no such run, or one that was damaged, edited, or made by another version.
     """
     folder = Path(name) if (Path(name) / "run.json").exists() else home.runs / str(name)
     if not (folder / "run.json").exists():
         known = sorted(p.parent.name for p in home.runs.glob("*/run.json"))
-        mend = f"Known: {', '.join(known)}" if known else "Give the right --home, or run `melfold train` first"
-        raise MelfoldError("no such run", f"{name} in {home.runs}", mend)
+        fix = f"Known: {', '.join(known)}" if known else "Give the right --home, or run `melfold train` first"
+        raise MelfoldError("no such run", f"{name} in {home.runs}", fix)
+    content = read_json(folder / "run.json")
+    known = {field.name for field in fields(RunInfo)}
+    info = content.get("info") if isinstance(content, dict) else None
+    if not isinstance(info, dict) or set(info) != known or not isinstance(content.get("made_from"), dict):
+        fix = "Use that version to read it, or train again under another name"
+        raise MelfoldError(f"run {folder.name} was made by another version of melfold", str(folder / "run.json"), fix)
     recipe = parse_recipe(read_json(folder / "recipe.json"), f"{folder}/recipe.json")
-    try:
-        info = RunInfo(**read_json(folder / "run.json"))
-    except TypeError as error:
-        raise MelfoldError(f"{folder}/run.json is not of this melfold", str(error), "Train anew under another name") from None
-    return Run(folder.resolve(), recipe, info)
+    run_stamp(folder, (folder / "noisy.csv").exists() and bool(info["noisy_sha256"])).verify()
+    if changes := differences({k: content["made_from"].get(k) for k in recipe.training()}, summary(recipe.training())):
+        raise MelfoldError(f"{folder}/recipe.json was changed after the run started", listed(changes), "Undo the change")
+    return Run(folder.resolve(), recipe, RunInfo(**info))
 
 
-def weights_sha256(weights: str) -> str:
-    """The hash of a `file:PATH`, else an empty string.
-
-    Raises:
-        MelfoldError: no such file.
-    """
-    if not weights.startswith("file:"):
-        return ""
-    path = Path(weights.removeprefix("file:")).expanduser()
-    if not path.is_file():
-        raise MelfoldError("no such weights file", str(path), "Mend model.weights=file:PATH")
-    return sha256_file(path)
-
-
-def current_commit(but: str = "") -> str:
-    """The commit of the working folder, `+` behind it where something (outside the folder `but`) is not committed.
-
-    Empty outside a repository.
-    """
-    outside = ["--", ".", f":(exclude){but}"] if but else []
-
-    def git(*args: str) -> str:
-        done = subprocess.run(["git", *args], capture_output=True, text=True, check=True, timeout=10)
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", *outside) else "")
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def versions() -> dict[str, str]:
-    """The versions that decide the numbers."""
-    return {name: importlib.metadata.version(name) for name in ("melfold", "torch", "timm", "numpy")}
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:8]}… ({digest(text)[:8]})"
+def list_runs(home: Home) -> list[tuple[str, Run | MelfoldError]]:
+    """Every run of a home by name, or the reason why it cannot be opened."""
+    found: list[tuple[str, Run | MelfoldError]] = []
+    for path in sorted(home.runs.glob("*/run.json")):
+        try:
+            found.append((path.parent.name, open_run(home, path.parent.name)))
+        except MelfoldError as error:
+            found.append((path.parent.name, error))
+    return found

@@ -1,0 +1,137 @@
+"""Batches of training crops and of evaluation windows, read ahead of their use."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from melfold.data.clips import ClipStore, Pad, window_starts
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`log_mels`: float16 dB `(clips, frames, n_mels)`. `rows`: which clip of the store each one is. `noisy`: bool `(clips,)`."""
+
+    log_mels: np.ndarray
+    rows: np.ndarray
+    noisy: np.ndarray
+
+
+def draw_start(frames: int, length: int, pad: Pad, rng: np.random.Generator) -> int:
+    """Where a training crop begins: anywhere within a longer clip, or so that a shorter one lies anywhere in the crop."""
+    if frames >= length:
+        return int(rng.integers(0, frames - length + 1))
+    return int(rng.integers(0, frames)) if pad == "wrap" else int(rng.integers(frames - length, 1))
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training, up to the step `until`, in which clips are drawn from `rows`; rows may repeat."""
+
+    until: int
+    rows: np.ndarray
+
+
+def train_batches(
+    store: ClipStore,
+    phases: Sequence[Phase],
+    *,
+    length: int,
+    batch_size: int,
+    pad: Pad,
+    seeds: Sequence[int],
+    first_step: int = 0,
+    first_noisy: int | None = None,
+) -> Iterator[Batch]:
+    """Random crops, for the steps from `first_step` to the end of the last phase.
+
+    In each phase clips come in an endless row of shuffled passes over its rows, cut into equal batches, and each step draws
+    from a generator of its own: the batch of a step does not depend on where reading started, so that a resumed run sees what it
+    would have seen.
+
+    Args:
+        first_noisy: the row of the first noisy clip; None if there is none.
+    """
+    first_noisy = len(store.fnames) if first_noisy is None else first_noisy
+    begin = 0
+    for number, phase in enumerate(phases):
+        n = len(phase.rows)
+        orders: dict[int, np.ndarray] = {}
+        for step in range(max(first_step, begin), phase.until):
+            positions = np.arange((step - begin) * batch_size, (step - begin + 1) * batch_size)
+            passes = positions // n
+            for p in np.unique(passes):
+                if p not in orders:
+                    orders[p] = np.random.default_rng([*seeds, 10 * number, int(p)]).permutation(n)
+            rows = phase.rows[[orders[p][i] for p, i in zip(passes, positions % n, strict=True)]]
+            orders = {p: order for p, order in orders.items() if p >= passes[-1]}
+            rng = np.random.default_rng([*seeds, 1, step])
+            log_mels = np.empty((batch_size, length, store.n_mels), np.float16)
+            for out, row in zip(log_mels, rows, strict=True):
+                store.read(row, draw_start(int(store.frames[row]), length, pad, rng), out, pad)
+            yield Batch(log_mels, rows, rows >= first_noisy)
+        begin = phase.until
+
+
+def window_batches(store: ClipStore, *, length: int, overlap: float, shift: int, batch_size: int, pad: Pad) -> Iterator[Batch]:
+    """Evaluation windows of all clips in order; every batch but the last is full, whatever the clips' lengths."""
+    windows = [
+        (row, start)
+        for row, frames in enumerate(store.frames)
+        for start in window_starts(int(frames), length, overlap, shift, pad)
+    ]
+    for begin in range(0, len(windows), batch_size):
+        part = windows[begin : begin + batch_size]
+        log_mels = np.empty((len(part), length, store.n_mels), np.float16)
+        for out, (row, start) in zip(log_mels, part, strict=True):
+            store.read(row, start, out, pad)
+        yield Batch(log_mels, np.array([row for row, _ in part]), np.zeros(len(part), bool))
+
+
+T = TypeVar("T")
+
+
+def prefetch(items: Iterable[T], depth: int = 3) -> Iterator[T]:
+    """Iterate in a background thread, up to `depth` items ahead; its errors are raised here.
+
+    One thread is enough: a crop is one read of some tens of microseconds, against milliseconds of a training step.
+    """
+    ahead: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(item: tuple[str, T | BaseException | None]) -> None:
+        while not stop.is_set():
+            try:
+                return ahead.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in items:
+                put(("item", item))
+                if stop.is_set():
+                    return
+            put(("end", None))
+        except BaseException as error:
+            put(("error", error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, item = ahead.get()
+            if kind == "item":
+                yield item  # type: ignore[misc]
+            elif kind == "error":
+                raise item  # type: ignore[misc]
+            else:
+                return
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,128 @@
+"""What one fold learns from and is scored on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from melfold.config import Recipe
+from melfold.data.clips import ClipStore
+from melfold.errors import MelfoldError
+from melfold.learn.batches import Batch, Phase, train_batches
+from melfold.learn.runs import FULL, Run
+
+
+@dataclass(frozen=True)
+class FoldData:
+    """The clips of one fold.
+
+    Args:
+        train: curated clips first, then noisy ones.
+        targets: float32 `(clips, labels)` in 0..1, a row for each clip of `train`.
+        curated: how many clips of `train` are curated.
+        held_out: the clips the fold is scored on, with `held_out_targets`; none for `full`.
+    """
+
+    recipe: Recipe
+    fold: str
+    train: ClipStore
+    targets: np.ndarray
+    curated: int
+    held_out: ClipStore
+    held_out_targets: pd.DataFrame
+
+    @classmethod
+    def read(cls, run: Run, fold: str, cache: Path) -> FoldData:
+        """Args: cache: the folder of the log-mels.
+
+        Raises:
+            MelfoldError: a clip that is not in the cache, or no clip to learn from.
+        """
+        recipe, front = run.recipe, run.recipe.logmel
+        train, held_out = run.trained_on(fold), run.held_out(fold)
+        if not train:
+            raise MelfoldError(f"fold {fold} has no clip to learn from", "every clip is excluded", "Check data.exclude")
+        targets, noisy = run.train_targets(train).to_numpy(), []
+        if recipe.noisy.use:
+            table = run.noisy_targets(fold)
+            if table.empty:
+                raise MelfoldError("no noisy clip is left to learn from", run.name, "Check noisy.top and data.exclude")
+            noisy, targets = list(table.index), np.concatenate([targets, table.to_numpy()])
+        return cls(
+            recipe,
+            fold,
+            ClipStore(cache, [*train, *noisy], front.n_mels, front.top_db),
+            targets,
+            len(train),
+            ClipStore(cache, held_out, front.n_mels, front.top_db),
+            run.targets(held_out),
+        )
+
+    @property
+    def noisy(self) -> int:
+        """How many clips of `train` are noisy."""
+        return len(self.train.fnames) - self.curated
+
+    def statistics(self) -> tuple[tuple[float, float], tuple[float, float] | None]:
+        """Mean and standard deviation in dB of the curated clips, and of the noisy ones if they are to have their own."""
+        own = self.train.head(self.curated).statistics()
+        return own, self.train.tail(self.noisy).statistics() if self.noisy and self.recipe.noisy.own_norm else None
+
+    @cached_property
+    def phases(self) -> list[Phase]:
+        """The stretches of training; see `phases_of`."""
+        return phases_of(self.recipe, self.curated, self.noisy)
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole training."""
+        return self.phases[-1].until
+
+    def steps_in(self, epochs: float, phase: int = 0) -> int:
+        """Steps in some epochs of a phase."""
+        return steps_in(epochs, len(self.phases[phase].rows), self.recipe.train.batch_size)
+
+    @property
+    def seeds(self) -> tuple[int, int]:
+        """What every random stream of this fold starts with."""
+        return self.recipe.seed, self.recipe.folds.n_folds if self.fold == FULL else int(self.fold)
+
+    def batches(self, first_step: int) -> Iterator[Batch]:
+        """The training batches from a step on."""
+        config = self.recipe.train
+        return train_batches(
+            self.train,
+            self.phases,
+            length=self.recipe.crop_frames,
+            batch_size=config.batch_size,
+            pad=config.pad,
+            seeds=self.seeds,
+            first_step=first_step,
+            first_noisy=self.curated,
+        )
+
+
+def steps_in(epochs: float, clips: int, batch_size: int) -> int:
+    """How many batches some passes over the clips take."""
+    return math.ceil(epochs * clips / batch_size)
+
+
+def phases_of(recipe: Recipe, curated: int, noisy: int) -> list[Phase]:
+    """Which rows are drawn when. Rows: the curated clips first, then the noisy ones.
+
+    `train.epochs` are passes over the first phase's rows, where a curated clip is there `noisy.curated_times` times; then
+    `noisy.curated_epochs` passes over the curated clips alone.
+    """
+    config, batch_size = recipe.noisy, recipe.train.batch_size
+    alone = np.arange(curated)
+    rows = np.concatenate([np.tile(alone, config.curated_times), np.arange(curated, curated + noisy)]) if config.use else alone
+    phases = [Phase(steps_in(recipe.train.epochs, len(rows), batch_size), rows)]
+    if config.use and config.curated_epochs:
+        phases.append(Phase(phases[0].until + steps_in(config.curated_epochs, curated, batch_size), alone))
+    return phases

@@ -1,0 +1,146 @@
+"""Starting a run: its name, its tables, and the refusal to mix settings or data in one run."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+from melfold.artefacts import differences, listed
+from melfold.config import Recipe
+from melfold.data.competition import Competition
+from melfold.data.folds import read_folds
+from melfold.errors import MelfoldError
+from melfold.files import Home, sha256_file, write_json, write_text
+from melfold.learn.provenance import current_commit, first_weights_sha256, join_licences, licence_of
+from melfold.learn.runs import FULL, Run, RunInfo, open_run, run_stamp
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def parse_folds(text: str, recipe: Recipe) -> list[int | str]:
+    """`0,1`, `all` or `full` -> folds.
+
+    Raises:
+        MelfoldError: a fold the recipe does not have.
+    """
+    if text == "all":
+        return list(range(recipe.folds.n_folds))
+    which: list[int | str] = []
+    for part in text.split(","):
+        if part == FULL:
+            which.append(FULL)
+        elif part.strip().isdigit() and int(part) < recipe.folds.n_folds:
+            which.append(int(part))
+        else:
+            raise MelfoldError("no such fold", repr(part), f"Use 0 to {recipe.folds.n_folds - 1}, all, or {FULL}")
+    return which
+
+
+def default_run_name(recipe: Recipe, shipped: Recipe | None) -> str:
+    """The recipe's name, with a piece of the fingerprint if `--set` changed it."""
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", recipe.name)
+    return name if shipped and shipped.fingerprint() == recipe.fingerprint() else f"{name}-{recipe.fingerprint()[:6]}"
+
+
+def start_run(home: Home, name: str, recipe: Recipe, competition: Competition, folds_path: Path) -> Run:
+    """Make a run's folder, or open it to continue with the same training settings, folds and data.
+
+    Raises:
+        MelfoldError: a run of this name exists and was trained with different settings or data.
+    """
+    if not NAME.fullmatch(name):
+        raise MelfoldError("a run's name is letters, digits, dots, dashes", repr(name), "Use --run NAME")
+    folder = home.runs / name
+    folds = read_folds(folds_path, competition).sort_index()
+    clips = folds.assign(labels=[",".join(competition.curated.at[f, "labels"]) for f in folds.index]).to_csv(lineterminator="\n")
+    noisy = ""
+    if recipe.noisy.use:
+        noisy = competition.noisy[["labels"]].sort_index()["labels"].str.join(",").to_csv(lineterminator="\n")
+    info = _info(home, recipe, competition, folds_path, clips, noisy)
+    if (folder / "run.json").exists() and (run := open_run(home, name)).has_data():
+        refuse_changes(run, recipe, info)
+        if run.recipe != recipe:  # settings that change no weight take their new values
+            write_json(folder / "recipe.json", recipe.model_dump(mode="json"))
+        return Run(folder, recipe, run.info)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").unlink(missing_ok=True)
+    write_text(folder / "clips.csv", clips)
+    if noisy:
+        write_text(folder / "noisy.csv", noisy)
+    write_json(folder / "recipe.json", recipe.model_dump(mode="json"))
+    run_stamp(folder, bool(noisy)).commit(recipe.training() | info.made_from(), info=asdict(info))
+    return Run(folder, recipe, info)
+
+
+def _info(home: Home, recipe: Recipe, competition: Competition, folds_path: Path, clips: str, noisy: str) -> RunInfo:
+    clips_sha256 = hashlib.sha256(clips.encode()).hexdigest()
+    teacher = find_teacher(home, recipe, clips_sha256)
+    return RunInfo(
+        competition=competition.name,
+        labels=list(competition.labels),
+        fold_table=folds_path.name,
+        folds_sha256=sha256_file(folds_path),
+        clips_sha256=clips_sha256,
+        noisy_sha256=hashlib.sha256(noisy.encode()).hexdigest() if noisy else "",
+        first_weights_sha256=first_weights_sha256(recipe.model.weights),
+        teacher=f"{teacher.name} {teacher.recipe.fingerprint()}" if teacher else "",
+        track="open" if teacher and teacher.info.track == "open" else recipe.track,
+        data="curated and noisy" if noisy or (teacher and teacher.info.noisy_sha256) else "curated",
+        licence=join_licences(licence_of(recipe), teacher.info.licence if teacher else ""),
+        commit=current_commit(),
+        data_folder=str(competition.root.resolve()),
+    )
+
+
+def check_recipe(recipe: Recipe, competition: Competition) -> None:
+    """Check a recipe's noisy set and corrections against the competition.
+
+    Raises:
+        MelfoldError: no noisy clips, or one line for each correction of an unknown clip or with an unknown label.
+    """
+    if recipe.noisy.use and not len(competition.noisy):
+        raise MelfoldError("this download has no noisy clips", str(competition.root), "Use a recipe without noisy.use")
+    problems = []
+    for fname, correction in recipe.data.corrections.items():
+        if fname not in competition.curated.index:
+            problems.append(MelfoldError("a correction names no curated clip", fname, "Check data.corrections"))
+        for label in set(correction.labels) - set(competition.labels):
+            problems.append(MelfoldError("a correction has an unknown label", f"{fname}: {label!r}", "Check data.corrections"))
+    if problems:
+        raise MelfoldError.many(problems)
+
+
+def find_teacher(home: Home, recipe: Recipe, clips_sha256: str) -> Run | None:
+    """The run that predicts the noisy clips for a recipe.
+
+    Raises:
+        MelfoldError: no such run, or one with other folds or labels: its models would have seen what the student is scored on.
+    """
+    if not recipe.noisy.teacher:
+        return None
+    teacher = open_run(home, recipe.noisy.teacher)
+    if teacher.info.clips_sha256 != clips_sha256:
+        raise MelfoldError(
+            "a teacher must have the student's folds and labels", teacher.name, "Train it on the same fold table and download"
+        )
+    return teacher
+
+
+def refuse_changes(run: Run, recipe: Recipe, info: RunInfo | None = None) -> None:
+    """Refuse to continue a run under other training settings, data or, for its own prediction, prediction settings.
+
+    Raises:
+        MelfoldError: naming what differs.
+    """
+    before, after = run.recipe.training(), recipe.training()
+    if info:
+        before, after = before | run.info.made_from(), after | info.made_from()
+    if changes := differences(before, after):
+        raise MelfoldError(
+            f"run {run.name} exists and was trained with different settings", listed(changes), "Use another name: --run NAME"
+        )
+    if changes := differences({"predict": run.recipe.model_dump()["predict"]}, {"predict": recipe.model_dump()["predict"]}):
+        fix = f"Its weights can be used again: melfold predict {run.name} --data DATA --set predict.… --name NAME"
+        raise MelfoldError(f"run {run.name} exists and predicts with different settings", listed(changes), fix)

@@ -1,0 +1,119 @@
+"""The state of a training: model, optimiser, schedule, scaler and average; one object that saves and loads."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+
+from melfold.artefacts import differences, listed
+from melfold.config import TrainConfig
+from melfold.errors import MelfoldError
+from melfold.files import write_bytes
+from melfold.learn.devices import Device
+from melfold.learn.model import Tagger
+
+_HASH_BYTES = 32
+
+
+class TrainState:
+    """Everything that changes while a fold is trained.
+
+    Args:
+        steps, warmup: of the whole training, for the schedule.
+    """
+
+    def __init__(self, model: Tagger, config: TrainConfig, device: Device, *, steps: int, warmup: int) -> None:
+        self.model, self.config, self.device = model.to(device.torch).train(), config, device
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        try:
+            self.optimizer = create_optimizer_v2(
+                model,
+                opt=config.optimizer,
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                layer_decay=config.layer_decay if config.layer_decay < 1 else None,
+            )
+        except (TypeError, ValueError) as error:
+            raise MelfoldError(f"timm refuses optimizer {config.optimizer}", str(error), "Check train.optimizer") from error
+        # If warm-up fills a short run, timm warns that nothing is left to anneal.
+        logging.getLogger("timm.scheduler.cosine_lr").setLevel(logging.ERROR)
+        self.schedule = CosineLRScheduler(
+            self.optimizer,
+            t_initial=max(1, steps - warmup),
+            lr_min=config.lr_min,
+            warmup_t=warmup,
+            warmup_lr_init=config.lr_min,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )
+        self.scaler = device.scaler()
+        self.ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
+        self.step, self.seconds = 0, 0.0
+        self.rows: list[dict[str, Any]] = []
+        """The rows of the log."""
+
+    @property
+    def averaged(self) -> Tagger:
+        """The model that is scored and kept."""
+        return self.ema.module if self.ema else self.model
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last layer."""
+        return self.optimizer.param_groups[-1]["lr"]
+
+    def update(self, loss: torch.Tensor) -> torch.Tensor:
+        """One step down the loss. Returns: the gradient's norm before clipping."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.clip_grad or math.inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema:
+            self.ema.update(self.model, step=self.step)
+        self.step += 1
+        return norm
+
+    def _parts(self) -> dict[str, Any]:
+        parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
+        return parts | ({"ema": self.ema.module} if self.ema else {})
+
+    def save(self, path: Path, made_from: Mapping[str, str]) -> None:
+        """Write a checkpoint, with a hash of its content in front of it."""
+        state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts().items()}
+        state |= {"made_from": dict(made_from), "step": self.step, "seconds": self.seconds, "rows": json.dumps(self.rows)}
+        content = io.BytesIO()
+        torch.save(state, content)
+        payload = content.getvalue()
+        write_bytes(path, hashlib.sha256(payload).digest() + payload)
+
+    def load(self, path: Path, made_from: Mapping[str, str]) -> None:
+        """Read a checkpoint.
+
+        Raises:
+            MelfoldError: it is damaged, or was saved with other data, folds, settings or precision.
+        """
+        content = path.read_bytes()
+        payload = content[_HASH_BYTES:]
+        if hashlib.sha256(payload).digest() != content[:_HASH_BYTES]:
+            raise MelfoldError("damaged checkpoint", str(path), "Delete it to train this fold again from the start")
+        # To the CPU first: loaded straight to a GPU, the optimiser's step counters would stay there and cost a wait each.
+        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        if changes := differences(state["made_from"], made_from):
+            fix = "Undo the change, or delete it to train this fold again from the start"
+            raise MelfoldError(f"{path} was saved under different conditions", listed(changes), fix)
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self.step, self.seconds, self.rows = state["step"], state["seconds"], json.loads(state["rows"])

@@ -1,0 +1,232 @@
+"""The stages in order. Each skips what is done, so that a repeated call continues where the last one stopped."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from melfold.artefacts import Artefact
+from melfold.combine.ensemble import fold_mean
+from melfold.combine.oof import OofScores, prior_of, score
+from melfold.combine.submission import build_submission
+from melfold.compute import Compute
+from melfold.config import Recipe
+from melfold.data.competition import SPLITS, Competition, load_competition
+from melfold.data.folds import find_identical, fold_table_name, label_deviation, make_folds, read_folds, write_folds
+from melfold.data.logmel import build_cache, read_manifest, stop_workers
+from melfold.errors import MelfoldError
+from melfold.files import Home, digest
+from melfold.kaggle.ledger import Ledger
+from melfold.learn.predictions import Prediction, own_prediction, write_current
+from melfold.learn.runs import FULL, Run, open_run
+from melfold.learn.start import check_recipe, refuse_changes, start_run
+from melfold.probs import Probs, make_probs
+
+if TYPE_CHECKING:
+    from melfold.learn.jobs import Job
+
+log = logging.getLogger(__name__)
+
+
+def cache(competition: Competition, home: Home, recipe: Recipe, compute: Compute) -> Path:
+    """Make the log-mels a recipe needs. Returns: the cache's folder."""
+    splits = SPLITS if recipe.noisy.use else ("curated", "test")
+    try:
+        return build_cache(
+            competition,
+            recipe.logmel,
+            home,
+            splits=splits,
+            exclude=recipe.data.exclude,
+            jobs=compute.jobs,
+            progress=compute.progress,
+        )
+    finally:
+        stop_workers()
+
+
+def folds_path(home: Home, competition: Competition, recipe: Recipe) -> Path:
+    """Where a recipe's fold table lies: the grouped one where the recipe asks for it."""
+    config = recipe.folds
+    return home.folds / fold_table_name(competition.name, config.n_folds, config.seed, grouped=config.group_identical)
+
+
+def folds(competition: Competition, home: Home, recipe: Recipe) -> tuple[Path, int]:
+    """Make a recipe's fold table, or check the existing one against the curated clips.
+
+    Returns:
+        Its path, and the most clips by which a label in a fold is off an even split.
+    """
+    path = folds_path(home, competition, recipe)
+    targets = competition.targets()
+    if not path.exists():
+        groups = find_identical(dict(competition.curated["path"])) if recipe.folds.group_identical else []
+        numbers = {fname: number for number, group in enumerate(groups) for fname in group}
+        write_folds(path, make_folds(targets, recipe.folds.n_folds, recipe.folds.seed, numbers))
+    table = read_folds(path, competition)
+    found = table["fold"].nunique()
+    if found != recipe.folds.n_folds:
+        raise MelfoldError(f"{path.name} has another number of folds", f"{found}, the recipe {recipe.folds.n_folds}")
+    return path, label_deviation(targets, table)
+
+
+def start(competition: Competition, home: Home, recipe: Recipe, name: str, which: Sequence[int | str]) -> Run:
+    """Find out in seconds, before an hour of log-mels, whether a run can be trained; then make its folder and fold table.
+
+    Raises:
+        MelfoldError: a recipe that does not fit the competition, a name that is taken, a teacher without the folds, or a model
+            that cannot be made.
+    """
+    check_recipe(recipe, competition)
+    if recipe.noisy.teacher:
+        teacher = open_run(home, recipe.noisy.teacher)
+        if missing := [str(fold) for fold in which if fold != FULL and not teacher.fold(fold).done]:
+            raise MelfoldError(f"teacher {teacher.name} lacks folds", ", ".join(missing), "Train them first")
+    if (home.runs / name / "run.json").exists() and (run := open_run(home, name)).has_data():
+        refuse_changes(run, recipe)
+    else:
+        from melfold.learn.model import try_model
+
+        try_model(recipe, len(competition.labels))
+    table, _ = folds(competition, home, recipe)
+    return start_run(home, name, recipe, competition, table)
+
+
+def train(competition: Competition, home: Home, recipe: Recipe, name: str, which: Sequence[int | str], compute: Compute) -> Run:
+    """Train some folds of a run, after making the fold table and log-mels where they are missing."""
+    run = start(competition, home, recipe, name, which)
+    train_folds(run, competition, which, cache(competition, home, recipe, compute), compute)
+    return run
+
+
+def resume(home: Home, name: str, compute: Compute, data: Path | None = None) -> Run:
+    """Train the missing folds of a run with the recipe and download it was started with.
+
+    Args:
+        data: where the download is now, if it was moved.
+    """
+    run = open_run(home, name)
+    folder = data or Path(run.info.data_folder)
+    if not folder.is_dir():
+        raise MelfoldError(f"the download of run {run.name} is gone", str(folder), "Give its folder: --data DATA")
+    return train(load_competition(folder), home, run.recipe, run.name, range(run.recipe.folds.n_folds), compute)
+
+
+def train_folds(run: Run, competition: Competition, which: Sequence[int | str], folder: Path, compute: Compute) -> None:
+    """Train the folds that are not done, from log-mels that are there.
+
+    Args:
+        folder: of the log-mels.
+    """
+    if all(run.fold(fold).done for fold in which):
+        return
+    from melfold.learn import launch
+
+    teacher_cache = None
+    if run.recipe.noisy.teacher:
+        front = open_run(run.home, run.recipe.noisy.teacher).recipe.logmel
+        teacher_cache = cache(competition, run.home, run.recipe.model_copy(update={"logmel": front}), compute)
+    launch.train_folds(run, which, folder, compute, teacher_cache=teacher_cache)
+
+
+def predict(prediction: Prediction, competition: Competition, home: Home, compute: Compute) -> Prediction:
+    """Make out-of-fold and test probabilities of a run's weights, both with the same views.
+
+    The test clips are predicted with every trained fold (with `full` if there is no other) and averaged. A test clip that cannot
+    be read gets the mean out-of-fold probabilities, and a warning.
+
+    Raises:
+        MelfoldError: no trained fold, or another competition's labels.
+    """
+    run = prediction.run
+    which = _folds_to_predict(run, competition)
+    jobs = _oof_jobs(prediction, competition, home, compute)
+    folder = build_cache(competition, run.recipe.logmel, home, splits=["test"], jobs=compute.jobs, progress=compute.progress)
+    manifest = read_manifest(folder).loc[list(competition.test.index)]
+    unreadable = manifest["flags"].str.contains("unreadable")
+    readable = tuple(manifest.index[~unreadable])
+    clips = digest(manifest[["size", "mtime_ns"]].reset_index().to_numpy().tolist())
+    for fold in which:
+        path = prediction.fold_test(fold)
+        if not Artefact.of(path).is_fresh(prediction.inputs(fold, clips)):
+            jobs.append(_job(prediction, fold, folder, path, readable, clips))
+    _launch_all(jobs, compute)
+    made_from = prediction.test_inputs() | {"clips": clips, "unreadable": list(manifest.index[unreadable])}
+    if not Artefact.of(prediction.test).is_fresh(made_from):
+        probs = fold_mean(prediction, which)
+        if unreadable.any():
+            probs = pd.concat([probs, _prior_rows(prediction, list(manifest.index[unreadable]))])
+        write_current(prediction.test, probs.loc[list(competition.test.index)], made_from)
+    return prediction
+
+
+def _folds_to_predict(run: Run, competition: Competition) -> list[str]:
+    if list(competition.labels) != run.info.labels:
+        odd = ", ".join(sorted(set(run.info.labels) ^ set(competition.labels))[:6]) or "another order"
+        raise MelfoldError(f"run {run.name} was trained with other labels", odd, "Give the competition it was trained for")
+    which = run.used_folds()
+    if not which:
+        raise MelfoldError(f"run {run.name} has no trained fold", str(run.folder), "Run `melfold train` first")
+    if run.missing_folds() and which != [FULL]:
+        log.warning("run %s is INCOMPLETE: predicting with fold %s only", run.name, ", ".join(which))
+    if competition.name != run.info.competition:
+        log.warning("run %s was trained on %s, this is %s", run.name, run.info.competition, competition.name)
+    return which
+
+
+def _job(prediction: Prediction, fold: str, folder: Path, output: Path, fnames: Sequence[str], clips: str) -> Job:
+    from melfold.learn.jobs import Job
+
+    home, label = str(prediction.run.home.root), prediction.label
+    return Job("predict", home, label, fold, str(folder), output=str(output), fnames=tuple(fnames), clips=clips)
+
+
+def _oof_jobs(prediction: Prediction, competition: Competition, home: Home, compute: Compute) -> list[Job]:
+    """The folds whose out-of-fold probabilities are missing: all of a new prediction, none of one that training left."""
+    run = prediction.run
+    folds = [fold for fold in run.done_folds() if fold != FULL]
+    clips = {fold: digest(run.held_out(fold)) for fold in folds}
+    stale = [f for f in folds if not Artefact.of(prediction.fold_oof(f)).is_fresh(prediction.inputs(f, clips[f]))]
+    if not stale:
+        return []
+    folder = cache(competition, home, run.recipe, compute)
+    return [_job(prediction, f, folder, prediction.fold_oof(f), run.held_out(f), clips[f]) for f in stale]
+
+
+def _launch_all(jobs: Sequence[Job], compute: Compute) -> None:
+    if jobs:
+        from melfold.learn.launch import launch
+
+        launch(jobs, compute)
+
+
+def _prior_rows(prediction: Prediction, fnames: list[str]) -> Probs:
+    prior = prior_of(prediction)
+    return make_probs(prior.to_numpy()[None].repeat(len(fnames), 0), fnames, prediction.run.info.labels)
+
+
+def run(root: Path, home: Home, recipe: Recipe, name: str, compute: Compute) -> tuple[Prediction, OofScores, Path]:
+    """All stages, from a download to a checked `submission.csv`, skipping what is done."""
+    competition = load_competition(root)
+    every = range(recipe.folds.n_folds)
+    sizes = [len(table) for table in (competition.curated, competition.noisy, competition.test, competition.labels)]
+    log.info("1/6 %s: %d curated, %d noisy, %d test clips, %d labels", competition.name, *sizes)
+    started = start(competition, home, recipe, name, every)
+    log.info("2/6 fold table %s", started.info.fold_table)
+    folder = cache(competition, home, recipe, compute)
+    log.info("3/6 log-mels in %s", folder)
+    train_folds(started, competition, every, folder, compute)
+    prediction = own_prediction(started)
+    scores = score(prediction)
+    log.info("4/6 %d folds trained, OOF lwlrap %.5f (%.5f to %.5f)", len(every), scores.oof_lwlrap, scores.low, scores.high)
+    predict(prediction, competition, home, compute)
+    log.info("5/6 test probabilities in %s", prediction.test)
+    submitted = {row.id for row in Ledger.of(home).rows()}
+    mean = recipe.predict.fold_mean
+    path = build_submission(home, [prediction], competition, id=name, mean=mean, replace=name not in submitted)
+    log.info("6/6 checked submission in %s", path)
+    return prediction, scores, path
