@@ -103,8 +103,8 @@ def _build_infer(
     home: Home, id: str, owner: str | None, competition: str, *, gpu: bool, budget: float | None, weights_from: str = ""
 ) -> Built:
     from melfold.combine.submission import open_submission
-    from melfold.kaggle.kernels import build_infer
     from melfold.kaggle.client import Kaggle
+    from melfold.kaggle.kernels import build_infer
 
     open_submission(home, id)  # before the account's name is asked for
     minutes = {"cpu": budget, "gpu": budget} if budget else None
@@ -131,8 +131,8 @@ def kernel_build_train(
     """Build a kernel that trains folds, one per GPU. The next session continues it."""
     from melfold import stages
     from melfold.data.competition import load_competition
-    from melfold.kaggle.kernels import build_train
     from melfold.kaggle.client import Kaggle
+    from melfold.kaggle.kernels import build_train
     from melfold.learn.start import parse_folds
 
     place = Home.find(home)
@@ -179,9 +179,8 @@ def kernel_push(
     home: HomeOpt = None,
 ) -> None:
     """Upload the weights, once, and push the kernel. With --wait fetch its log and output."""
-    from melfold.kaggle.kernels import Built
     from melfold.kaggle.client import Kaggle
-    from melfold.kaggle.kernels import fetch_run, push, wait_for_kernel
+    from melfold.kaggle.kernels import Built, fetch_run, push, wait_for_kernel
 
     client, built = Kaggle(competition), Built(folder.resolve())
     pushed = built.noted("pushed.json")
