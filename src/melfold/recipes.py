@@ -249,8 +249,9 @@ def _recipe_text(name: str, home: Home | None) -> str:
             raise MelfoldError("cannot read a recipe", f"{name} ({error.strerror})", "Give the path of a .toml file") from None
     known = recipe_names()
     if name not in known:
-        runs = f", or no run in {home.runs}" if home else ""
-        raise MelfoldError("unknown recipe", f"{name!r}{nearest(name, known)}", f"Known: {', '.join(known)}; a .toml file{runs}")
+        runs = f"; and there is no such run in {home.runs}" if home else ""
+        fix = f"Known: {', '.join(known)}; or give a .toml file"
+        raise MelfoldError("unknown recipe", f"{name!r}{nearest(name, known)}{runs}", fix)
     return (_shipped() / f"{name}.toml").read_text()
 
 

@@ -114,7 +114,7 @@ def test_the_recipe_of_a_run_is_the_saved_one_and_a_shipped_name_wins(tmp_path: 
     assert load_recipe("open", home=home) == load_recipe("open")
     (tmp_path / "more.toml").write_text('base = "mine"\n[train]\nlr = 0.25\n')
     assert load_recipe(str(tmp_path / "more.toml"), home=home).train.lr == 0.25
-    with pytest.raises(MelfoldError, match=r"unknown recipe: 'other' .*a \.toml file, or no run in .*runs"):
+    with pytest.raises(MelfoldError, match=r"unknown recipe: 'other' .*; and there is no such run in .*runs. Known: .*open"):
         load_recipe("other", home=home)
 
 

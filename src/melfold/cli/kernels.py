@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from melfold.cli.ledger import AgainOpt, CompetitionOpt, IdArg, print_row
-from melfold.cli.options import FoldsOpt, HomeOpt, RecipeOpt, RunOpt, SetOpt, resolve_recipe, resolve_run_name
+from melfold.cli.ledger import AgainOpt, CompetitionOpt, print_row
+from melfold.cli.options import FoldsOpt, HomeOpt, IdArg, RecipeOpt, RunOpt, SetOpt, resolve_recipe, resolve_run_name
 from melfold.cli.output import command
 from melfold.errors import MelfoldError
 from melfold.files import Home

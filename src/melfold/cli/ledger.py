@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from melfold.cli.options import HomeOpt, JsonOpt
+from melfold.cli.options import HomeOpt, IdArg, JsonOpt
 from melfold.cli.output import command, print_json, print_table, score
 from melfold.errors import MelfoldError
 from melfold.files import Home
@@ -21,7 +21,6 @@ app = typer.Typer()
 ledger_app = typer.Typer(help="The ledger: every submission's OOF score beside its leaderboard scores.", no_args_is_help=True)
 app.add_typer(ledger_app, name="ledger")
 
-IdArg = Annotated[str, typer.Argument(metavar="ID", help="A submission's name in submissions/.")]
 CompetitionOpt = Annotated[str, typer.Option("--competition", help="The competition's name in its address.")]
 AgainOpt = Annotated[bool, typer.Option("--again", help="Submit although Kaggle has it, or may have it, already.")]
 
@@ -45,13 +44,13 @@ def submit(
 
     client, place = Kaggle(competition), Home.find(home)
     open_submission(place, id)
-    row = spend(client, place, id, kernel=find_kernel(place, id) if kernel else None, again=again)
+    row = spend(client, place, id, kernel=_find_kernel(place, id) if kernel else None, again=again)
     if wait and row.status == "submitted":
         row = wait_for_score(client, place, row.tag)
     print_row(row)
 
 
-def find_kernel(home: Home, id: str) -> Kernel:
+def _find_kernel(home: Home, id: str) -> Kernel:
     """The pushed kernel of a submission.
 
     Raises:

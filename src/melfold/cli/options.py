@@ -28,6 +28,7 @@ RunArg = Annotated[str, typer.Argument(metavar="RUN", help="A run's name in runs
 PredictionArg = Annotated[
     str, typer.Argument(metavar="RUN", help="A run, or RUN@NAME for another prediction of it (see `melfold predict`).")
 ]
+IdArg = Annotated[str, typer.Argument(metavar="ID", help="A submission's name in submissions/.")]
 HomeOpt = Annotated[
     Path | None,
     typer.Option("--home", help="The folder of caches, folds, runs and submissions (default: MELFOLD_HOME, else here)."),

@@ -18,6 +18,7 @@ from melfold.cli.options import (
     JobsOpt,
     RecipeOpt,
     RunArg,
+    RunDataOpt,
     RunOpt,
     SchedulerOpt,
     SetOpt,
@@ -65,6 +66,7 @@ def train(
 @command(app, "resume", "melfold resume open", continues=True)
 def resume(
     run: RunArg,
+    data: RunDataOpt = None,
     device: DevicesOpt = "auto",
     jobs: JobsOpt = -1,
     engine: EngineOpt = "joblib",
@@ -76,7 +78,7 @@ def resume(
 
     place, compute = Home.find(home), resolve_compute(device, jobs, engine, scheduler)
     with compute.connected(place.root):
-        _print_trained(stages.resume(place, run, compute))
+        _print_trained(stages.resume(place, run, compute, data and data.resolve()))
 
 
 def _print_trained(run: Run) -> None:
