@@ -77,7 +77,7 @@ def resolve_compute(device: str = "auto", jobs: int = -1, engine: str = "joblib"
     """Where work runs, with a progress bar.
 
     Raises:
-        MelfoldError: a word that is no device, told without loading torch.
+        MelfoldError: a word that is no device (without loading torch), or a GPU that this machine does not have.
     """
     from melfold.compute import Compute
 
@@ -85,4 +85,8 @@ def resolve_compute(device: str = "auto", jobs: int = -1, engine: str = "joblib"
     for name in devices:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
             raise MelfoldError("unknown device", repr(name), "Use auto, cpu, cuda or cuda:N")
+        if engine == "joblib" and name.startswith("cuda"):
+            from melfold.learn.devices import pick_device
+
+            pick_device(name)  # now, not after an hour of log-mels
     return Compute(devices=devices, jobs=jobs, engine=engine, scheduler=scheduler, progress=bar())
