@@ -25,7 +25,7 @@ from melfold.files import Home
 from tests.bench.harness import Result, one_thread, ratio_result, seconds_of, take_turns
 from tests.bench.workspace import Workspace, synthesise, write_competition
 
-MELFOLD = [sys.executable, "-c", "from melfold.cli import main; main()"]
+MELFOLD = [sys.executable, "-m", "melfold"]
 """The command line, in a fresh process."""
 
 

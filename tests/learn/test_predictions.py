@@ -134,7 +134,9 @@ def test_predictions_are_opened_by_the_runs_name_or_folder(run: Run) -> None:
 
 
 def test_a_prediction_that_does_not_exist_or_is_named_twice_is_one_line(run: Run) -> None:
-    with pytest.raises(MelfoldError, match="no such prediction: tiny@no. Known: tiny, tiny@tta. `melfold predict tiny --name no`"):
+    with pytest.raises(
+        MelfoldError, match="no such prediction: tiny@no. Known: tiny, tiny@tta. `melfold predict tiny --name no`"
+    ):
         open_prediction(run.home, "tiny@no")
     with pytest.raises(MelfoldError, match="no such run: other"):
         open_prediction(run.home, "other@tta")

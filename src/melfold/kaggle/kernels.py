@@ -35,7 +35,7 @@ MOST_BYTES = 1_000_000
 
 _PACKAGE = Path(str(resources.files("melfold")))
 
-LEFT_OUT = ("cli.py", "cli_kaggle.py", "terminal.py", "pipeline.py", "dry_run.py", "kaggle", "report", "data/demo.py")
+LEFT_OUT = ("__main__.py", "cli", "pipeline.py", "dry_run.py", "kaggle", "report", "data/demo.py")
 """Of the package, what no kernel needs."""
 
 _BOOT = '''"""{title}: made by `melfold kernel build`; sources and readable text are in the melfold repository."""
