@@ -14,10 +14,10 @@ from melfold.terminal import HomeOpt, RecipeOpt, RunOpt, SetOpt, bar, command, p
 
 if TYPE_CHECKING:
     from melfold.data.competition import Competition
+    from melfold.kaggle.built import Built
     from melfold.kaggle.client import Kaggle
-    from melfold.kaggle.kernels import Built
     from melfold.kaggle.ledger import Row
-    from melfold.kaggle.rehearsal import Report
+    from melfold.kaggle.rehearsal import Rehearsal
 
 kernel_app = typer.Typer(help="Offline Kaggle kernels: build, rehearse, push.", no_args_is_help=True)
 build_app = typer.Typer(help="Build a kernel: infer or train.", no_args_is_help=True)
@@ -69,6 +69,7 @@ def register(app: typer.Typer) -> None:
         set_: SetOpt = None,
     ) -> None:
         """Submit once: what is in doubt is looked up, never repeated."""
+        from melfold.kaggle.built import built_for
         from melfold.kaggle.submit import Kernel, wait_for_score
         from melfold.kaggle.submit import submit as spend
 
@@ -76,8 +77,8 @@ def register(app: typer.Typer) -> None:
         client, place = _client(competition), Home.find(home)
         form = None
         if kernel:
-            built = _built_for(place, id)
-            pushed = built.noted("pushed.json")
+            built = built_for(place, "infer", id)
+            pushed = built.pushed
             if not pushed:
                 raise MelfoldError(
                     "this kernel was not pushed since it was built", str(built.folder), "Run `melfold kernel push`"
@@ -102,7 +103,7 @@ def register(app: typer.Typer) -> None:
         set_: SetOpt = None,
     ) -> None:
         """Build, rehearse, push, wait, submit, wait for the score, record; a repeated call goes on where it was."""
-        from melfold.kaggle.kernels import check_output, push, wait_for_kernel
+        from melfold.kaggle.push import check_output, push, wait_for_kernel
         from melfold.kaggle.submit import Kernel, wait_for_score
         from melfold.kaggle.submit import submit as spend
 
@@ -113,10 +114,10 @@ def register(app: typer.Typer) -> None:
             built = _build_infer(client, place, id, owner, gpu=gpu, budget=budget)
             typer.echo(f"1/5 built {built.folder}")
             download = _competition(place, built, data)
-            if not (built.noted("rehearsal.json") or {}).get("blessed"):
+            if not built.passed:
                 _print_report(_rehearse(built, download, place), built)
             typer.echo("2/5 rehearsed")
-            pushed = built.noted("pushed.json")
+            pushed = built.pushed
             version = pushed["version"] if pushed else push(client, built)
             typer.echo(f"3/5 pushed {built.facts['kernel']} version {version}")
             check_output(wait_for_kernel(client, built), download)
@@ -169,7 +170,7 @@ def kernel_build_train(
     """A kernel that trains folds, one a GPU, and is continued by the next session."""
     from melfold import pipeline
     from melfold.data.competition import load_competition
-    from melfold.kaggle.kernels import build_train
+    from melfold.kaggle.build import Target, build_train
     from melfold.learn.runs import default_run_name, parse_folds
     from melfold.recipes import load_recipe
 
@@ -185,12 +186,9 @@ def kernel_build_train(
         name,
         table,
         download,
-        owner or client.username(),
-        competition,
+        Target(owner or client.username(), competition, gpu, minutes),
         folds=parse_folds(folds, resolved),
         session=session,
-        minutes=minutes,
-        gpu=gpu,
     )
     typer.echo(f"{built.folder}\nNext: melfold kernel rehearse {built.folder} --data {data}")
 
@@ -209,7 +207,7 @@ def kernel_rehearse(
     set_: SetOpt = None,
 ) -> None:
     """Run a built kernel as Kaggle would, with the network cut off; only then may it be pushed."""
-    from melfold.kaggle.kernels import Built
+    from melfold.kaggle.built import Built
 
     refuse_set(set_)
     place, built = Home.find(home), Built(folder.resolve())
@@ -230,11 +228,12 @@ def kernel_push(
     set_: SetOpt = None,
 ) -> None:
     """Upload the weights, once, and push the kernel; with --wait fetch its log and output."""
-    from melfold.kaggle.kernels import Built, fetch_run, push, wait_for_kernel
+    from melfold.kaggle.built import Built
+    from melfold.kaggle.push import fetch_run, push, wait_for_kernel
 
     refuse_set(set_)
     client, built = _client(competition), Built(folder.resolve())
-    pushed = built.noted("pushed.json")
+    pushed = built.pushed
     version = pushed["version"] if pushed and wait else push(client, built, unrehearsed=unrehearsed)
     typer.echo(f"{built.facts['kernel']} version {version}")
     if wait:
@@ -305,16 +304,9 @@ def _client(competition: str) -> Kaggle:
 def _build_infer(
     client: Kaggle, home: Home, id: str, owner: str | None, *, gpu: bool, budget: float | None, weights_from: str = ""
 ) -> Built:
-    from melfold.kaggle.kernels import build_infer
+    from melfold.kaggle.build import Target, build_infer
 
-    minutes = {"cpu": budget, "gpu": budget} if budget else None
-    return build_infer(home, id, owner or client.username(), client.competition, budget=minutes, gpu=gpu, source=weights_from)
-
-
-def _built_for(home: Home, id: str) -> Built:
-    from melfold.kaggle.kernels import Built, slug_of, title_for
-
-    return Built(home.root / "build" / "kernels" / slug_of(title_for("infer", id)))
+    return build_infer(home, id, Target(owner or client.username(), client.competition, gpu, budget), source=weights_from)
 
 
 def _competition(home: Home, built: Built, data: Path | None) -> Competition:
@@ -328,14 +320,14 @@ def _competition(home: Home, built: Built, data: Path | None) -> Competition:
     return load_competition(found)
 
 
-def _rehearse(built: Built, competition: Competition, home: Home, **options: object) -> Report:
+def _rehearse(built: Built, competition: Competition, home: Home, **options: object) -> Rehearsal:
     from melfold.kaggle.rehearsal import rehearse
 
     typer.echo("melfold: rehearsing; this takes as long as the kernel does", err=True)
     return rehearse(built, competition, home, **options)  # type: ignore[arg-type]
 
 
-def _print_report(report: Report, built: Built) -> None:
+def _print_report(report: Rehearsal, built: Built) -> None:
     how = {
         "namespaces": "in user, network and mount namespaces: no network, inputs read-only",
         "prefix": "under a path prefix, an audit hook refusing the network and writes to the inputs",

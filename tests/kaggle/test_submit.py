@@ -70,7 +70,7 @@ def test_no_submissions_left_is_told_before_one_is_tried(fake: FakeKaggle, own: 
 
 
 def test_a_kernel_is_submitted_only_when_it_is_complete(fake: FakeKaggle, own: World) -> None:
-    from melfold.kaggle.kernels import push
+    from melfold.kaggle.push import push
 
     version = push(Kaggle(), own.build(), unrehearsed=True)
     form = Kernel("tester/melfold-infer-tiny", version)
