@@ -75,7 +75,7 @@ class World:
         return build_infer(self.home, "tiny", Target("tester", SLUG, gpu=False, minutes=minutes), source=source)
 
 
-def melfold(*args: object, env: Mapping[str, str], home: Home, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def melfold(*args: object, env: Mapping[str, str], home: Home, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own."""
     return subprocess.run(
         command(*args, home=home), env=dict(env), capture_output=True, text=True, timeout=timeout, cwd=home.root.parent

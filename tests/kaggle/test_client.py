@@ -1,4 +1,4 @@
-"""The adapter, with the real CLI against the local Kaggle: each of the CLI's surprises that the kit can meet."""
+"""The adapter, with the real CLI against the local Kaggle: each surprise of the CLI that melfold may meet."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_submission_is_never_repeated_by_the_adapter(kind: str, outcome: str, 
     assert count(fake, "CreateSubmission") == 1
 
 
-def test_a_call_that_hangs_is_ended_and_is_in_doubt(fake: FakeKaggle, own: World) -> None:
+def test_a_call_that_hangs_is_ended_and_its_result_is_in_doubt(fake: FakeKaggle, own: World) -> None:
     fake.faults.append(Fault("CreateSubmission", "hang_after"))
     with pytest.raises(KaggleError, match="no answer") as caught:
         Kaggle(timeout=0.6).submit_file(own.home.submissions / "tiny" / "submission.csv", "one")
@@ -110,7 +110,7 @@ def test_what_changes_nothing_is_tried_again(kind: str, fake: FakeKaggle) -> Non
     assert count(fake, "ListSubmissions") == 3
 
 
-def test_but_not_for_ever(fake: FakeKaggle) -> None:
+def test_repeated_calls_end(fake: FakeKaggle) -> None:
     fake.faults.append(Fault("ListSubmissions", "500_before", times=99))
     with pytest.raises(KaggleError, match="500 Server Error"):
         Kaggle().submissions()
@@ -175,14 +175,14 @@ def test_the_pushed_kernel_is_private_and_offline_and_limited(fake: FakeKaggle, 
     assert list(fake.kernels) == [built.facts["kernel"].split("/")[1]] or list(fake.kernels) == [built.facts["kernel"]]
 
 
-def test_a_dataset_that_kaggle_has_whole_is_not_uploaded_again(fake: FakeKaggle, built: Built) -> None:
+def test_a_complete_dataset_is_not_uploaded_again(fake: FakeKaggle, built: Built) -> None:
     push(Kaggle(), built)
     uploads = count(fake, "PUT")
     assert push(Kaggle(), built) == 2
     assert count(fake, "PUT") == uploads
 
 
-def test_a_dataset_short_of_a_file_is_uploaded_anew(fake: FakeKaggle, built: Built) -> None:
+def test_an_incomplete_dataset_is_uploaded_again(fake: FakeKaggle, built: Built) -> None:
     fake.faults.append(Fault("PUT", "refuse_upload"))
     push(Kaggle(), built)
     (versions,) = fake.datasets.values()
@@ -206,7 +206,7 @@ def test_a_kernel_waits_for_a_dataset_that_is_still_processed(fake: FakeKaggle, 
     assert save.time - create.time > 1.5
 
 
-def test_a_kernel_that_fails_is_told_with_kaggles_message(fake: FakeKaggle, built: Built) -> None:
+def test_a_failed_kernel_is_reported_with_kaggles_message(fake: FakeKaggle, built: Built) -> None:
     push(Kaggle(), built)
     finish(fake, status="ERROR", failure="Your notebook ran out of memory", log="allocating\n")
     with pytest.raises(MelfoldError, match=r"ended with ERROR: Your notebook ran out of memory"):

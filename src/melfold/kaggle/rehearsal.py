@@ -72,7 +72,7 @@ def rehearse(
 ) -> Rehearsal:
     """Run a kernel on a competition's real inputs in a new process and file tree, without a network.
 
-    The inference kernel runs as a whole in the nested mount layout, and up to its first submission in the flat one.
+    The inference kernel runs to its end in the nested mount layout, and up to its first submission in the flat one.
 
     Args:
         competition: the download that is mounted, without the truth of its test clips.

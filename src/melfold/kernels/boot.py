@@ -49,7 +49,7 @@ class Session:
 
     @property
     def scratch(self) -> Path:
-        """Files that nobody needs afterwards."""
+        """Temporary files."""
         return self.root / "tmp/melfold"
 
     def elapsed(self) -> float:
