@@ -60,11 +60,11 @@ def build_infer(home: Home, id: str, target: Target, *, source: str = "") -> Bui
     weights: dict[str, Path] = {}
     for run, part in zip(runs, submission["runs"], strict=True):
         files = {fold: run.fold(fold).weights for fold in run.used_folds()}
-        same = part["weights_sha256"] == run.weights_sha256(run.done_folds())
-        if not source:
-            same &= all(sha256_file(path) == part["weights_sha256"][fold] for fold, path in files.items())
+        unchanged = part["weights_sha256"] == run.weights_sha256(run.done_folds())
+        if unchanged and not source:
+            unchanged = all(path.exists() and sha256_file(path) == part["weights_sha256"][fold] for fold, path in files.items())
             weights |= {f"{run.name}-{path.parent.name}.safetensors": path for path in files.values()}
-        if not same:
+        if not unchanged:
             raise MelfoldError(
                 f"run {run.name} has changed since submission {id} was built", str(run.folder), "Build the submission again"
             )
@@ -126,9 +126,7 @@ def build_train(
         "folds_table": table.read_text(),
         "folds": [str(fold) for fold in folds],
         "weights_sha256": sha256_file(*weights.values()) if weights else "",
-        "labels": list(competition.labels),
         "budget_minutes": minutes,
-        "track": recipe.track,
         "provenance": [_provenance(name, recipe, table_sha256, recipe.track, current_commit())],
     }
     plan = _Plan(
