@@ -266,8 +266,8 @@ def test_corrections_are_learnt_from_and_not_scored_by(world: World, tmp_path: P
     pd.testing.assert_frame_equal(corrected.targets([fname]), run.targets([fname]))
     pd.testing.assert_frame_equal(corrected.train_targets(run.trained_on(0)[1:]), run.targets(run.trained_on(0)[1:]))
     (tmp_path / "corrections.csv").write_text("fname,labels,why\nnosuch.wav,Nothing,\n")
+    recipe = world.recipe(f"data.corrections={tmp_path / 'corrections.csv'}")
     with pytest.raises(MelfoldError) as caught:
-        recipe = world.recipe(f"data.corrections={tmp_path / 'corrections.csv'}")
         stages.start(world.competition, Home(tmp_path), recipe, "bad", [0])
     assert [line.split(". ")[0] for line in caught.value.lines] == [
         "a correction names no curated clip: nosuch.wav",
