@@ -7,9 +7,9 @@ from pathlib import Path
 
 from melfold import stages
 from melfold.config import Recipe
+from melfold.data.cache import cache_folder
 from melfold.data.clips import ClipStore
 from melfold.data.competition import Competition
-from melfold.data.logmel import cache_folder
 from melfold.files import Home
 from melfold.learn.devices import Device
 from melfold.learn.runs import Run

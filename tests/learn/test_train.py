@@ -22,7 +22,7 @@ import torch
 from learn_world import TINY, World
 from safetensors.torch import load_file
 
-from melfold.data.logmel import npy_path
+from melfold.data.cache import npy_path
 from melfold.errors import MelfoldError
 from melfold.files import Home, atomic_path
 from melfold.learn import fold_data, state
@@ -66,7 +66,7 @@ def whole(world: World, tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def spawn() -> Iterator[Callable[..., BaseProcess]]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["melfold.learn.train", "melfold.stages", "melfold.cli"])
+    context.set_forkserver_preload(["melfold.learn.train", "melfold.stages", "melfold.cli.main"])
     started: list[BaseProcess] = []
 
     def start(target: Callable[..., None], *args: object) -> BaseProcess:
@@ -129,7 +129,7 @@ def train_and_wait(root: Path, cache: Path) -> None:
 
 def command_line(stderr: Path, *args: str) -> None:
     """`melfold ARGS`, stderr into a file."""
-    from melfold.cli import main
+    from melfold.cli.main import main
 
     sys.argv = ["melfold", *args]
     with stderr.open("w", buffering=1) as sys.stderr:

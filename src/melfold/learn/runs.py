@@ -15,6 +15,7 @@ from melfold.artefacts import Artefact, differences, listed, summary
 from melfold.config import Recipe
 from melfold.data.competition import multi_hot
 from melfold.errors import MelfoldError
+from melfold.facts import split_labels
 from melfold.files import Home, digest, locked, read_json
 from melfold.probs import align, read_probs
 from melfold.recipes import parse_recipe
@@ -247,7 +248,7 @@ class Run:
 
 def _read_clips(path: Path) -> pd.DataFrame:
     table = pd.read_csv(path, index_col="fname", dtype=str, keep_default_na=False)
-    table["labels"] = pd.Series([tuple(text.split(",")) for text in table["labels"]], index=table.index, dtype=object)
+    table["labels"] = pd.Series([split_labels(text) for text in table["labels"]], index=table.index, dtype=object)
     return table
 
 
