@@ -86,7 +86,7 @@ def test_two_devices_train_two_folds_to_the_bytes_of_one_after_the_other(world: 
 def test_workers_train_at_the_same_time_end_with_a_killed_parent_and_a_repeated_call_finishes(
     world: World, tmp_path: Path
 ) -> None:
-    run = world.start(tmp_path, *QUICK, "train.epochs=40")
+    run = world.start(tmp_path, *QUICK, "train.epochs=6")
     folds = [run.fold(0), run.fold(1)]
     parent = multiprocessing.get_context("fork").Process(target=launch.train_folds, args=(run, [0, 1], world.cache, TWO))
     parent.start()
@@ -106,7 +106,7 @@ def test_workers_train_at_the_same_time_end_with_a_killed_parent_and_a_repeated_
     steps = [step_of(fold.checkpoint) for fold in folds]
     assert min(steps) > 0
     continued: list[int] = []
-    run = world.start(tmp_path, *QUICK, "train.epochs=40", "train.checkpoint_minutes=3")
+    run = world.start(tmp_path, *QUICK, "train.epochs=6", "train.checkpoint_minutes=3")
     launch.train_folds(run, [0, 1], world.cache, Compute(devices=("cpu",), progress=lambda done, *_: continued.append(done)))
     assert run.done_folds() == ["0", "1"]
     assert continued[0] == steps[0] + 1
