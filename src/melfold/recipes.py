@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from melfold.config import Recipe
 from melfold.errors import MelfoldError
+from melfold.facts import split_labels
 from melfold.files import Home, read_json
 
 
@@ -96,7 +97,7 @@ def read_corrections(path: Path) -> dict[str, dict[str, Any]]:
         if None in row or fname in corrections or not row["labels"]:
             why = "more cells than columns" if None in row else "duplicate clip" if fname in corrections else "no labels"
             raise MelfoldError(f"{path}: {why}", fname, "Put several labels in quotes; to leave a clip out use data.exclude")
-        corrections[fname] = {"labels": row["labels"].split(","), "why": row["why"] or ""}
+        corrections[fname] = {"labels": split_labels(row["labels"]), "why": row["why"] or ""}
     return corrections
 
 

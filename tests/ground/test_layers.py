@@ -13,13 +13,20 @@ import pytest
 CLI = [f"cli.{m}" for m in ("output", "options", "recipes", "data", "scores", "training", "runs", "clean", "submissions")]
 CLI += ["cli.ledger", "cli.kernels", "cli.main", "__main__"]
 FLOORS: list[list[str]] = [
-    ["errors", "files", "artefacts", "config", "recipes", "compute", "probs", "metrics"],
-    [f"data.{m}" for m in ("competition", "logmel", "folds", "clips", "demo")],
-    [f"learn.{m}" for m in ("runs", "devices", "augment", "losses", "model", "predict", "train", "noisy", "session")],
-    [f"combine.{m}" for m in ("ensemble", "submission")],
+    ["errors", "files", "artefacts", "config", "facts", "recipes", "compute", "probs", "metrics"],
+    [f"data.{m}" for m in ("competition", "audio", "logmel", "cache", "folds", "check", "clips", "demo")],
+    [
+        f"learn.{m}"
+        for m in ("provenance", "runs", "start", "predictions", "devices", "augment", "losses", "normalise", "batches")
+    ],
+    [
+        f"learn.{m}"
+        for m in ("weights", "model", "predict", "fold_data", "state", "train_log", "train", "noisy", "jobs", "launch")
+    ],
+    [f"combine.{m}" for m in ("oof", "ensemble", "relabel", "check", "submission", "rebuild")],
     [f"kaggle.{m}" for m in ("client", "ledger", "download", "kernels", "sandbox", "rehearsal", "submit")],
     [f"report.{m}" for m in ("clips", "ledger")],
-    ["stages", "dry_run", "pipeline"],
+    ["stages", "dry_run"],
     CLI,
 ]
 ORDER = [room for floor in FLOORS for room in floor]
@@ -82,7 +89,7 @@ def test_the_command_line_starts_without_the_heavy_libraries() -> None:
 
 
 def test_the_table_rooms_load_without_torch_and_librosa() -> None:
-    code = "import sys, melfold.pipeline, melfold.metrics, melfold.data.clips; print(' '.join(sys.modules))"
+    code = "import sys, melfold.stages, melfold.metrics, melfold.data.clips; print(' '.join(sys.modules))"
     loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
     assert "melfold.data.clips" in loaded
     assert not loaded & {"torch", "timm", "librosa", "sklearn", "typer", "rich", "iterstrat"}

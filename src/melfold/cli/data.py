@@ -42,7 +42,7 @@ def download(
 @command(app, "check", "melfold check data/fat2019")
 def check(data: DataArg, recipe: RecipeOpt = "open", home: HomeOpt = None, set_: SetOpt = None) -> None:
     """Is this download complete? Reads the tables and the header of every file."""
-    from melfold.pipeline import check as check_download
+    from melfold.data.check import check as check_download
 
     place = Home.find(home)
     found = check_download(data, place, resolve_recipe(recipe, set_, place), progress=bar())

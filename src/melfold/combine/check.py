@@ -11,6 +11,7 @@ import pandas as pd
 
 from melfold.data.competition import Competition
 from melfold.errors import MelfoldError
+from melfold.facts import split_labels
 from melfold.metrics import interval_of, lwlrap
 from melfold.probs import Probs, read_probs
 
@@ -86,7 +87,7 @@ def score_submission(path: Path, truth: Path) -> pd.DataFrame:
     try:
         table = pd.read_csv(truth, dtype=str, encoding="utf-8-sig", keep_default_na=False)
         table = table.set_index("fname", verify_integrity=True)
-        usage, labels = table["usage"], table["labels"].str.split(",")
+        usage, labels = table["usage"], table["labels"].map(split_labels)
     except OSError as error:
         raise MelfoldError("cannot read the truth", f"{truth} ({error.strerror})", "Give the published table: --truth") from None
     except (KeyError, ValueError) as error:
