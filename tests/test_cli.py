@@ -291,6 +291,6 @@ def test_ctrl_c_says_whether_the_command_continues(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("melfold.data.competition.load_competition", interrupted)
-    monkeypatch.setattr("melfold.pipeline.load_competition", interrupted)
+    monkeypatch.setattr("melfold.data.check.load_competition", interrupted)
     result = CliRunner().invoke(app, [*(arg.replace("DATA", str(data)) for arg in args), "--home", str(home)])
     assert (result.exit_code, result.stderr) == (130, said)

@@ -261,7 +261,9 @@ def test_other_views_of_the_same_weights_are_another_prediction(road: Road) -> N
     assert times(made.parent, "**/*") == stamp
     refused = road("predict", "road", "--set", "predict.overlap=0", "--name", "tta", code=2).stderr
     assert "prediction road@tta has different settings" in refused
-    assert "--name makes a new prediction of a run and needs --set" in road("predict", "road", "--name", "tta", code=2).stderr
+    road("predict", "road", "--name", "tta")
+    assert times(made.parent, "**/*") == stamp
+    assert "road@tta is a prediction already" in road("predict", "road@tta", "--name", "more", *views, code=2).stderr
     assert "no such prediction: road@other. Known: road, road@tta" in road("oof", "road@other", code=2).stderr
 
 
@@ -380,7 +382,7 @@ def test_clean_shows_what_nothing_needs_and_deletes_it_when_told(road: Road, tmp
 def test_a_colleagues_submission_is_rebuilt_or_the_missing_commands_are_printed(road: Road, tmp_path: Path) -> None:
     before = road.submission.read_bytes()
     road.submission.unlink()
-    assert "The bytes are those of the manifest." in road("submission", "rebuild", "road", "--data", road.data).stdout
+    assert road("submission", "rebuild", "road", "--data", road.data).stdout == f"{road.submission}\n"
     assert road.submission.read_bytes() == before
     home = tmp_path / "home"
     for id in ("road", "views"):
@@ -388,14 +390,14 @@ def test_a_colleagues_submission_is_rebuilt_or_the_missing_commands_are_printed(
     recipe = home / "build" / "rebuild" / "road" / "road.toml"
     lines = road("submission", "rebuild", "road", "--data", road.data, home=home, code=1).stdout.splitlines()
     assert lines[1:] == [
-        f"melfold train {road.data} --recipe {recipe} --run road --folds 0,1,2",
+        f"melfold train {road.data} --recipe {recipe} --run road",
         f"melfold predict road --data {road.data}",
         f"melfold submission rebuild road --data {road.data}",
     ]
     assert load_recipe(str(recipe)).training() == load_recipe("road", home=Home(road.home)).training()
     views = road("submission", "rebuild", "views", "--data", road.data, home=home, code=1).stdout
-    assert "--set predict.shift_seconds='[0.0, 0.16]'" in views
-    assert "--name tta" in views
+    assert f"melfold predict road --data {road.data} --name tta" in views
+    assert load_recipe(str(recipe.parents[1] / "views" / "road.toml")).predict.shift_seconds == (0, 0.16)
 
 
 LIGHT: dict[str, tuple[tuple[object, ...], int]] = {

@@ -45,7 +45,7 @@ def check(data: DataArg, recipe: RecipeOpt = "open", home: HomeOpt = None, set_:
     from melfold.data.check import check as check_download
 
     place = Home.find(home)
-    found = check_download(data, place, resolve_recipe(recipe, set_, place), progress=bar())
+    found = check_download(data, place, resolve_recipe(recipe, set_, place), resolve_compute())
     print_table(rows_of(found.splits, "split"), left=["audio"], digits=2)
     for line in found.notes:
         typer.echo(f"note: {line}")
