@@ -139,7 +139,10 @@ BAD: dict[str, tuple[list[str], str]] = {
     "ship: no submission": (["ship", "nosuch"], "no such submission: nosuch in"),
     "submit: no submission": (["submit", "nosuch", "--kernel"], "no such submission: nosuch in"),
     "build infer: no submission": (["kernel", "build", "infer", "--submission", "nosuch"], "no such submission: nosuch in"),
-    "rebuild: no submission": (["submission", "rebuild", "nosuch", "--data", "DATA"], "no such submission: HOME/submissions/nosuch/manifest.json"),
+    "rebuild: no submission": (
+        ["submission", "rebuild", "nosuch", "--data", "DATA"],
+        "no such submission: HOME/submissions/nosuch/manifest.json",
+    ),
     "ledger show: no column": (["ledger", "show", "--sort", "luck"], "no such column: luck. Use one of tag, id"),
     "recipe diff: unknown": (["recipe", "diff", "open", "smal"], "unknown recipe: 'smal' (nearest: small)"),
     "build: no run": (["submission", "build", "nosuch", "--data", "DATA"], "no such run: nosuch"),
