@@ -32,12 +32,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def cache(competition: Competition, home: Home, recipe: Recipe, compute: Compute) -> Path:
-    """Make the log-mels a recipe needs. Returns: the cache's folder."""
+def cache(competition: Competition, home: Home, recipe: Recipe, compute: Compute, *, verify: bool = False) -> Path:
+    """Make the log-mels a recipe needs; `verify` checks those that exist. Returns: the cache's folder."""
     splits = SPLITS if recipe.noisy.use else ("curated", "test")
     exclude = with_bad_clips(recipe, competition).data.exclude
     try:
-        return build_cache(competition, recipe.logmel, home, splits=splits, exclude=exclude, compute=compute)
+        options = {"exclude": exclude, "compute": compute, "verify": verify}
+        return build_cache(competition, recipe.logmel, home, splits=splits, **options)
     finally:
         stop_workers()
 

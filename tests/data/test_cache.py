@@ -23,6 +23,7 @@ from melfold.compute import Compute, Progress, silent
 from melfold.config import LogMelConfig
 from melfold.data.audio import read_waveform
 from melfold.data.cache import NPY_HEADER, build_cache, cache_folder, npy_path, read_manifest, unreadable
+from melfold.data.clips import ClipStore
 from melfold.data.competition import Competition, load_competition
 from melfold.data.logmel import LogMel
 from melfold.errors import MelfoldError
@@ -418,3 +419,39 @@ def test_a_wav_that_was_cut_short_is_unreadable(tiny_download: Maker, tmp_path: 
     path.write_bytes(path.read_bytes()[:3000])
     with pytest.raises(MelfoldError, match=r"unreadable audio: c0000.wav \(cut short: 3,000 of"):
         build(competition, Home(tmp_path / "home"))
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "zeros", "another clip's array"])
+def test_a_damaged_array_is_told_when_it_is_read_and_healed_by_verify(damage: str, tiny_download: Maker, tmp_path: Path) -> None:
+    competition, home = load_competition(tiny_download()), Home(tmp_path / "home")
+    folder = build_cache(competition, CONFIG, home, compute=Compute(jobs=1))
+    first, second = list(competition.curated.index[:2])
+    path = npy_path(folder, first)
+    before = path.read_bytes()
+    if damage == "flipped bit":
+        path.write_bytes(before[:300] + bytes([before[300] ^ 1]) + before[301:])
+    elif damage == "zeros":
+        path.write_bytes(before[:NPY_HEADER] + bytes(len(before) - NPY_HEADER))
+    else:
+        path.write_bytes((npy_path(folder, second).read_bytes() + before)[: len(before)])
+    store = ClipStore(folder, [first, second], CONFIG.n_mels, CONFIG.top_db)
+    out = np.empty((2, CONFIG.n_mels), np.float16)
+    store.read(1, 0, out, "wrap")
+    with pytest.raises(MelfoldError, match=f"a cached log-mel is damaged: .*{path.name}.*--verify"):
+        store.read(0, 0, out, "wrap")
+    build_cache(competition, CONFIG, home, compute=Compute(jobs=1))
+    assert path.read_bytes() != before, "without verify only sizes are compared"
+    build_cache(competition, CONFIG, home, compute=Compute(jobs=1), verify=True)
+    assert path.read_bytes() == before
+
+
+def test_an_edited_manifest_is_made_again(tiny_download: Maker, tmp_path: Path) -> None:
+    competition, home = load_competition(tiny_download()), Home(tmp_path / "home")
+    folder = build_cache(competition, CONFIG, home, compute=Compute(jobs=1))
+    manifest = folder / "manifest.csv"
+    before = manifest.read_text()
+    manifest.write_text(before.replace("-", "", 1))
+    with pytest.raises(MelfoldError, match=r"damaged manifest: .*changed after it was written.*melfold cache"):
+        ClipStore(folder, list(competition.test.index), CONFIG.n_mels, CONFIG.top_db)
+    build_cache(competition, CONFIG, home, compute=Compute(jobs=1))
+    assert manifest.read_text() == before

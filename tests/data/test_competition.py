@@ -18,7 +18,8 @@ from melfold.data.competition import Competition, load_competition, multi_hot, w
 from melfold.data.folds import fold_table, read_folds
 from melfold.errors import MelfoldError
 from melfold.files import Home
-from melfold.learn.runs import open_run, start_run
+from melfold.learn.runs import open_run
+from melfold.learn.start import start_run
 from melfold.probs import make_probs, read_probs, write_probs
 from melfold.recipes import load_recipe
 

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from melfold.artefacts import Artefact, listed
 from melfold.compute import Compute, end_with_parent, remote
 from melfold.config import LogMelConfig
 from melfold.data.audio import open_waveform
@@ -60,6 +62,8 @@ class ClipInfo:
     peak_db: float = 0.0
     mean_db: float = 0.0
     mean_square_db: float = 0.0
+    crc32: int = 0
+    """Of the whole `.npy` file."""
     flags: str = ""
     """As `flags_of` reads them."""
     error: str = ""
@@ -94,6 +98,7 @@ def build_cache(
     exclude: Iterable[str] = (),
     fnames: Iterable[str] | None = None,
     compute: Compute = Compute(),
+    verify: bool = False,
 ) -> Path:
     """Make every log-mel that is missing or whose audio has changed.
 
@@ -103,6 +108,8 @@ def build_cache(
         fnames: only these clips of the splits; all of them if None.
         compute: its `jobs` and `progress` are used. With `jobs=-1`, few clips are made without worker processes, whose start
             would take longer.
+        verify: read every array and make damaged ones again. Without, only sizes are compared here; an array is checked when
+            it is first read.
 
     Returns:
         The cache's folder.
@@ -124,6 +131,8 @@ def build_cache(
         write_json(folder / "config.json", config.model_dump())
         known = _read_known(folder)
         work = _stale(folder, paths, known, config)
+        if verify:
+            work |= _damaged(folder, {fname: path for fname, path in paths.items() if fname not in work}, known, compute)
         if work:
             _make(folder, work, config, known, compute)
             _write_manifest(folder, known)
@@ -140,11 +149,16 @@ def read_manifest(folder: Path) -> pd.DataFrame:
     path = folder / "manifest.csv"
     if not path.exists():
         raise MelfoldError("no cache", str(folder), "Run `melfold cache`")
+    fix = "Delete it and run `melfold cache`"
+    stamp = Artefact.of(path)
+    # With a journal, the stage was killed between writing the manifest and its stamp.
+    if not (folder / "journal.jsonl").exists() and (damage := stamp.changes({})):
+        raise MelfoldError("damaged manifest", f"{path} ({listed(damage)})", fix)
     try:
         table = pd.read_csv(path, index_col="fname", dtype={"fname": str}, keep_default_na=False, float_precision="round_trip")
         return table[[f.name for f in fields(ClipInfo) if f.name != "fname"]]
     except (ValueError, KeyError) as error:
-        raise MelfoldError("damaged manifest", f"{path} ({error})", "Delete it and run `melfold cache`") from None
+        raise MelfoldError("damaged manifest", f"{path} ({error})", fix) from None
 
 
 def _stale(folder: Path, paths: dict[str, Path], known: dict[str, ClipInfo], config: LogMelConfig) -> dict[str, Path]:
@@ -159,6 +173,22 @@ def _stale(folder: Path, paths: dict[str, Path], known: dict[str, ClipInfo], con
         if not whole or (info.size, info.mtime_ns) != (stat.st_size, stat.st_mtime_ns):
             stale[fname] = path
     return stale
+
+
+def _damaged(folder: Path, paths: dict[str, Path], known: dict[str, ClipInfo], compute: Compute) -> dict[str, Path]:
+    """The clips whose array is not what was written."""
+    damaged = {}
+    for number, (fname, path) in enumerate(paths.items(), 1):
+        if known[fname].frames and crc32_of(npy_path(folder, fname)) != known[fname].crc32:
+            log.warning("%s: its log-mel is damaged and is made again", fname)
+            damaged[fname] = path
+        compute.progress(number, len(paths), "verifying log-mels")
+    return damaged
+
+
+def crc32_of(path: Path) -> int:
+    """The CRC-32 of a file."""
+    return zlib.crc32(path.read_bytes())
 
 
 def _make(folder: Path, work: dict[str, Path], config: LogMelConfig, known: dict[str, ClipInfo], compute: Compute) -> None:
@@ -216,7 +246,7 @@ def make_clip(folder: Path, fname: str, path: Path, transform: LogMel) -> ClipIn
         meter = _Meter()
         # Not made durable: thousands of waits for the disk cost more than making clips again after a power cut.
         with atomic_path(target, durable=False) as temporary, temporary.open("w+b", buffering=0) as file:
-            frames, peak, mean, mean_square = _write_array(file, transform.stream(meter.measure(blocks)), transform.config)
+            array = _write_array(file, transform.stream(meter.measure(blocks)), transform.config)
     except MelfoldError as error:
         target.unlink(missing_ok=True)
         return ClipInfo(fname, stat.st_size, stat.st_mtime_ns, flags="unreadable", error=str(error))
@@ -231,10 +261,7 @@ def make_clip(folder: Path, fname: str, path: Path, transform: LogMel) -> ClipIn
         stat.st_size,
         stat.st_mtime_ns,
         seconds=round(meter.samples / transform.config.sr, 4),
-        frames=frames,
-        peak_db=round(peak, 4),
-        mean_db=mean,
-        mean_square_db=mean_square,
+        **array,
         flags="|".join(flags),
     )
 
@@ -257,8 +284,8 @@ class _Meter:
             yield block
 
 
-def _write_array(file: FileIO, parts: Iterator[np.ndarray], config: LogMelConfig) -> tuple[int, float, float, float]:
-    """Write a `.npy` of float16 dB, limited to `top_db` below its peak. Returns frames, peak, mean and mean square."""
+def _write_array(file: FileIO, parts: Iterator[np.ndarray], config: LogMelConfig) -> dict[str, Any]:
+    """Write a `.npy` of float16 dB, limited to `top_db` below its peak. Returns what the manifest says of an array."""
     import torch
 
     file.seek(NPY_HEADER)
@@ -268,7 +295,8 @@ def _write_array(file: FileIO, parts: Iterator[np.ndarray], config: LogMelConfig
         file.write(torch.from_numpy(part).half().numpy())  # NumPy's conversions to and from float16 are ten times slower
     # Rounding keeps the order, so limiting after it gives the same values as limiting before it.
     floor = float(np.float16(np.float32(peak) - np.float32(config.top_db)))
-    total = squares = 0.0
+    header = _header(frames, config.n_mels)
+    crc32, total, squares = zlib.crc32(header), 0.0, 0.0
     for start in range(0, frames, REWRITE_FRAMES):
         stored = np.empty((min(REWRITE_FRAMES, frames - start), config.n_mels), np.float16)
         at = NPY_HEADER + start * config.n_mels * stored.itemsize
@@ -277,18 +305,24 @@ def _write_array(file: FileIO, parts: Iterator[np.ndarray], config: LogMelConfig
             raise OSError(f"{file.name}: fewer bytes than were written")
         values = torch.from_numpy(stored).float().clamp_(min=floor)
         file.seek(at)
-        file.write(values.half().numpy())
+        limited = values.half().numpy()
+        file.write(limited)
+        crc32 = zlib.crc32(limited, crc32)
         values = values.numpy()
         total += float(values.sum(dtype=np.float64))
         squares += float(np.square(values).sum(dtype=np.float64))
+    file.seek(0)
+    file.write(header)
+    means = {"mean_db": total / (frames * config.n_mels), "mean_square_db": squares / (frames * config.n_mels)}
+    return {"frames": frames, "peak_db": round(peak, 4), **means, "crc32": crc32}
+
+
+def _header(frames: int, n_mels: int) -> bytes:
     header = BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": (frames, config.n_mels)})
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": (frames, n_mels)})
     if len(header.getvalue()) != NPY_HEADER:
         raise RuntimeError(f"a .npy header of {len(header.getvalue())} bytes")
-    file.seek(0)
-    file.write(header.getvalue())
-    cells = frames * config.n_mels
-    return frames, peak, total / cells, squares / cells
+    return header.getvalue()
 
 
 def _read_known(folder: Path) -> dict[str, ClipInfo]:
@@ -316,6 +350,7 @@ def _write_manifest(folder: Path, known: dict[str, ClipInfo]) -> None:
     rows: list[dict[str, Any]] = [asdict(known[fname]) for fname in sorted(known)]
     with atomic_path(folder / "manifest.csv") as temporary:
         pd.DataFrame(rows, columns=[f.name for f in fields(ClipInfo)]).to_csv(temporary, index=False, lineterminator="\n")
+    Artefact.of(folder / "manifest.csv").commit({})
     (folder / "journal.jsonl").unlink(missing_ok=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
@@ -18,6 +19,8 @@ Pad = Literal["wrap", "floor"]
 
 class ClipStore:
     """Reads parts of cached log-mels, each with one contiguous read, and keeps none of them in memory.
+
+    The first time a clip is read, its whole file is read and held against the checksum in the manifest.
 
     Args:
         folder: of the cache.
@@ -41,6 +44,8 @@ class ClipStore:
         self._floor = np.maximum(table["peak_db"].to_numpy(np.float64) - top_db, -100).astype(np.float16)
         self._mean = table["mean_db"].to_numpy(np.float64)
         self._mean_square = table["mean_square_db"].to_numpy(np.float64)
+        self.crc32 = table["crc32"].to_numpy(np.int64)
+        self._verified = np.zeros(len(fnames), bool)
 
     def head(self, count: int) -> ClipStore:
         """Only the first clips."""
@@ -52,7 +57,7 @@ class ClipStore:
 
     def _part(self, part: slice) -> ClipStore:
         few = copy(self)
-        for name in ("fnames", "frames", "_paths", "_floor", "_mean", "_mean_square"):
+        for name in ("fnames", "frames", "crc32", "_paths", "_floor", "_mean", "_mean_square", "_verified"):
             setattr(few, name, getattr(self, name)[part])
         return few
 
@@ -80,11 +85,19 @@ class ClipStore:
     def _read(self, row: int, start: int, out: np.ndarray) -> None:
         file = os.open(self._paths[row], os.O_RDONLY)
         try:
+            if not self._verified[row]:
+                self._verify(row, file)
             got = os.preadv(file, [out], NPY_HEADER + 2 * self.n_mels * start)
         finally:
             os.close(file)
         if got != out.nbytes:
             raise MelfoldError("a cached log-mel is too short", self._paths[row], "Delete it and run `melfold cache`")
+
+    def _verify(self, row: int, file: int) -> None:
+        size = NPY_HEADER + 2 * self.n_mels * int(self.frames[row])
+        if zlib.crc32(os.pread(file, size + 1, 0)) != self.crc32[row]:
+            raise MelfoldError("a cached log-mel is damaged", self._paths[row], "Run `melfold cache --verify` with its recipe")
+        self._verified[row] = True
 
 
 def tile(log_mel: np.ndarray, length: int, pad: Pad, top_db: float) -> np.ndarray:
