@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from kaggle_world import World, melfold
 
-from melfold.kaggle.ledger import Ledger
+from melfold.kaggle.ledger import COLUMNS, Ledger
 from tests.fake_kaggle import FakeKaggle
 
 QUICK = {"MELFOLD_PACE": "0.05"}
@@ -43,6 +44,12 @@ def test_the_file_form_and_the_ledgers_commands(own: World, tmp_path: Path) -> N
         for column in ("oof_lwlrap", "time"):
             shown = melfold("ledger", "show", "--sort", column, env=env, home=own.home)
             assert "select 1: tiny" in shown.stdout
+        found = json.loads(melfold("ledger", "show", "--json", env=env, home=own.home).stdout)
+        assert found.keys() == {"ledger", "rows", "select"}
+        assert [row["id"] for row in found["rows"]] == ["tiny", "tiny"]
+        assert found["rows"][0].keys() == set(COLUMNS)
+        assert f"public {found['rows'][0]['public_score']:.5f}" in shipped.stdout
+        assert found["select"][0].keys() == {"id", "tag", "ref", "reason"}
         picture = tmp_path / "ledger.png"
         assert melfold("ledger", "plot", "-o", picture, env=env, home=own.home).returncode == 0
         assert picture.stat().st_size > 5000

@@ -134,11 +134,11 @@ def choose_two(rows: Sequence[Row]) -> list[Choice]:
         return []
     by_oof = [row for row in scored if row.oof_lwlrap] or scored
     first = max(by_oof, key=lambda row: (float(row.oof_lwlrap or 0), float(row.public_score)))
-    choices = [Choice(first, f"the best OOF lwlrap, {float(first.oof_lwlrap or 'nan'):.4f}")]
+    choices = [Choice(first, f"the best OOF lwlrap, {float(first.oof_lwlrap or 'nan'):.5f}")]
     others = [row for row in scored if row.tag != first.tag and (row.runs, row.weights) != (first.runs, first.weights)]
     if others:
         second = max(others, key=lambda row: (float(row.public_score), float(row.oof_lwlrap or 0)))
-        choices.append(Choice(second, f"the best Public score of the others, {float(second.public_score):.4f}: a hedge"))
+        choices.append(Choice(second, f"the best Public score of the others, {float(second.public_score):.5f}: a hedge"))
     return choices
 
 

@@ -18,9 +18,8 @@ from melfold.files import digest
 MAX_BYTES = 1_000_000
 """Kaggle refuses a larger script, without naming the reason."""
 
-LEFT_OUT = {"cli", "cli.py", "cli_kaggle.py", "terminal.py", "pipeline.py", "stages.py", "dry_run.py", "kaggle", "report"}
-LEFT_OUT |= {"data/demo.py"}
-"""Files and folders of the package that no kernel needs. Names that do not exist do no harm."""
+LEFT_OUT = {"__main__.py", "cli", "stages.py", "dry_run.py", "kaggle", "report", "data/demo.py"}
+"""Files and folders of the package that no kernel needs."""
 
 _PACKAGE = Path(str(resources.files("melfold")))
 

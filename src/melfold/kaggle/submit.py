@@ -84,7 +84,7 @@ def submit(client: Kaggle, home: Home, id: str, *, kernel: Kernel | None = None,
 
 
 def _call(client: Kaggle, ledger: Ledger, row: Row, path: Path, kernel: Kernel | None) -> Row:
-    message = f"{row.id} oof={float(row.oof_lwlrap or 'nan'):.4f} melfold:{row.tag}"
+    message = f"{row.id} oof={float(row.oof_lwlrap or 'nan'):.5f} melfold:{row.tag}"
     try:
         if kernel:
             client.submit_kernel(kernel.slug, kernel.version, "submission.csv", message)
