@@ -138,6 +138,10 @@ class TrainConfig(_Frozen):
 
     epochs: Annotated[float, Field(gt=0)] = 30
     batch_size: Annotated[int, Field(gt=0)] = 64
+    micro_batch: Annotated[int, Field(ge=0)] = 0
+    """The batch is computed in parts of so many clips, whose gradients are added up: the same training in less memory; 0 is the
+    whole batch at once. The sums differ in their last digits, BatchNorm takes its statistics from each part, and dropout draws
+    for each part."""
     crop_seconds: Annotated[float, Field(gt=0)] = 5.0
     pad: Literal["wrap", "floor"] = "wrap"
     """A clip shorter than the crop is repeated, or set in silence at a random place."""
@@ -155,6 +159,12 @@ class TrainConfig(_Frozen):
     ema_decay: Rate = 0.999
     """0 turns the moving average off."""
     amp: Literal["auto", "off"] = "auto"
+    benchmark: bool = True
+    """On a GPU, try cuDNN's algorithms and take the fastest. Which one wins may change from run to run, and with it the last
+    digits of the weights; `false` repeats a training to the byte. Prediction never does this."""
+    compile: bool = False
+    """Compile the model with torch.compile: a minute or more at the start of each fold, faster steps on recent GPUs, other last
+    digits. Needs a C++ compiler. Prediction is not compiled."""
     validate_every: Annotated[float, Field(ge=0)] = 5.0
     """Epochs between looks at the held-out fold, for the eye only; 0 is the end alone."""
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 3.0
