@@ -180,7 +180,7 @@ def test_prediction_stays_on_the_gpu_and_waits_only_for_its_logits() -> None:
 def test_the_backward_pass_of_fake_tensors_gives_pytorchs_gradients() -> None:
     recipe = tiny(*EVERYTHING, "model.drop_rate=0")
     model, backward = trained_model(recipe, LABELS), Backward()
-    (batch, targets), gradients = fake_batch(recipe, 8, LABELS), []
+    (batch, _), gradients = fake_batch(recipe, 8, LABELS), []
     log_mels = torch.randn(8, 1, 32, 64, generator=torch.Generator().manual_seed(0))
     for own in (False, True):
         model.zero_grad()

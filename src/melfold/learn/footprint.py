@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -86,24 +85,37 @@ def fake_gpu() -> Iterator[FakeGpu]:
     """
     generator = torch.Generator
     backward = Backward()
-    patches = [
-        mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
-        mock.patch.object(torch.cuda, "is_bf16_supported", lambda *_, **__: True),
-        mock.patch.object(torch, "Generator", lambda device=None: generator()),
-        mock.patch.object(torch, "inference_mode", lambda on=True: torch.no_grad() if on else contextlib.nullcontext()),
-        mock.patch.object(torch.Tensor, "pin_memory", lambda self, *_: self),
-        mock.patch.object(torch.Tensor, "numpy", _numpy),
-        mock.patch.object(torch.Tensor, "backward", backward),
-        mock.patch.object(FakeTensor, "__deepcopy__", _copy, create=True),
+    stand_ins: list[tuple[Any, str, Any]] = [
+        (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+        (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
+        (torch, "Generator", lambda device=None: generator()),
+        (torch, "inference_mode", lambda on=True: torch.no_grad() if on else contextlib.nullcontext()),
+        (torch.Tensor, "pin_memory", lambda self, *_: self),
+        (torch.Tensor, "numpy", _numpy),
+        (torch.Tensor, "backward", backward),
+        (FakeTensor, "__deepcopy__", _copy),
     ]
     gpu = FakeGpu()
     with contextlib.ExitStack() as stack:
-        for patch in patches:
-            stack.enter_context(patch)
+        for owner, name, value in stand_ins:
+            stack.enter_context(_replaced(owner, name, value))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(gpu)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(backward.pack, backward.unpack))
         yield gpu
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    own = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own is None:  # it was inherited
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
 
 
 def _numpy(tensor: torch.Tensor, **_: Any) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from melfold.compute import Progress, silent
-from melfold.config import Recipe
+from melfold.config import Recipe, TrainConfig
 from melfold.errors import MelfoldError
 from melfold.files import digest, remove_leftovers, sha256_file
 from melfold.learn.augment import apply_augment, draw_augment
@@ -65,17 +65,23 @@ def train_fold(
         config = run.recipe.train
         with (
             repeatable(seed_for(data, _INITIAL), device, benchmark=config.benchmark),
-            explain_out_of_memory(device, f"Use --set train.micro_batch={(config.micro_batch or config.batch_size) // 2 or 1}"),
+            explain_out_of_memory(device, less_memory(config)),
         ):
             _train(run, folder, data, device, progress, place)
     return folder
+
+
+def less_memory(config: TrainConfig) -> str:
+    """What to do if a training does not fit its device."""
+    return f"Use --set train.micro_batch={(config.micro_batch or config.batch_size) // 2 or 1}"
 
 
 def _train(run: Run, folder: FoldFolder, data: FoldData, device: Device, progress: Progress, place: tuple[int, int]) -> None:
     config, steps = run.recipe.train, data.steps
     title = f"{run.name} fold {folder.fold}, {place[0]} of {place[1]}"
     made_from = {**_inputs(run, folder), "precision": device.precision}
-    state = _start(run, folder, data, device)
+    # A checkpoint replaces the initial weights, so they need not be there.
+    state = start_state(run, data, device, initial=not folder.checkpoint.exists())
     if folder.checkpoint.exists():
         state.load(folder.checkpoint, made_from)
         log.info("%s: continuing at step %d of %d", title, state.step, steps)
@@ -87,7 +93,7 @@ def _train(run: Run, folder: FoldFolder, data: FoldData, device: Device, progres
         for batch in read_ahead(data.batches(state.step), device):
             torch.manual_seed(seed_for(data, _DROPOUT, state.step))
             state.schedule.step_update(state.step)
-            loss, norm = train_step(state, batch, data.targets[batch.rows], run.recipe, _augment_rng(data, state.step))
+            loss, norm = train_step(state, batch, data.targets[batch.rows], run.recipe, augment_rng(data, state.step))
             watch.add(batch, loss, norm)
 
             last, looked = state.step == steps, False
@@ -117,11 +123,14 @@ def _inputs(run: Run, folder: FoldFolder) -> dict[str, str]:
     }
 
 
-def _start(run: Run, folder: FoldFolder, data: FoldData, device: Device) -> TrainState:
-    """A model with its statistics, and all that trains it."""
+def start_state(run: Run, data: FoldData, device: Device, *, initial: bool = True) -> TrainState:
+    """A model with its statistics, and all that trains it.
+
+    Args:
+        initial: start from the recipe's weights, else from random ones that are to be replaced.
+    """
     recipe, config = run.recipe, run.recipe.train
-    first = not folder.checkpoint.exists()  # a checkpoint replaces the initial weights, so they need not be there
-    model = build_model(recipe.model, len(run.info.labels), recipe.logmel.n_mels, recipe.crop_frames, initial=first)
+    model = build_model(recipe.model, len(run.info.labels), recipe.logmel.n_mels, recipe.crop_frames, initial=initial)
     own, noisy = data.statistics()
     model.normalise.set(*own)
     if recipe.noisy.use and recipe.noisy.own_head:
@@ -166,8 +175,8 @@ def train_step(
     return sum(losses[1:], losses[0]), state.update()
 
 
-def _augment_rng(data: FoldData, step: int) -> np.random.Generator | None:
-    """What draws a step's augmentation; None in the last epochs, which see the clips as they are."""
+def augment_rng(data: FoldData, step: int) -> np.random.Generator | None:
+    """The generator that draws a step's augmentation; None in the last epochs, which see the clips as they are."""
     off_epochs = data.recipe.augment.off_epochs
     off_steps = data.steps_in(off_epochs, -1) if off_epochs else 0
     return np.random.default_rng([*data.seeds, _AUGMENT, step]) if step < data.steps - off_steps else None
