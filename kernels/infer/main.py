@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from melfold.compute import Compute
 from melfold.config import Recipe, View
+from melfold.data.cache import build_cache, read_manifest, stop_workers, unreadable
 from melfold.data.clips import ClipStore, window_starts
 from melfold.data.competition import Competition, read_test
-from melfold.data.logmel import build_cache, read_manifest, stop_workers
 from melfold.errors import MelfoldError
 from melfold.files import Home, sha256_file, write_json
 from melfold.learn.devices import Device, pick_device
@@ -173,7 +174,7 @@ def make_log_mels(test: Competition, parts: list[Part], home: Home, budget: floa
         say(f"TEST CLIP {fname} has no file: it keeps the prior")
     limit = CACHE_SHARE * budget
     record |= {"clips": len(test.test), "cache_s": 0.0, "cache_start_s": 0.0}
-    jobs = -1 if len(there) < 400 else os.cpu_count() or 1  # the steps below are too small to decide it by
+    compute = Compute(jobs=-1 if len(there) < 400 else os.cpu_count() or 1)  # the steps below are too small to decide it by
     fronts = list({part.recipe.logmel.fingerprint(): part.recipe.logmel for part in parts}.values())
     stores: dict[str, ClipStore | None] = {}
     for number, front in enumerate(fronts):
@@ -187,19 +188,20 @@ def make_log_mels(test: Competition, parts: list[Part], home: Home, budget: floa
                 say(f"no time for more log-mels: {len(there) - made} clips keep the prior")
                 break
             if not made:  # a few clips first, with which the worker processes start: their pace would say little
-                folder = build_cache(replace(test, test=there.iloc[:CACHE_FIRST]), front, home, splits=["test"], jobs=jobs)
+                folder = build_cache(test, front, home, splits=["test"], fnames=there.index[:CACHE_FIRST], compute=compute)
                 start = time.monotonic()
                 record["cache_start_s"] += round(start - step, 2)
                 step, count = start, max(count - CACHE_FIRST, 1)
                 made = min(CACHE_FIRST, len(there))
             made = min(made + count, len(there))
-            folder = build_cache(replace(test, test=there.iloc[:made]), front, home, splits=["test"], jobs=jobs)
+            folder = build_cache(test, front, home, splits=["test"], fnames=there.index[:made], compute=compute)
             pace = (time.monotonic() - step) / count
         stores[front.fingerprint()] = None
         if folder and made:
             manifest = read_manifest(folder).loc[list(there.index[:made])]
-            heard = list(manifest.index[~manifest["flags"].str.contains("unreadable")])
-            for fname in manifest.index.difference(heard):
+            lost = unreadable(manifest)
+            heard = list(manifest.index.drop(lost))
+            for fname in lost:
                 say(f"TEST CLIP {fname} cannot be read: it keeps the prior")
             record["audio_s"] = float(manifest["seconds"].sum())
             if heard:

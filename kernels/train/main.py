@@ -18,8 +18,8 @@ import torch
 
 from melfold.combine.oof import score
 from melfold.compute import Compute
+from melfold.data.cache import build_cache, stop_workers
 from melfold.data.competition import load_competition
-from melfold.data.logmel import build_cache, stop_workers
 from melfold.errors import MelfoldError
 from melfold.files import Home, sha256_file, write_json, write_text
 from melfold.learn.launch import train_folds

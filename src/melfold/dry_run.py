@@ -18,7 +18,7 @@ from melfold.combine.oof import score
 from melfold.combine.submission import build_submission
 from melfold.compute import Compute
 from melfold.config import Recipe
-from melfold.data.competition import Competition, load_competition
+from melfold.data.competition import Competition, load_competition, with_bad_clips
 from melfold.files import Home
 from melfold.learn.predictions import own_prediction
 from melfold.learn.runs import Run, open_run
@@ -114,6 +114,7 @@ def dry_run(root: Path, home: Home, recipe: Recipe, compute: Compute) -> DryRun:
     Model, crops, augmentation, losses and phases are the recipe's own.
     """
     whole = load_competition(root)
+    recipe = with_bad_clips(recipe, whole)
     few = replace(
         whole,
         curated=whole.curated.loc[~whole.curated.index.isin(recipe.data.exclude)].head(CLIPS_PER_FOLD * recipe.folds.n_folds),

@@ -136,7 +136,7 @@ BROKEN: dict[str, tuple[Callable[[pd.DataFrame], pd.DataFrame], str]] = {
     "no fname": (lambda t: t.rename(columns={"fname": "id"}), "wrong columns: column 1 is 'id', not 'fname'"),
     "a clip missing": (lambda t: t.drop(index=2), "clips missing: 1, first t5.wav"),
     "an unknown clip": (lambda t: t.replace("t5.wav", "t9.wav"), "unknown clips: 1, first t9.wav"),
-    "a clip twice": (lambda t: pd.concat([t, t.iloc[:1]]), "clips stand twice: 1, first t3.wav"),
+    "a clip twice": (lambda t: pd.concat([t, t.iloc[:1]]), "duplicate clips: 1, first t3.wav"),
     "another order": (lambda t: t.iloc[[0, 2, 1, 3, 4, 5]], "wrong order: row 2 is t5.wav, not t0.wav"),
     "NaN": (lambda t: _set(t, np.nan), "values not in 0..1: 1 clips, first t3.wav"),
     "infinity": (lambda t: _set(t, np.inf), "values not in 0..1: 1 clips, first t3.wav"),

@@ -82,7 +82,7 @@ def melfold(*args: object, env: Mapping[str, str], home: Home, timeout: float = 
 
 def command(*args: object, home: Home) -> list[str]:
     """`melfold ...` as a list."""
-    return [sys.executable, "-m", "melfold.cli", *map(str, args), "--home", str(home.root)]
+    return [sys.executable, "-m", "melfold", *map(str, args), "--home", str(home.root)]
 
 
 @contextmanager

@@ -93,7 +93,9 @@ def test_a_result_says_how_it_was_computed(trained: Callable[..., dict[str, obje
 
 
 def test_settings_that_change_rounding_name_a_run() -> None:
-    prints = {load_recipe("demo", [s]).fingerprint() for s in ("train.micro_batch=8", "train.benchmark=false", "train.compile=true")}
+    prints = {
+        load_recipe("demo", [s]).fingerprint() for s in ("train.micro_batch=8", "train.benchmark=false", "train.compile=true")
+    }
     assert len(prints | {load_recipe("demo").fingerprint()}) == 4
 
 

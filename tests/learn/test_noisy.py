@@ -13,9 +13,10 @@ import pytest
 from learn_world import World
 from safetensors.torch import load_file
 
+from melfold.compute import Compute
 from melfold.config import NoisyConfig
+from melfold.data.cache import build_cache
 from melfold.data.competition import Competition
-from melfold.data.logmel import build_cache
 from melfold.errors import MelfoldError
 from melfold.files import Home
 from melfold.learn import train
@@ -195,7 +196,7 @@ def test_without_a_head_of_its_own_no_tensor_stands_twice(world: World) -> None:
 def test_a_teacher_may_hear_otherwise(world: World, tmp_path: Path) -> None:
     home = Home(tmp_path)
     recipe = world.recipe("logmel.n_mels=40", "logmel.hop_length=400", "train.crop_seconds=0.8")
-    folder = build_cache(world.competition, recipe.logmel, home, splits=["curated", "noisy"], jobs=1)
+    folder = build_cache(world.competition, recipe.logmel, home, splits=["curated", "noisy"], compute=Compute(jobs=1))
     teacher = start_run(home, "teacher", recipe, world.competition, world.folds)
     train_fold(teacher, 0, folder, world.device)
     student = start_run(home, "student", world.recipe(*STUDENT), world.competition, world.folds)

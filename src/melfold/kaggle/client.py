@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Literal
 
 from melfold.errors import MelfoldError
+from melfold.facts import DEFAULT, facts_of
 
-COMPETITION = "freesound-audio-tagging-2019"
+COMPETITION = facts_of(DEFAULT).slug
 
 Outcome = Literal["refused", "doubtful"]
 """What a failed call left behind: nothing, or nobody knows."""

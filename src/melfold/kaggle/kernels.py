@@ -19,8 +19,9 @@ from melfold.combine.check import check_submission
 from melfold.combine.oof import prior_of
 from melfold.combine.submission import open_submission
 from melfold.config import Recipe
-from melfold.data.competition import Competition
+from melfold.data.competition import Competition, with_bad_clips
 from melfold.errors import MelfoldError
+from melfold.facts import facts_of
 from melfold.files import Home, digest, read_json, sha256_file, write_json, write_text
 from melfold.kaggle.client import Kaggle, KaggleError, wait_until
 from melfold.learn.predictions import open_prediction
@@ -34,11 +35,8 @@ MOST_BYTES = 1_000_000
 
 _PACKAGE = Path(str(resources.files("melfold")))
 
-LEFT_OUT = ("cli.py", "cli_kaggle.py", "terminal.py", "pipeline.py", "dry_run.py", "kaggle", "report", "data/demo.py")
+LEFT_OUT = ("__main__.py", "cli", "pipeline.py", "dry_run.py", "kaggle", "report", "data/demo.py")
 """Of the package, what no kernel needs."""
-
-BUDGET_MINUTES = {"cpu": 240, "gpu": 60}
-"""The competition's limits for an inference kernel."""
 
 _BOOT = '''"""{title}: made by `melfold kernel build`; sources and readable text are in the melfold repository."""
 import base64, io, json, os, sys, time, zipfile
@@ -152,7 +150,7 @@ def build_infer(
         "labels": run.info.labels,
         "mean": recipe["mean"],
         "runs": runs,
-        "budget_minutes": budget or BUDGET_MINUTES,
+        "budget_minutes": budget or facts_of(competition_slug).kernel_minutes,
     }
     facts = {
         "kind": "infer",
@@ -188,6 +186,7 @@ def build_train(
     Raises:
         MelfoldError: weights that would have to be downloaded, or a script that would be too large.
     """
+    recipe = with_bad_clips(recipe, competition)
     if recipe.model.weights == "hub":
         raise MelfoldError(
             "a kernel has no network to download weights", "model.weights = hub", "Use --set model.weights=file:PATH"

@@ -20,6 +20,7 @@ import numpy as np
 from melfold.combine.check import check_submission
 from melfold.data.competition import Competition
 from melfold.errors import MelfoldError
+from melfold.facts import DEFAULT, facts_of
 from melfold.files import Home, read_json, write_json, write_text
 from melfold.kaggle import sandbox
 from melfold.kaggle.kernels import Built
@@ -31,10 +32,10 @@ Layout = Literal["nested", "flat"]
 LAYOUTS: tuple[Layout, ...] = ("nested", "flat")
 """How Kaggle mounts inputs: below `competitions/`, `datasets/<owner>/`, `notebooks/<owner>/`, or all side by side."""
 
-REAL_SECONDS = 12.9 * 3600 / 4481
+REAL_SECONDS = facts_of(DEFAULT).mean_test_seconds
 """The mean length of a FAT2019 test clip."""
 
-REAL_CLIPS = (1120, 3361)
+REAL_CLIPS = facts_of(DEFAULT).test_clips
 """Test clips of the two stages."""
 
 CLOSE = 1e-5
