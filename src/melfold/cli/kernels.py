@@ -16,8 +16,8 @@ from melfold.kaggle.client import COMPETITION
 
 if TYPE_CHECKING:
     from melfold.data.competition import Competition
-    from melfold.kaggle.kernels import Built
-    from melfold.kaggle.rehearsal import Report
+    from melfold.kaggle.built import Built
+    from melfold.kaggle.rehearsal import Rehearsal
 
 app = typer.Typer()
 kernel_app = typer.Typer(help="Offline Kaggle kernels: build, rehearse, push.", no_args_is_help=True)
@@ -57,7 +57,7 @@ def ship(
     """Build, rehearse and push a kernel, submit its output, wait for the score and record it."""
     from melfold.combine.submission import open_submission
     from melfold.kaggle.client import Kaggle
-    from melfold.kaggle.kernels import check_output, push, wait_for_kernel
+    from melfold.kaggle.push import check_output, push, wait_for_kernel
     from melfold.kaggle.submit import Kernel, submit, wait_for_score
 
     client, place, form = Kaggle(competition), Home.find(home), None
@@ -66,10 +66,10 @@ def ship(
         built = _build_infer(place, id, owner, competition, gpu=gpu, budget=budget)
         typer.echo(f"1/5 built {built.folder}")
         download = _download(place, built, data)
-        if not (built.noted("rehearsal.json") or {}).get("blessed"):
+        if not built.passed:
             _print_rehearsal(_rehearse(built, download, place), built)
         typer.echo("2/5 rehearsed")
-        pushed = built.noted("pushed.json")
+        pushed = built.pushed
         version = pushed["version"] if pushed else push(client, built)
         typer.echo(f"3/5 pushed {built.facts['kernel']} version {version}")
         check_output(wait_for_kernel(client, built), download)
@@ -103,13 +103,12 @@ def _build_infer(
     home: Home, id: str, owner: str | None, competition: str, *, gpu: bool, budget: float | None, weights_from: str = ""
 ) -> Built:
     from melfold.combine.submission import open_submission
+    from melfold.kaggle.build import Target, build_infer
     from melfold.kaggle.client import Kaggle
-    from melfold.kaggle.kernels import build_infer
 
     open_submission(home, id)  # before the account's name is asked for
-    minutes = {"cpu": budget, "gpu": budget} if budget else None
-    owner = owner or Kaggle(competition).username()
-    return build_infer(home, id, owner, competition, budget=minutes, gpu=gpu, source=weights_from)
+    target = Target(owner or Kaggle(competition).username(), competition, gpu, budget)
+    return build_infer(home, id, target, source=weights_from)
 
 
 @command(build_app, "train", "melfold kernel build train --recipe scratch")
@@ -131,8 +130,8 @@ def kernel_build_train(
     """Build a kernel that trains folds, one per GPU. The next session continues it."""
     from melfold import stages
     from melfold.data.competition import load_competition
+    from melfold.kaggle.build import Target, build_train
     from melfold.kaggle.client import Kaggle
-    from melfold.kaggle.kernels import build_train
     from melfold.learn.start import parse_folds
 
     place = Home.find(home)
@@ -141,10 +140,8 @@ def kernel_build_train(
     data = data or place.data / competition
     download = load_competition(data)
     table, _ = stages.folds(download, place, resolved)
-    owner = owner or Kaggle(competition).username()
-    built = build_train(
-        place, resolved, name, table, download, owner, competition, folds=which, session=session, minutes=minutes, gpu=gpu
-    )
+    target = Target(owner or Kaggle(competition).username(), competition, gpu, minutes)
+    built = build_train(place, resolved, name, table, download, target, folds=which, session=session)
     typer.echo(f"{built.folder}\nNext: melfold kernel rehearse {built.folder} --data {data}")
 
 
@@ -161,7 +158,7 @@ def kernel_rehearse(
     home: HomeOpt = None,
 ) -> None:
     """Run a built kernel as Kaggle would, without a network. Only a kernel that passed may be pushed."""
-    from melfold.kaggle.kernels import Built
+    from melfold.kaggle.built import Built
 
     place, built = Home.find(home), Built(folder.resolve())
     download = _download(place, built, data)
@@ -179,11 +176,12 @@ def kernel_push(
     home: HomeOpt = None,
 ) -> None:
     """Upload the weights, once, and push the kernel. With --wait fetch its log and output."""
+    from melfold.kaggle.built import Built
     from melfold.kaggle.client import Kaggle
-    from melfold.kaggle.kernels import Built, fetch_run, push, wait_for_kernel
+    from melfold.kaggle.push import fetch_run, push, wait_for_kernel
 
     client, built = Kaggle(competition), Built(folder.resolve())
-    pushed = built.noted("pushed.json")
+    pushed = built.pushed
     version = pushed["version"] if pushed and wait else push(client, built, unrehearsed=unrehearsed)
     typer.echo(f"{built.facts['kernel']} version {version}")
     if wait:
@@ -204,21 +202,21 @@ def _download(home: Home, built: Built, data: Path | None) -> Competition:
     return load_competition(found)
 
 
-def _rehearse(built: Built, competition: Competition, home: Home, **options: object) -> Report:
+def _rehearse(built: Built, competition: Competition, home: Home, **options: object) -> Rehearsal:
     from melfold.kaggle.rehearsal import rehearse
 
     typer.echo("melfold: rehearsing; this takes as long as the kernel does", err=True)
     return rehearse(built, competition, home, **options)  # type: ignore[arg-type]
 
 
-def _print_rehearsal(found: Report, built: Built) -> None:
+def _print_rehearsal(found: Rehearsal, built: Built) -> None:
     typer.echo(f"rehearsed {ISOLATION[found.isolation]}")
     typer.echo(f"{found.seconds:.0f} s, at most {found.peak_mib:.0f} MiB of memory")
     if found.equality:
         typer.echo(found.equality)
     for clips, seconds in found.predicted_seconds.items():
         typer.echo(f"expected for {int(clips):,} clips of the real length on this machine: {seconds:.0f} s")
-    if not found.blessed:
+    if found.failures:
         raise MelfoldError.many(
             MelfoldError("the rehearsal failed", failure, f"Its report is in {built.folder}") for failure in found.failures
         )

@@ -56,11 +56,11 @@ def _find_kernel(home: Home, id: str) -> Kernel:
     Raises:
         MelfoldError: it was not pushed since it was built.
     """
-    from melfold.kaggle.kernels import Built, slug_of, title_for
+    from melfold.kaggle.built import built_for
     from melfold.kaggle.submit import Kernel
 
-    built = Built(home.root / "build" / "kernels" / slug_of(title_for("infer", id)))
-    pushed = built.noted("pushed.json")
+    built = built_for(home, "infer", id)
+    pushed = built.pushed
     if not pushed:
         raise MelfoldError("this kernel was not pushed since it was built", str(built.folder), "Run `melfold kernel push`")
     return Kernel(pushed["kernel"], pushed["version"])

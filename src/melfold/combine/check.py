@@ -92,7 +92,7 @@ def score_submission(path: Path, truth: Path) -> pd.DataFrame:
         raise MelfoldError("cannot read the truth", f"{truth} ({error.strerror})", "Give the published table: --truth") from None
     except (KeyError, ValueError) as error:
         raise MelfoldError(f"{truth} is no truth table", str(error), "It needs fname, labels and usage") from None
-    unknown = {label for own in labels for label in own} - set(probs.columns)
+    unknown = {label for own in labels for label in own or ("",)} - set(probs.columns)  # a clip without labels is refused too
     if unknown:
         raise MelfoldError(f"{truth} has labels that {path} lacks", ", ".join(sorted(unknown)[:5]))
     rows = []
