@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint soak bench clean
+.PHONY: help setup demo test lint soak bench gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ soak: setup  ## long trials
 
 bench: setup  ## speed, as ratios within one run
 	$(BIN)/python -m tests.bench
+
+gpu: setup  ## what only a GPU can show: placement, repeatability, speed, memory; a few minutes
+	$(BIN)/python -m tests.bench.gpu
 
 clean:  ## remove the environment and build/; data, caches, runs, folds and submissions stay
 	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis

@@ -163,6 +163,10 @@ class TrainConfig(_Frozen):
     """Length of training. With noisy clips, an epoch draws every curated clip `noisy.curated_times` times."""
     batch_size: Annotated[int, Field(gt=0)] = 64
     """Crops in a batch."""
+    micro_batch: Annotated[int, Field(ge=0)] = 0
+    """The batch is computed in parts of so many clips, whose gradients are added up: the same training in less memory; 0 is the
+    whole batch at once. The sums differ in their last digits, BatchNorm takes its statistics from each part, and dropout draws
+    for each part."""
     crop_seconds: Annotated[float, Field(gt=0)] = 5.0
     """Length of a training crop."""
     pad: Literal["wrap", "floor"] = "wrap"
@@ -189,6 +193,12 @@ class TrainConfig(_Frozen):
     """Decay of the moving average of the weights, which is the model that predicts; 0 turns it off."""
     amp: Literal["auto", "off"] = "auto"
     """Mixed precision: bf16 or fp16 where the device has it, or off."""
+    benchmark: bool = True
+    """On a GPU, try cuDNN's algorithms and take the fastest. Which one wins may change from run to run, and with it the last
+    digits of the weights; `false` repeats a training to the byte. Prediction never does this."""
+    compile: bool = False
+    """Compile the model with torch.compile: a minute or more at the start of each fold, faster steps on recent GPUs, other last
+    digits. Needs a C++ compiler. Prediction is not compiled."""
     validate_every: Annotated[float, Field(ge=0)] = 5.0
     """Epochs between scores of the held-out fold in the log; 0 scores only at the end. Changes no weight."""
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 3.0

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import tests.bench
-from melfold.learn.runs import current_commit, versions
+from melfold.learn.provenance import current_commit, versions
 from tests.bench.harness import RESULTS, Result, show
 from tests.bench.workspace import Workspace
 
@@ -37,6 +37,8 @@ BENCHMARKS = {
     "feed": "learning.feed",
     "predict": "learning.predict",
     "train": "learning.train",
+    "forecast": "planning.forecast",
+    "recipes": "planning.recipes",
 }
 """Name -> where it is."""
 

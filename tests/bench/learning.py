@@ -12,14 +12,16 @@ from timm.utils import ModelEmaV3
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from melfold import pipeline
+from melfold import stages
 from melfold.config import AugmentConfig, Recipe
-from melfold.data.clips import Batch, ClipStore, Phase, draw_start, prefetch, train_batches, window_batches
+from melfold.data.clips import ClipStore
 from melfold.learn.augment import apply_augment, draw_augment
+from melfold.learn.batches import Batch, Phase, draw_start, read_ahead, train_batches, window_batches
 from melfold.learn.devices import Device, pick_device
 from melfold.learn.model import Tagger, build_model
 from melfold.learn.predict import predict_logits
-from melfold.learn.runs import FULL, start_run
+from melfold.learn.runs import FULL
+from melfold.learn.start import start_run
 from melfold.learn.train import train_fold
 from melfold.recipes import load_recipe
 from tests.bench.harness import Result, Turns, ratio_result, seconds_of, take_turns
@@ -38,6 +40,7 @@ def feed(work: Workspace) -> list[Result]:
     fnames = list(work.competition.curated.index)
     store = ClipStore(work.cache, fnames, front.n_mels, front.top_db)
     device = pick_device("cpu")
+    silence = torch.tensor(-50.0)
     targets = np.eye(80, dtype=np.float32)[np.arange(len(fnames)) % 80]
 
     def batches() -> Iterator[Batch]:
@@ -45,12 +48,12 @@ def feed(work: Workspace) -> list[Result]:
         return train_batches(store, [phase], length=length, batch_size=batch, pad="wrap", first_step=0, seeds=(0, 0))
 
     def ours() -> None:
-        for step, read in enumerate(prefetch(batches())):
+        for step, read in enumerate(read_ahead(batches(), device)):
             draw = draw_augment(config, batch, front.n_mels, length, np.random.default_rng([0, step]))
-            apply_augment(draw, device.log_mels(read.log_mels), device.tensor(targets[read.rows]), -50.0, device)
+            apply_augment(draw, device.log_mels(read.log_mels), device.tensor(targets[read.rows]), silence, device)
 
     def reading() -> None:
-        for read in prefetch(batches()):
+        for read in read_ahead(batches(), device):
             device.log_mels(read.log_mels)
 
     clips = [np.load(work.cache / f"{fname[:-4]}.npy").astype(np.float32) for fname in fnames]
@@ -113,8 +116,7 @@ def train(work: Workspace) -> list[Result]:
     device = pick_device()
     steps = work.pick(28, 5) if device.torch.type == "cpu" else work.pick(400, 60)
     recipe = _train_recipe(work, steps)
-    pipeline.folds(work.competition, work.home, recipe)
-    table = pipeline.folds_path(work.home, work.competition, recipe)
+    table, _ = stages.folds(work.competition, work.home, recipe)
     run = start_run(work.home, "bench", recipe, work.competition, table)
     watch = _Watch(_BareStep(recipe, len(work.competition.labels), device), skip=work.pick(3, 1))
     train_fold(run, FULL, work.cache, device, progress=watch)
@@ -166,7 +168,8 @@ class _BareStep:
         config, n_mels = recipe.train, recipe.logmel.n_mels
         self.device, self.clip = device, config.clip_grad
         self.model = build_model(recipe.model, n_labels, n_mels, recipe.crop_frames).to(device.torch).train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        fused = {"fused": True} if device.torch.type == "cuda" else {}
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, **fused)
         self.ema = ModelEmaV3(self.model, decay=config.ema_decay, use_warmup=True)
         self.log_mels = torch.randn(config.batch_size, 1, n_mels, recipe.crop_frames, device=device.torch)
         self.targets = (torch.rand(config.batch_size, n_labels, device=device.torch) < 0.1).float()

@@ -21,7 +21,19 @@ FLOORS: list[list[str]] = [
     ],
     [
         f"learn.{m}"
-        for m in ("weights", "model", "predict", "fold_data", "state", "train_log", "train", "noisy", "jobs", "launch")
+        for m in (
+            "weights",
+            "model",
+            "predict",
+            "fold_data",
+            "state",
+            "train_log",
+            "train",
+            "footprint",
+            "noisy",
+            "jobs",
+            "launch",
+        )
     ],
     [f"combine.{m}" for m in ("oof", "ensemble", "relabel", "check", "submission", "rebuild")],
     [f"kernels.{m}" for m in ("boot", "infer", "train")],

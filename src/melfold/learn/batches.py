@@ -5,19 +5,22 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
+import torch
 
 from melfold.data.clips import ClipStore, Pad, window_starts
+from melfold.learn.devices import Device
 
 
 @dataclass(frozen=True)
 class Batch:
     """`log_mels`: float16 dB `(clips, frames, n_mels)`. `rows`: which clip of the store each one is. `noisy`: bool `(clips,)`."""
 
-    log_mels: np.ndarray
+    log_mels: np.ndarray | torch.Tensor
+    """A tensor in pinned memory, if it comes from `read_ahead`."""
     rows: np.ndarray
     noisy: np.ndarray
 
@@ -91,6 +94,11 @@ def window_batches(store: ClipStore, *, length: int, overlap: float, shift: int,
         for out, (row, start) in zip(log_mels, part, strict=True):
             store.read(row, start, out, pad)
         yield Batch(log_mels, np.array([row for row, _ in part]), np.zeros(len(part), bool))
+
+
+def read_ahead(batches: Iterable[Batch], device: Device) -> Iterator[Batch]:
+    """Batches read in a background thread, in memory from which the device can copy them while it computes."""
+    return prefetch(replace(batch, log_mels=device.pinned(batch.log_mels)) for batch in batches)
 
 
 T = TypeVar("T")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from melfold.compute import Compute, remote, spread
 from melfold.errors import MelfoldError
-from melfold.learn.devices import pick_device, shared_threads
+from melfold.learn.devices import find_device, shared_threads
 from melfold.learn.jobs import STOPPED, Job, as_dict, device_for, do, do_remote
 from melfold.learn.runs import Run
 
@@ -47,7 +47,7 @@ def launch(jobs: Sequence[Job], compute: Compute, *, seconds: float = math.inf) 
                 compute.progress(number + 1, len(jobs), f"{job.label}: predicting")
     else:
         for name in compute.devices:
-            pick_device(name)
+            find_device(name)  # no more than that: this process must not take memory of a GPU that its children use
         _processes(jobs, compute.devices, seconds)
 
 

@@ -10,8 +10,8 @@ import torch
 from melfold.compute import Progress, silent
 from melfold.config import Recipe, View
 from melfold.data.clips import ClipStore
-from melfold.learn.batches import prefetch, window_batches
-from melfold.learn.devices import Device, exact
+from melfold.learn.batches import read_ahead, window_batches
+from melfold.learn.devices import Device, exact, explain_out_of_memory
 from melfold.learn.model import Tagger
 from melfold.probs import Probs, make_probs
 
@@ -45,11 +45,14 @@ def predict_logits(model: Tagger, store: ClipStore, recipe: Recipe, device: Devi
     )
     was_training = model.training
     model.eval()
-    with exact(), torch.inference_mode():
-        for batch in prefetch(batches):
-            logits = model(device.log_mels(batch.log_mels)).cpu().numpy()
-            np.add.at(sums, batch.rows, logits.astype(np.float64))
-            np.add.at(counts, batch.rows, 1)
+    done: list[tuple[np.ndarray, torch.Tensor]] = []
+    with explain_out_of_memory(device, "Use --set predict.batch_size=16, or less"), exact(), torch.inference_mode():
+        for batch in read_ahead(batches, device):
+            done.append((batch.rows, model(device.log_mels(batch.log_mels))))
+        # Fetched at the end: each fetch would make the device wait for the next batch.
+        for rows, logits in done:
+            np.add.at(sums, rows, logits.cpu().numpy().astype(np.float64))
+            np.add.at(counts, rows, 1)
     model.train(was_training)
     return sums / counts[:, None]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
 import json
 import logging
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_class
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 
@@ -21,6 +22,7 @@ from melfold.config import TrainConfig
 from melfold.errors import MelfoldError
 from melfold.files import write_bytes
 from melfold.learn.devices import Device
+from melfold.learn.losses import loss_named
 from melfold.learn.model import Tagger
 
 _HASH_BYTES = 32
@@ -35,14 +37,20 @@ class TrainState:
 
     def __init__(self, model: Tagger, config: TrainConfig, device: Device, *, steps: int, warmup: int) -> None:
         self.model, self.config, self.device = model.to(device.torch).train(), config, device
+        self.forward = torch.compile(self.model) if config.compile else self.model
+        """What a training step calls: `(log_mels, noisy or None) -> logits`, as `Tagger`."""
+        self.loss_of = loss_named(config.loss, config.loss_kwargs)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         try:
+            # One kernel for all parameters. On the CPU the usual form stays, with the rounding it always had.
+            fused = device.torch.type == "cuda" and _has_fused(config.optimizer)
             self.optimizer = create_optimizer_v2(
                 model,
                 opt=config.optimizer,
                 lr=config.lr,
                 weight_decay=config.weight_decay,
                 layer_decay=config.layer_decay if config.layer_decay < 1 else None,
+                **({"fused": True} if fused else {}),
             )
         except (TypeError, ValueError) as error:
             raise MelfoldError(f"timm refuses optimizer {config.optimizer}", str(error), "Check train.optimizer") from error
@@ -73,14 +81,17 @@ class TrainState:
         """The learning rate of the last layer."""
         return self.optimizer.param_groups[-1]["lr"]
 
-    def update(self, loss: torch.Tensor) -> torch.Tensor:
-        """One step down the loss. Returns: the gradient's norm before clipping."""
-        self.optimizer.zero_grad(set_to_none=True)
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add a loss's gradient to those since the last `update`."""
         self.scaler.scale(loss).backward()
+
+    def update(self) -> torch.Tensor:
+        """One step down the gradient. Returns: its norm before clipping."""
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.clip_grad or math.inf)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
             self.ema.update(self.model, step=self.step)
         self.step += 1
@@ -114,6 +125,16 @@ class TrainState:
         if changes := differences(state["made_from"], made_from):
             fix = "Undo the change, or delete it to train this fold again from the start"
             raise MelfoldError(f"{path} was saved under different conditions", listed(changes), fix)
+        # Fused or not is this device's own choice; where PyTorch keeps the step counters depends on it.
+        for saved, own in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
+            saved.update({key: own[key] for key in ("fused", "foreach") if key in own})
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self.step, self.seconds, self.rows = state["step"], state["seconds"], json.loads(state["rows"])
+
+
+def _has_fused(optimizer: str) -> bool:
+    try:
+        return "fused" in inspect.signature(get_optimizer_class(optimizer, bind_defaults=False)).parameters
+    except ValueError:  # unknown: creating it says so
+        return False

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 
 from melfold.compute import Progress, silent
+from melfold.config import Recipe, TrainConfig
 from melfold.errors import MelfoldError
 from melfold.files import digest, remove_leftovers, sha256_file
 from melfold.learn.augment import apply_augment, draw_augment
-from melfold.learn.batches import Batch, prefetch
-from melfold.learn.devices import Device, repeatable
+from melfold.learn.batches import Batch, read_ahead
+from melfold.learn.devices import Device, explain_out_of_memory, repeatable
 from melfold.learn.fold_data import FoldData
-from melfold.learn.losses import bootstrapped, loss_named
+from melfold.learn.losses import bootstrapped
 from melfold.learn.model import Tagger, build_model
 from melfold.learn.predict import predict_probs
 from melfold.learn.predictions import own_prediction, write_current
@@ -61,36 +62,38 @@ def train_fold(
     with folder.lock():
         remove_leftovers(folder.path)
         data = FoldData.read(run, folder.fold, cache)
-        with repeatable(seed_for(data, _INITIAL)):
+        config = run.recipe.train
+        with (
+            repeatable(seed_for(data, _INITIAL), device, benchmark=config.benchmark),
+            explain_out_of_memory(device, less_memory(config)),
+        ):
             _train(run, folder, data, device, progress, place)
     return folder
+
+
+def less_memory(config: TrainConfig) -> str:
+    """What to do if a training does not fit its device."""
+    return f"Use --set train.micro_batch={(config.micro_batch or config.batch_size) // 2 or 1}"
 
 
 def _train(run: Run, folder: FoldFolder, data: FoldData, device: Device, progress: Progress, place: tuple[int, int]) -> None:
     config, steps = run.recipe.train, data.steps
     title = f"{run.name} fold {folder.fold}, {place[0]} of {place[1]}"
     made_from = {**_inputs(run, folder), "precision": device.precision}
-    state = _start(run, folder, data, device)
+    # A checkpoint replaces the initial weights, so they need not be there.
+    state = start_state(run, data, device, initial=not folder.checkpoint.exists())
     if folder.checkpoint.exists():
         state.load(folder.checkpoint, made_from)
         log.info("%s: continuing at step %d of %d", title, state.step, steps)
     log.info("%s: %s, %d steps of %d crops", title, device.describe(), steps, config.batch_size)
     watch = TrainLog(folder.log, state, data, progress, title, place[1] - place[0])
-    loss_of = loss_named(config.loss, config.loss_kwargs)
     validate_steps = data.steps_in(config.validate_every) if config.validate_every else steps + 1
     saved = time.monotonic()
     with _stop_signal() as stop:
-        for batch in prefetch(data.batches(state.step)):
+        for batch in read_ahead(data.batches(state.step), device):
             torch.manual_seed(seed_for(data, _DROPOUT, state.step))
             state.schedule.step_update(state.step)
-            log_mels, targets, noisy = _augmented(batch, data, state)
-            with device.autocast():
-                logits = state.model(log_mels, noisy if _apart(data) else None)
-            logits = logits.float()
-            if run.recipe.noisy.bootstrap:
-                targets = bootstrapped(targets, logits, noisy, run.recipe.noisy.bootstrap)
-            loss = loss_of(logits, targets)
-            norm = state.update(loss)
+            loss, norm = train_step(state, batch, data.targets[batch.rows], run.recipe, augment_rng(data, state.step))
             watch.add(batch, loss, norm)
 
             last, looked = state.step == steps, False
@@ -114,11 +117,14 @@ def _inputs(run: Run, folder: FoldFolder) -> dict[str, str]:
     return {"fold": folder.fold, **run.made_from, "pseudo_labels": pseudo}
 
 
-def _start(run: Run, folder: FoldFolder, data: FoldData, device: Device) -> TrainState:
-    """A model with its statistics, and all that trains it."""
+def start_state(run: Run, data: FoldData, device: Device, *, initial: bool = True) -> TrainState:
+    """A model with its statistics, and all that trains it.
+
+    Args:
+        initial: start from the recipe's weights, else from random ones that are to be replaced.
+    """
     recipe, config = run.recipe, run.recipe.train
-    first = not folder.checkpoint.exists()  # a checkpoint replaces the initial weights, so they need not be there
-    model = build_model(recipe.model, len(run.info.labels), recipe.logmel.n_mels, recipe.crop_frames, initial=first)
+    model = build_model(recipe.model, len(run.info.labels), recipe.logmel.n_mels, recipe.crop_frames, initial=initial)
     own, noisy = data.statistics()
     model.normalise.set(*own)
     if recipe.noisy.use and recipe.noisy.own_head:
@@ -129,24 +135,45 @@ def _start(run: Run, folder: FoldFolder, data: FoldData, device: Device) -> Trai
     return TrainState(model, config, device, steps=data.steps, warmup=warmup)
 
 
-def _apart(data: FoldData) -> bool:
-    """Whether noisy clips are treated differently: then they are also mixed with each other only."""
-    noisy = data.recipe.noisy
-    return noisy.use and (noisy.own_head or noisy.own_norm)
+def train_step(
+    state: TrainState, batch: Batch, targets: np.ndarray, recipe: Recipe, rng: np.random.Generator | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step of training: augment, forward, loss, backward, update. It does not wait for the device.
+
+    Args:
+        targets: float32 `(clips, labels)` of the batch.
+        rng: draws the augmentation; None: there is none.
+
+    Returns:
+        The loss and the gradient's norm before clipping, on the device.
+    """
+    device, config, noisy_config = state.device, recipe.train, recipe.noisy
+    apart = noisy_config.use and (noisy_config.own_head or noisy_config.own_norm)
+    log_mels, wanted, noisy = device.log_mels(batch.log_mels), device.tensor(targets), device.tensor(batch.noisy)
+    if rng:
+        groups = batch.noisy if apart else None  # clips that are treated differently are not mixed with each other
+        draw = draw_augment(recipe.augment, len(log_mels), *log_mels.shape[2:], rng, groups)
+        log_mels, wanted = apply_augment(draw, log_mels, wanted, state.model.normalise.fill(noisy), device)
+    size, losses = config.micro_batch or len(log_mels), []
+    for part, aims, own in zip(log_mels.split(size), wanted.split(size), noisy.split(size), strict=True):
+        with device.autocast():
+            logits = state.forward(part, own if apart else None)
+        logits = logits.float()
+        if noisy_config.bootstrap:
+            aims = bootstrapped(aims, logits, own, noisy_config.bootstrap)
+        loss = state.loss_of(logits, aims)
+        if len(part) < len(log_mels):
+            loss = loss * (len(part) / len(log_mels))  # every loss is a mean over clips
+        state.backward(loss)
+        losses.append(loss.detach())
+    return sum(losses[1:], losses[0]), state.update()
 
 
-def _augmented(batch: Batch, data: FoldData, state: TrainState) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-mels, targets and which clips are noisy, on the device; augmented, except in the last epochs."""
-    device, augment = state.device, data.recipe.augment
-    log_mels = device.log_mels(batch.log_mels)
-    targets, noisy = device.tensor(data.targets[batch.rows]), device.tensor(batch.noisy)
-    off_steps = data.steps_in(augment.off_epochs, -1) if augment.off_epochs else 0
-    if state.step < data.steps - off_steps:
-        rng = np.random.default_rng([*data.seeds, _AUGMENT, state.step])
-        groups = batch.noisy if _apart(data) else None
-        draw = draw_augment(augment, len(log_mels), *log_mels.shape[2:], rng, groups)
-        log_mels, targets = apply_augment(draw, log_mels, targets, state.model.normalise.fill(noisy), device)
-    return log_mels, targets, noisy
+def augment_rng(data: FoldData, step: int) -> np.random.Generator | None:
+    """The generator that draws a step's augmentation; None in the last epochs, which see the clips as they are."""
+    off_epochs = data.recipe.augment.off_epochs
+    off_steps = data.steps_in(off_epochs, -1) if off_epochs else 0
+    return np.random.default_rng([*data.seeds, _AUGMENT, step]) if step < data.steps - off_steps else None
 
 
 def _validate(run: Run, data: FoldData, state: TrainState) -> tuple[float, Probs]:
@@ -172,6 +199,8 @@ def _finish(run: Run, folder: FoldFolder, data: FoldData, state: TrainState, wat
         inputs = own.inputs(folder.fold, digest(data.held_out.fnames), sha256_file(folder.weights))
         write_current(own.fold_oof(folder.fold), probs, inputs)
     facts |= {"seconds": round(state.seconds, 1), "device": state.device.describe(), "versions": versions()}
+    facts |= {"cudnn_benchmark": state.device.torch.type == "cuda" and run.recipe.train.benchmark}
+    facts |= {"peak_memory_mib": state.device.peak_memory() >> 20}
     folder.artefact.commit(_inputs(run, folder), **facts)
     folder.checkpoint.unlink(missing_ok=True)
     log.info("%s: %s%s", watch.title, score, duration(state.seconds))
