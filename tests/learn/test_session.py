@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from learn_world import World
+from melfold.learn.session import train_session
 
 from melfold import pipeline
 from melfold.errors import MelfoldError
 from melfold.files import sha256_file
 from melfold.learn.devices import shared_threads
-from melfold.learn.session import train_session
 from melfold.learn.train import train_fold
 
 TINY = ("model.kwargs={depths=[1, 1, 1, 1], dims=[8, 16, 16, 16]}", "train.epochs=1", "train.amp=off")

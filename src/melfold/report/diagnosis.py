@@ -154,6 +154,6 @@ def count_groups(targets: pd.DataFrame) -> pd.Series:
 
 
 def flag_groups(flags: pd.Series) -> pd.Series:
-    """Clips by what the cache found: `short`, `silent`, `clipped`, or several; `nothing found` first."""
+    """Clips by what the cache found: `short`, `silent`, `clipped`, or several; `no flag` first."""
     text = flags.str.replace("|", ", ", regex=False).sort_values(kind="stable")
-    return text.where(text != "", "nothing found")
+    return text.where(text != "", "no flag")

@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from melfold.files import write_text
 
@@ -52,8 +52,13 @@ def _environment() -> Environment:
     environment = Environment(
         loader=FunctionLoader(_asset), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"score": score, "percent": percent, "duration": span, "number": number, "size": size}
+    environment.filters |= {"score": score, "percent": percent, "duration": span, "number": number, "breaks": breaks}
     return environment
+
+
+def breaks(name: str) -> Markup:
+    """A label or name that may be broken after each underscore."""
+    return Markup("_<wbr>").join(escape(part) for part in name.split("_"))
 
 
 def score(value: float | None, digits: int = 5) -> str:
@@ -79,12 +84,3 @@ def span(seconds: float | None) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def size(count: float) -> str:
-    """Bytes as people read them: `18 kB`, `1.2 GB`."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 10 else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"

@@ -64,13 +64,21 @@ def describe_windows(frames: int, recipe: Recipe) -> str:
 
 def mel_ticks(config: LogMelConfig) -> list[tuple[str, float]]:
     """Frequencies to write beside a spectrogram, and their height as a share of it, from the bottom."""
-    import librosa
-
-    centres = librosa.mel_frequencies(n_mels=config.n_mels, fmin=config.fmin, fmax=config.fmax, htk=config.htk)
-    heights = (np.arange(config.n_mels) + 0.5) / config.n_mels
-    ticks = []
+    ticks: list[tuple[str, float]] = []
     for hz in TICKS_HZ:
-        height = float(np.interp(hz, centres, heights))
-        if centres[0] < hz < centres[-1] and (not ticks or height - ticks[-1][1] > 0.12) and height < 0.94:
+        height = (band_of(hz, config) + 0.5) / config.n_mels
+        if 0.02 < height < 0.94 and (not ticks or height - ticks[-1][1] > 0.12):
             ticks.append((f"{hz / 1000:g} kHz" if hz >= 1000 else f"{hz} Hz", height))
     return ticks
+
+
+def band_of(hz: float, config: LogMelConfig) -> float:
+    """The mel band, with a fraction, whose centre is at a frequency: librosa's scale, without loading librosa."""
+    low, high = _mel(config.fmin, config.htk), _mel(config.fmax, config.htk)
+    return float((_mel(hz, config.htk) - low) / (high - low) * (config.n_mels + 1) - 1)
+
+
+def _mel(hz: float, htk: bool) -> float:
+    if htk:
+        return 2595 * np.log10(1 + hz / 700)
+    return hz * 3 / 200 if hz < 1000 else 15 + 27 * np.log(hz / 1000) / np.log(6.4)

@@ -183,7 +183,7 @@ def _groups(sides: Sequence[Side], together: Together, source: ClipSource) -> li
         known = source.manifest.loc[source.manifest.index.intersection(together.targets.index)]
         if len(known):
             groups.insert(0, ("Length", diagnosis.length_groups(known["seconds"])))
-            groups.append(("Found by the cache", diagnosis.flag_groups(known["flags"])))
+            groups.append(("Flags of the cache", diagnosis.flag_groups(known["flags"])))
     return [(name, _bars([diagnosis.by_group(together.targets, side.probs, group) for side in sides])) for name, group in groups]
 
 

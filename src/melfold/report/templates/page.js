@@ -9,6 +9,7 @@ const sound = new Audio();
 let playing = null;
 
 function fillPlayer(root, item, name) {
+  if (!root.childElementCount) root.append(byId("player").content.cloneNode(true));
   const picture = root.querySelector(".spectrogram"), play = root.querySelector(".play");
   picture.hidden = !item.picture;
   if (item.picture) {

@@ -191,8 +191,8 @@ function command() {
   const reason = clip => clean(listener() + " excludes it" + (decisionOf(clip).note ? ": " + decisionOf(clip).note : ""));
   const parts = ["melfold train " + shell(review.data) + " --recipe " + shell(review.run) + " --run " + shell(review.run + "-reviewed")];
   if (rows().length) parts.push("--set data.corrections=corrections.csv");
-  // JSON's strings are TOML's.
-  for (const clip of excluded) parts.push("--set " + shell("data.exclude." + JSON.stringify(clip.fname) + "=" + JSON.stringify(reason(clip))));
+  // A key is taken as it is between its quotes; a value is TOML, whose strings are JSON's.
+  for (const clip of excluded) parts.push("--set " + shell('data.exclude."' + clip.fname + '"=' + JSON.stringify(reason(clip))));
   return parts.join(" \\\n  ");
 }
 
