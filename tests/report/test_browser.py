@@ -12,6 +12,12 @@ from conftest import Pages
 
 from melfold.recipes import load_recipe, read_corrections
 
+SPILLED = """
+    return [...document.querySelectorAll('.card:not(.scroll), .clip')]
+        .filter(card => card.scrollWidth > card.clientWidth + 1).map(card => card.textContent.trim().slice(0, 60))
+"""
+"""The begin of each card whose content is wider than the card."""
+
 KINDS = ("run", "two", "review", "index")
 
 
@@ -45,6 +51,7 @@ def test_a_page_never_scrolls_sideways(browser: Browser, pages: Pages, hostile: 
         browser.open(getattr(world, kind), width=width)
         open_labels(browser)
         assert sideways(browser) == 0
+        assert browser.run(SPILLED) == []
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 360, 230
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 38
+LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 38
 POINTS = 200
 """Of a line; a longer one is averaged."""
 
@@ -181,7 +181,7 @@ def ticks(low: float, high: float, about: int) -> list[float]:
 def _number(value: float, all_ticks: Sequence[float]) -> str:
     step = all_ticks[1] - all_ticks[0] if len(all_ticks) > 1 else abs(value) or 1
     if step < 1e-3:
-        return f"{value:.0e}".replace("e-0", "e-").replace("0e+00", "0") if value else "0"
+        return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-") if value else "0"
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
     return f"{value:,.{digits}f}"
 
