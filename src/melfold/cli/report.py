@@ -45,6 +45,8 @@ def report(
             raise MelfoldError("a review is of one run", "no run", "Use melfold report RUN --review N")
         _tell(_home_page(place, output or place.reports / "index.html"))
         return
+    if review and len(runs) > 1:
+        raise MelfoldError("a review is of one run", ", ".join(runs), "Name one")
     predictions = open_predictions(place, runs)
     name = "-vs-".join(prediction.label for prediction in predictions) + ("-review" if review else "")
     path = output or place.reports / f"{name}.html"
@@ -52,8 +54,6 @@ def report(
     if review:
         from melfold.report.review_page import write_review_page
 
-        if len(predictions) > 1:
-            raise MelfoldError("a review is of one run", ", ".join(runs), "Name one")
         write_review_page(predictions[0], path, count=review, competition=competition, audio=audio, progress=bar())
     else:
         from melfold.report.run_page import write_run_page

@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 360, 230
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 38
+LEFT, RIGHT, TOP, BOTTOM = 58, 10, 10, 38
 POINTS = 200
 """Of a line; a longer one is averaged."""
 
