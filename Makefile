@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint soak bench gpu clean
+.PHONY: help setup demo test lint soak bench gpu browser clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -37,6 +37,10 @@ lint: setup  ## ruff and import order
 
 soak: setup  ## long trials
 	$(BIN)/python -m pytest -m soak
+
+browser:  ## install Chromium for the tests of reports, where apt-get is there; without it they are skipped
+	@command -v chromedriver >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver; } \
+		>/dev/null 2>&1 || echo "No Chromium could be installed: the tests of reports in a browser will be skipped."
 
 bench: setup  ## speed, as ratios within one run
 	$(BIN)/python -m tests.bench

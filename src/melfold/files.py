@@ -46,6 +46,10 @@ class Home:
     def submissions(self) -> Path:
         return self.root / "submissions"
 
+    @property
+    def reports(self) -> Path:
+        return self.root / "reports"
+
 
 @contextmanager
 def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:

@@ -47,7 +47,7 @@ def lwlrap(targets: pd.DataFrame, scores: Probs) -> float:
     Raises:
         MelfoldError: missing clips or labels, a NaN, targets that are not 0 or 1, or no label at all.
     """
-    precision, clips, _ = _pair_precisions(targets, scores)
+    precision, clips, _ = pair_precisions(targets, scores)
     if not len(clips):
         raise MelfoldError("lwlrap needs at least one true label", f"{len(targets)} clips without labels")
     return float(precision.mean())
@@ -58,7 +58,7 @@ def per_label_lwlrap(targets: pd.DataFrame, scores: Probs) -> pd.DataFrame:
 
     A label without clips has a weight of 0 and NaN for its lwlrap.
     """
-    precision, _, labels = _pair_precisions(targets, scores)
+    precision, _, labels = pair_precisions(targets, scores)
     counts = np.bincount(labels, minlength=targets.shape[1])
     sums = np.bincount(labels, weights=precision, minlength=targets.shape[1])
     table = pd.DataFrame(
@@ -104,7 +104,7 @@ def difference_of(targets: pd.DataFrame, a: Probs, b: Probs) -> Difference:
 
 def _by_clip(targets: pd.DataFrame, scores: Probs) -> tuple[np.ndarray, np.ndarray]:
     """The sum of precisions and the number of labels, of each clip that has any."""
-    precision, clips, _ = _pair_precisions(targets, scores)
+    precision, clips, _ = pair_precisions(targets, scores)
     sums = np.bincount(clips, weights=precision, minlength=len(targets))
     counts = np.bincount(clips, minlength=len(targets))
     keep = counts > 0
@@ -130,8 +130,8 @@ def constant_lwlrap(targets: pd.DataFrame) -> float:
     return lwlrap(targets, pd.DataFrame([prior] * len(targets), index=targets.index, columns=targets.columns))
 
 
-def _pair_precisions(targets: pd.DataFrame, scores: Probs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(precision, clip, label) of every true pair."""
+def pair_precisions(targets: pd.DataFrame, scores: Probs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`precision`, and the row numbers `clip` and `label`, of every true pair: lwlrap is the mean of the first."""
     if set(targets.columns) != set(scores.columns):
         odd = sorted(set(targets.columns) ^ set(scores.columns))
         raise MelfoldError("targets and scores have different labels", ", ".join(map(str, odd[:5])))

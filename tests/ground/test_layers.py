@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 CLI = [f"cli.{m}" for m in ("output", "options", "recipes", "data", "scores", "training", "runs", "clean", "submissions")]
-CLI += ["cli.ledger", "cli.kernels", "cli.main", "__main__"]
+CLI += ["cli.ledger", "cli.kernels", "cli.report", "cli.main", "__main__"]
 FLOORS: list[list[str]] = [
     ["errors", "files", "artefacts", "config", "facts", "recipes", "compute", "probs", "metrics"],
     [f"data.{m}" for m in ("competition", "audio", "logmel", "cache", "folds", "check", "clips", "demo")],
@@ -38,7 +38,11 @@ FLOORS: list[list[str]] = [
     [f"combine.{m}" for m in ("oof", "ensemble", "relabel", "check", "submission", "rebuild")],
     [f"kernels.{m}" for m in ("boot", "infer", "train")],
     [f"kaggle.{m}" for m in ("client", "ledger", "download", "pack", "built", "build", "sandbox", "rehearsal", "push", "submit")],
-    [f"report.{m}" for m in ("clips", "ledger")],
+    [
+        f"report.{m}"
+        for m in ("pictures", "clips", "ledger", "audio", "charts", "diagnosis", "training", "cards", "pages", "run_page")
+    ],
+    ["report.review_page", "report.home_page"],
     ["stages", "dry_run"],
     CLI,
 ]

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from melfold.config import LogMelConfig
+from melfold.data.cache import build_cache, npy_path
 from melfold.data.clips import ClipStore, Pad, window_starts
 from melfold.data.competition import load_competition
-from melfold.data.logmel import build_cache, npy_path
 from melfold.errors import MelfoldError
 from melfold.files import Home
 from melfold.learn.batches import Phase, draw_start, prefetch, train_batches, window_batches

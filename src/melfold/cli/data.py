@@ -56,18 +56,21 @@ def check(data: DataArg, recipe: RecipeOpt = "open", home: HomeOpt = None, set_:
 def show(
     data: DataArg,
     fnames: Annotated[list[str], typer.Argument(metavar="FNAME...", help="Clips of any split.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The PNG to write.")] = Path("clips.png"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="The PNG or JPEG to write.")] = Path("clips.png"),
+    run: Annotated[str, typer.Option("--run", help="Draw the predictions of RUN or RUN@NAME too, with its front-end.")] = "",
     recipe: RecipeOpt = "open",
     home: HomeOpt = None,
     set_: SetOpt = None,
 ) -> None:
     """Draw clips: the waveform, the log-mel as the model sees it, the labels."""
     from melfold.data.competition import load_competition
+    from melfold.learn.predictions import open_prediction
     from melfold.report.clips import draw_clips
 
     place = Home.find(home)
-    resolved = resolve_recipe(recipe, set_, place)
-    draw_clips(load_competition(data), fnames, resolved, output, home=place)
+    prediction = open_prediction(place, run) if run else None
+    resolved = prediction.recipe if prediction else resolve_recipe(recipe, set_, place)
+    draw_clips(load_competition(data), fnames, resolved, output, place, prediction=prediction)
     typer.echo(output)
 
 

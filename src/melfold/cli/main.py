@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from melfold import __version__
-from melfold.cli import clean, data, kernels, ledger, recipes, runs, scores, submissions, training
+from melfold.cli import clean, data, kernels, ledger, recipes, report, runs, scores, submissions, training
 
 app = typer.Typer(
     name="melfold",
@@ -16,7 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (data, training, runs, scores, submissions, kernels, ledger, clean):
+for group in (data, training, runs, scores, report, submissions, kernels, ledger, clean):
     app.add_typer(group.app)
 app.add_typer(recipes.app, name="recipe")
 

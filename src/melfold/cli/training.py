@@ -46,6 +46,7 @@ def train(
     jobs: JobsOpt = -1,
     engine: EngineOpt = "joblib",
     scheduler: SchedulerOpt = "",
+    tracker: Annotated[str, typer.Option("--tracker", help="Mirror the logs: trackio, wandb or tensorboard.")] = "",
     home: HomeOpt = None,
     set_: SetOpt = None,
 ) -> None:
@@ -53,13 +54,15 @@ def train(
     from melfold import stages
     from melfold.data.competition import load_competition
     from melfold.learn.start import parse_folds
+    from melfold.learn.tracker import tracked
 
     place, compute = Home.find(home), resolve_compute(device, jobs, engine, scheduler)
     resolved = resolve_recipe(recipe, set_, place)
     which = parse_folds(folds, resolved)
     name = resolve_run_name(run, recipe, resolved, place)
     competition = load_competition(data.resolve())
-    with compute.connected(place.root):
+    mirrored = tracked(tracker, place.runs / name, resolved.model_dump(mode="json"))
+    with mirrored, compute.connected(place.root):
         _print_trained(stages.train(competition, place, resolved, name, which, compute))
 
 

@@ -1,4 +1,4 @@
-"""A picture of clips: waveform, the log-mel as a model sees it, labels."""
+"""A picture of clips: waveform, the log-mel with the windows that a model sees, labels, and a run's predictions."""
 
 from __future__ import annotations
 
@@ -12,49 +12,131 @@ import numpy as np
 from melfold.config import LogMelConfig, Recipe
 from melfold.data.audio import read_waveform
 from melfold.data.cache import cache_folder, npy_path, read_manifest
-from melfold.data.clips import tile
-from melfold.data.competition import SPLITS, Competition
+from melfold.data.competition import SPLITS, Competition, Split
 from melfold.data.logmel import log_mel_of
 from melfold.errors import MelfoldError
 from melfold.files import Home, atomic_path
+from melfold.learn.predictions import Prediction
+from melfold.probs import Probs
+from melfold.report.pictures import describe_windows, mel_ticks, window_shares
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-TICKS_HZ = (300, 1000, 2000, 4000, 8000, 16_000)
+FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg"}
+
+TOP = 6
+"""Predictions drawn of a clip, beside its true labels."""
 
 
 @dataclass(frozen=True)
 class _Clip:
     fname: str
-    split: str
+    split: Split
     labels: tuple[str, ...]
     path: Path
 
 
-def draw_clips(competition: Competition, fnames: Sequence[str], recipe: Recipe, path: Path, home: Home | None = None) -> None:
-    """Write a PNG with one row per clip: its waveform, and its first evaluation window, padded as in training.
+def draw_clips(
+    competition: Competition,
+    fnames: Sequence[str],
+    recipe: Recipe,
+    path: Path,
+    home: Home | None = None,
+    *,
+    prediction: Prediction | None = None,
+) -> None:
+    """Write a picture with a row for each clip: its waveform, its whole log-mel with the evaluation windows above it, and labels.
 
     Args:
+        path: ends in `.png`, `.jpg` or `.jpeg`.
         home: where log-mels may be cached already.
+        prediction: draw its probabilities too: out-of-fold for curated clips, the test predictions for test clips.
 
     Raises:
-        MelfoldError: a clip the competition does not have, or one that cannot be read.
+        MelfoldError: another kind of file, a clip the competition does not have, one that cannot be read, or predictions that
+            are missing.
     """
+    if path.suffix.lower() not in FORMATS:
+        raise MelfoldError("a picture is a PNG or a JPEG", path.name, f"Use -o {path.stem or 'clips'}.png")
+    clips = [_find(competition, fname) for fname in fnames]
+    tables = _tables(prediction, clips)
+
     from matplotlib.figure import Figure
 
-    clips = [_find(competition, fname) for fname in fnames]
-    config = recipe.logmel
-    cached = _cached(competition, clips, config, home)
-    figure = Figure(figsize=(13, 2.6 * len(clips) + 0.4), layout="constrained")
-    for (left, right), clip in zip(figure.subplots(len(clips), 2, squeeze=False), clips, strict=True):
-        waveform, flags = read_waveform(clip.path, config.sr)
-        _draw_waveform(left, waveform, config.sr, clip, flags)
-        log_mel = np.load(cached[clip.fname]) if clip.fname in cached else log_mel_of(config)(waveform)
-        image = _draw_log_mel(right, log_mel.astype(np.float32), recipe, clip)
-        figure.colorbar(image, ax=right, label="dB", pad=0.01)
+    cached = _cached(competition, clips, recipe.logmel, home)
+    columns = 3 if prediction else 2
+    figure = Figure(figsize=(17 if prediction else 13, 2.7 * len(clips) + 0.4), layout="constrained")
+    axes = figure.subplots(len(clips), columns, width_ratios=[3, 4, 2][:columns], squeeze=False)
+    for row, clip in zip(axes, clips, strict=True):
+        waveform, flags = read_waveform(clip.path, recipe.logmel.sr)
+        log_mel = np.load(cached[clip.fname]) if clip.fname in cached else log_mel_of(recipe.logmel)(waveform)
+        _draw_waveform(row[0], clip, waveform, flags, recipe)
+        _draw_log_mel(row[1], clip, log_mel.astype(np.float32), len(waveform) / recipe.logmel.sr, recipe)
+        if prediction:
+            _draw_predictions(row[2], clip, tables.get(clip.split), prediction)
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+        figure.savefig(temporary, dpi=110, format=FORMATS[path.suffix.lower()])
+
+
+def _draw_waveform(axes: Axes, clip: _Clip, waveform: np.ndarray, flags: list[str], recipe: Recipe) -> None:
+    seconds = len(waveform) / recipe.logmel.sr
+    axes.plot(np.arange(len(waveform)) / recipe.logmel.sr, waveform, linewidth=0.4, color="#0b5cad")
+    axes.set(xlim=(0, seconds), ylabel="amplitude", xlabel="seconds")
+    found = f"  ({', '.join(flags)})" if flags else ""
+    axes.set_title(f"{clip.fname}  {clip.split}  {seconds:.2f} s{found}", loc="left", fontsize=9)
+
+
+def _draw_log_mel(axes: Axes, clip: _Clip, log_mel: np.ndarray, seconds: float, recipe: Recipe) -> None:
+    config = recipe.logmel
+    extent = (0, seconds, 0, config.n_mels)
+    image = axes.imshow(log_mel.T, origin="lower", aspect="auto", cmap="magma", interpolation="nearest", extent=extent)
+    ticks = mel_ticks(config)
+    axes.set_yticks([height * config.n_mels for _, height in ticks], [text for text, _ in ticks])
+    axes.set_xlabel("seconds")
+    for number, (start, end) in enumerate(window_shares(len(log_mel), recipe)):
+        height = 1.03 + 0.035 * (number % 2)
+        axes.plot(
+            [start * seconds, end * seconds],
+            [height, height],
+            transform=axes.get_xaxis_transform(),
+            color="#57606a",
+            linewidth=2.5,
+            solid_capstyle="butt",
+            clip_on=False,
+        )
+    axes.set_xlim(0, seconds)
+    title = f"{', '.join(clip.labels) or 'labels unknown'}   [{describe_windows(len(log_mel), recipe)}]"
+    axes.set_title(title, loc="left", fontsize=9, pad=14)
+    axes.figure.colorbar(image, ax=axes, label="dB", pad=0.01)
+
+
+def _draw_predictions(axes: Axes, clip: _Clip, table: Probs | None, prediction: Prediction) -> None:
+    """The likeliest labels and the true ones as bars; the true ones in green."""
+    axes.set_title(prediction.label, loc="left", fontsize=9)
+    if table is None or clip.fname not in table.index:
+        axes.text(0.5, 0.5, "not predicted", ha="center", va="center", transform=axes.transAxes, color="#59616b")
+        axes.set_axis_off()
+        return
+    probs = table.loc[clip.fname].sort_values(ascending=False, kind="stable")
+    shown = [label for rank, label in enumerate(probs.index) if rank < TOP or label in clip.labels][::-1]
+    values = [float(probs[label]) for label in shown]
+    axes.barh(shown, values, color=["#1a6f3c" if label in clip.labels else "#9aa5b1" for label in shown])
+    for row, value in enumerate(values):
+        axes.text(min(value + 0.02, 0.98), row, f"{value:.2f}", va="center", fontsize=8, ha="left" if value < 0.9 else "right")
+    axes.set(xlim=(0, 1), xlabel="probability")
+    axes.tick_params(axis="y", labelsize=8)
+
+
+def _tables(prediction: Prediction | None, clips: Sequence[_Clip]) -> dict[str, Probs]:
+    """The probabilities of the splits that are drawn. A run does not predict noisy clips."""
+    splits = {clip.split for clip in clips}
+    found = {}
+    if prediction and "curated" in splits:
+        found["curated"] = prediction.read_oof()
+    if prediction and "test" in splits:
+        found["test"] = prediction.read_test()
+    return found
 
 
 def _find(competition: Competition, fname: str) -> _Clip:
@@ -79,44 +161,3 @@ def _cached(competition: Competition, clips: Sequence[_Clip], config: LogMelConf
             if (row["size"], row["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
                 found[clip.fname] = array
     return found
-
-
-def _draw_waveform(axes: Axes, waveform: np.ndarray, sr: int, clip: _Clip, flags: Sequence[str]) -> None:
-    seconds = np.arange(len(waveform)) / sr
-    axes.plot(seconds, waveform, linewidth=0.4, color="#2b6cb0")
-    axes.set(xlim=(0, seconds[-1] if len(seconds) > 1 else 1), ylabel="amplitude", xlabel="seconds")
-    note = f"  ({', '.join(flags)})" if flags else ""
-    axes.set_title(f"{clip.fname}  {clip.split}  {len(waveform) / sr:.2f} s{note}", loc="left", fontsize=9)
-
-
-def _draw_log_mel(axes: Axes, log_mel: np.ndarray, recipe: Recipe, clip: _Clip) -> object:
-    config = recipe.logmel
-    window = tile(log_mel, recipe.window_frames, recipe.train.pad, config.top_db)
-    frame = config.hop_length / config.sr
-    image = axes.imshow(
-        window.T,
-        origin="lower",
-        aspect="auto",
-        cmap="magma",
-        interpolation="nearest",
-        extent=(0, len(window) * frame, -0.5, config.n_mels - 0.5),
-    )
-    ticks = [hz for hz in TICKS_HZ if config.fmin <= hz <= config.fmax]
-    axes.set_yticks([band_of(hz, config) for hz in ticks], [f"{hz:g}" for hz in ticks])
-    axes.set(ylabel="Hz (mel)", xlabel="seconds")
-    if len(log_mel) < len(window):
-        axes.axvline(len(log_mel) * frame, color="white", linewidth=0.8, linestyle=":")
-    axes.set_title(", ".join(clip.labels) or "labels unknown", loc="left", fontsize=9)
-    return image
-
-
-def band_of(hz: float, config: LogMelConfig) -> float:
-    """The mel band, with a fraction, whose centre is at a frequency: librosa's scale, without loading librosa."""
-    low, high = _mel(config.fmin, config.htk), _mel(config.fmax, config.htk)
-    return float((_mel(hz, config.htk) - low) / (high - low) * (config.n_mels + 1) - 1)
-
-
-def _mel(hz: float, htk: bool) -> float:
-    if htk:
-        return 2595 * np.log10(1 + hz / 700)
-    return hz * 3 / 200 if hz < 1000 else 15 + 27 * np.log(hz / 1000) / np.log(6.4)

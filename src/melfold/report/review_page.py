@@ -1,0 +1,101 @@
+"""The page to listen to doubtful clips and decide: keep, change labels, exclude. It ends with a `corrections.csv`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from melfold.combine.relabel import doubtful
+from melfold.compute import Progress, silent
+from melfold.data.competition import Competition
+from melfold.errors import MelfoldError
+from melfold.files import digest
+from melfold.learn.predictions import Prediction
+from melfold.probs import Probs
+from melfold.report.cards import ClipSource, Media, card
+from melfold.report.diagnosis import true_pairs
+from melfold.report.pages import write_page
+from melfold.report.pictures import mel_ticks
+
+CHOICES = 9
+"""Labels of a clip that have a key of their own: 1 to 9."""
+
+
+def write_review_page(
+    prediction: Prediction,
+    path: Path,
+    *,
+    count: int,
+    competition: Competition | None = None,
+    audio: bool = True,
+    progress: Progress = silent,
+) -> Media:
+    """Write the page to review a run's most doubtful clips.
+
+    Args:
+        count: how many clips; after the doubtful ones come those with the worst score.
+        competition: where the sounds come from; without, the page has none.
+        audio: whether sounds become part of the page.
+
+    Returns:
+        The pictures and sounds in it.
+
+    Raises:
+        MelfoldError: no trained fold, or no clip asked for.
+    """
+    if count < 1:
+        raise MelfoldError("a review needs at least one clip", str(count), "Give --review N")
+    run, oof = prediction.run, prediction.read_oof()
+    targets = run.targets(oof.index)
+    media = Media(ClipSource.of(run, competition, audio=audio))
+    clips = list(review_clips(prediction, targets, oof, media, count))
+    media.make(progress)
+    data = {
+        "run": run.name,
+        "prediction": prediction.label,
+        "key": digest([prediction.label, run.info.clips_sha256, [clip["fname"] for clip in clips]])[:16],
+        "labels": run.info.labels,
+        "clips": clips,
+        "corrections": [[fname, list(own.labels), own.why] for fname, own in sorted(run.recipe.data.corrections.items())],
+        "data": run.info.data_folder,
+    }
+    write_page(
+        path,
+        "review.html",
+        script="page.js review.js",
+        data=data,
+        media=media,
+        doubts=sum(clip["doubt"] is not None for clip in clips),
+        competition=run.info.competition,
+        ticks=mel_ticks(run.recipe.logmel),
+    )
+    return media
+
+
+def review_clips(prediction: Prediction, targets: pd.DataFrame, oof: Probs, media: Media, count: int) -> Iterator[dict[str, Any]]:
+    """The most doubtful clips, then those with the worst score; what the page's script needs of each.
+
+    Labels are what the run learned from: the table's, or the corrections of its recipe.
+    """
+    doubts = doubtful(targets, oof)
+    worst = true_pairs(targets, oof).groupby("fname")["precision"].mean().sort_values(kind="stable")
+    fnames = list(dict.fromkeys([*doubts.index, *worst.index]))[:count]
+    learned = prediction.run.train_targets(fnames)
+    folds = prediction.run.clips["fold"]
+    for fname in fnames:
+        clip = card(fname, media, int(folds[fname]), targets, [oof])
+        labels = [label for label, own in learned.loc[fname].items() if own]
+        row = doubts.loc[fname] if fname in doubts.index else None
+        suggested = list(row["suggested"]) if row is not None else labels
+        by_prob = list(oof.loc[fname].sort_values(ascending=False, kind="stable").index)
+        choices = list(dict.fromkeys([*labels, *suggested, *by_prob]))[: max(CHOICES, len(labels))]
+        probs = {label: float(oof.at[fname, label]) for label in choices}
+        yield {key: clip[key] for key in ("fname", "media", "fold", "seconds", "flags")} | {
+            "labels": labels,
+            "suggested": suggested,
+            "choices": [[label, round(probs[label], 4)] for label in choices],
+            "doubt": None if row is None else round(float(row["doubt"]), 1),
+        }
