@@ -1,4 +1,4 @@
-"""The order of floors and rooms: design.md's, held by reading the imports."""
+"""The order of layers and modules: design.md's, held by reading the imports."""
 
 from __future__ import annotations
 
@@ -10,47 +10,31 @@ from pathlib import Path
 
 import pytest
 
-CLI = [f"cli.{m}" for m in ("output", "options", "recipes", "data", "scores", "training", "runs", "clean", "submissions")]
-CLI += ["cli.ledger", "cli.kernels", "cli.report", "cli.main", "__main__"]
-FLOORS: list[list[str]] = [
-    ["errors", "files", "artefacts", "config", "facts", "recipes", "compute", "probs", "metrics"],
-    [f"data.{m}" for m in ("competition", "audio", "logmel", "cache", "folds", "check", "clips", "demo")],
-    [
-        f"learn.{m}"
-        for m in ("provenance", "runs", "start", "predictions", "devices", "augment", "losses", "normalise", "batches")
-    ],
-    [
-        f"learn.{m}"
-        for m in (
-            "weights",
-            "model",
-            "predict",
-            "fold_data",
-            "state",
-            "train_log",
-            "train",
-            "footprint",
-            "noisy",
-            "jobs",
-            "launch",
-        )
-    ],
-    [f"combine.{m}" for m in ("oof", "ensemble", "relabel", "check", "submission", "rebuild")],
-    [f"kernels.{m}" for m in ("boot", "infer", "train")],
-    [f"kaggle.{m}" for m in ("client", "ledger", "download", "pack", "built", "build", "sandbox", "rehearsal", "push", "submit")],
-    [
-        f"report.{m}"
-        for m in ("pictures", "clips", "ledger", "audio", "charts", "diagnosis", "training", "cards", "pages", "run_page")
-    ],
-    ["report.review_page", "report.home_page"],
-    ["stages", "dry_run"],
-    CLI,
+LAYERS = """
+: errors files artefacts config facts recipes compute probs metrics
+data: competition audio logmel cache folds check clips demo
+learn: provenance runs start predictions devices augment losses normalise batches weights model predict
+learn: fold_data state train_log tracker train footprint noisy jobs launch
+combine: oof ensemble relabel check submission rebuild
+kernels: boot infer train
+kaggle: client ledger download pack built build sandbox rehearsal push submit
+report: pictures clips ledger audio charts diagnosis pages training cards run_page review_page home_page
+: stages dry_run
+cli: output options recipes data scores training runs clean submissions ledger kernels report main
+: __main__
+"""
+"""A package and its modules in each line; a module imports only from those before it."""
+
+
+ORDER = [
+    f"{package}.{module}".removeprefix(".")
+    for package, modules in (line.split(":") for line in LAYERS.strip().splitlines())
+    for module in modules.split()
 ]
-ORDER = [room for floor in FLOORS for room in floor]
 PACKAGE = Path(__file__).resolve().parents[2] / "src" / "melfold"
 
 
-def rooms() -> dict[str, ast.Module]:
+def modules() -> dict[str, ast.Module]:
     """Every module of the package by its dotted name, packages' own `__init__` left out."""
     paths = [p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py"]
     return {".".join(p.relative_to(PACKAGE).with_suffix("").parts): ast.parse(p.read_text()) for p in paths}
@@ -66,33 +50,35 @@ def imported(tree: ast.Module) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def room_of(name: str, known: list[str]) -> str | None:
-    """The room that `melfold.data.clips.ClipStore` stands in: `data.clips`."""
+def module_of(name: str, known: list[str]) -> str | None:
+    """The module that `melfold.data.clips.ClipStore` stands in: `data.clips`."""
     inner = name.removeprefix("melfold.")
-    return next((room for room in known if inner == room or inner.startswith(f"{room}.")), None) if inner != name else None
+    return (
+        next((module for module in known if inner == module or inner.startswith(f"{module}.")), None) if inner != name else None
+    )
 
 
-def test_every_room_has_its_place_in_the_house() -> None:
-    assert set(rooms()) <= set(ORDER)
+def test_every_module_has_its_place() -> None:
+    assert set(modules()) <= set(ORDER)
 
 
-@pytest.mark.parametrize("room", sorted(rooms()))
-def test_a_room_imports_only_from_rooms_listed_before_it(room: str) -> None:
-    tree = rooms()[room]
-    own = {r for name in imported(tree) if (r := room_of(name, ORDER))}
-    assert [r for r in sorted(own) if ORDER.index(r) >= ORDER.index(room)] == []
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_a_module_imports_only_from_modules_listed_before_it(module: str) -> None:
+    tree = modules()[module]
+    own = {r for name in imported(tree) if (r := module_of(name, ORDER))}
+    assert [r for r in sorted(own) if ORDER.index(r) >= ORDER.index(module)] == []
     ours = {n for n in imported(tree) if n == "melfold" or n.startswith("melfold.")}
-    lost = {n for n in ours if not room_of(n, ORDER)} - {f"melfold.{r}" for r in ORDER} - {"melfold.__version__"}
-    assert not lost, "imports that no room answers to"
+    lost = {n for n in ours if not module_of(n, ORDER)} - {f"melfold.{r}" for r in ORDER} - {"melfold.__version__"}
+    assert not lost, "imports that no module answers to"
 
 
 def test_packages_import_nothing() -> None:
     assert [p for p in PACKAGE.rglob("__init__.py") if list(imported(ast.parse(p.read_text())))] == []
 
 
-@pytest.mark.parametrize("room", sorted(set(rooms()) - {*CLI, "kernels.boot"}))
-def test_library_code_never_prints_and_knows_no_terminal(room: str) -> None:
-    tree = rooms()[room]
+@pytest.mark.parametrize("module", sorted({m for m in modules() if not m.startswith("cli.")} - {"__main__", "kernels.boot"}))
+def test_library_code_never_prints_and_knows_no_terminal(module: str) -> None:
+    tree = modules()[module]
     calls = [n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
     assert "print" not in calls
     assert not {name.split(".")[0] for name in imported(tree)} & {"typer", "rich", "click"}
@@ -105,7 +91,7 @@ def test_the_command_line_starts_without_the_heavy_libraries() -> None:
     assert not loaded & {"torch", "timm", "librosa", "sklearn", "pandas", "scipy", "matplotlib", "iterstrat", "soundfile"}
 
 
-def test_the_table_rooms_load_without_torch_and_librosa() -> None:
+def test_the_table_modules_load_without_torch_and_librosa() -> None:
     code = "import sys, melfold.stages, melfold.metrics, melfold.data.clips; print(' '.join(sys.modules))"
     loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
     assert "melfold.data.clips" in loaded
