@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from melfold.compute import Compute
 from melfold.config import LogMelConfig
+from melfold.data.cache import build_cache, npy_path
 from melfold.data.clips import ClipStore, Pad, window_starts
 from melfold.data.competition import load_competition
-from melfold.data.logmel import build_cache, npy_path
 from melfold.errors import MelfoldError
 from melfold.files import Home
 from melfold.learn.batches import Phase, draw_start, prefetch, train_batches, window_batches
@@ -29,7 +30,7 @@ PADS: tuple[Pad, ...] = ("wrap", "floor")
 @pytest.fixture
 def folder(tiny_download: Maker, tmp_path: Path) -> Path:
     """A cache of 10 curated clips, 16 to 46 frames long."""
-    return build_cache(load_competition(tiny_download(curated=10)), CONFIG, Home(tmp_path / "home"), jobs=1)
+    return build_cache(load_competition(tiny_download(curated=10)), CONFIG, Home(tmp_path / "home"), compute=Compute(jobs=1))
 
 
 @pytest.fixture

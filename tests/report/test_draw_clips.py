@@ -10,9 +10,10 @@ import librosa
 import numpy as np
 import pytest
 
+from melfold.compute import Compute
 from melfold.config import LogMelConfig, Recipe
+from melfold.data.cache import build_cache, npy_path
 from melfold.data.competition import Competition, load_competition
-from melfold.data.logmel import build_cache, npy_path
 from melfold.errors import MelfoldError
 from melfold.files import Home
 from melfold.recipes import load_recipe
@@ -58,7 +59,7 @@ def test_another_sound_is_another_picture(competition: Competition, recipe: Reci
 
 def test_a_cached_log_mel_is_drawn_unless_its_audio_changed(competition: Competition, recipe: Recipe, tmp_path: Path) -> None:
     home, fname = Home(tmp_path / "home"), competition.curated.index[0]
-    array = npy_path(build_cache(competition, recipe.logmel, home, jobs=1), fname)
+    array = npy_path(build_cache(competition, recipe.logmel, home, compute=Compute(jobs=1)), fname)
     pictures = []
 
     def draw() -> bytes:
