@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -38,6 +39,12 @@ def home(tmp_path: Path) -> Path:
     return tmp_path / "home"
 
 
+@functools.cache
+def root_command() -> object:
+    """The command line as click sees it."""
+    return typer.main.get_command(app)
+
+
 def commands() -> list[tuple[str, ...]]:
     """Every command's words."""
 
@@ -48,12 +55,12 @@ def commands() -> list[tuple[str, ...]]:
         for name, sub in (inner or {}).items():
             yield from walk(sub, (*words, name))
 
-    return list(walk(typer.main.get_command(app), ()))
+    return list(walk(root_command(), ()))
 
 
 def options_of(words: tuple[str, ...]) -> set[str]:
     """The long options of a command."""
-    found: object = typer.main.get_command(app)
+    found: object = root_command()
     for word in words:
         found = found.commands[word]  # type: ignore[attr-defined]
     return {option for param in found.params for option in param.opts if option.startswith("--")}  # type: ignore[attr-defined]
@@ -132,7 +139,10 @@ BAD: dict[str, tuple[list[str], str]] = {
     "ship: no submission": (["ship", "nosuch"], "no such submission: nosuch in"),
     "submit: no submission": (["submit", "nosuch", "--kernel"], "no such submission: nosuch in"),
     "build infer: no submission": (["kernel", "build", "infer", "--submission", "nosuch"], "no such submission: nosuch in"),
-    "rebuild: no submission": (["submission", "rebuild", "nosuch", "--data", "DATA"], "no such submission: nosuch in"),
+    "rebuild: no submission": (
+        ["submission", "rebuild", "nosuch", "--data", "DATA"],
+        "no such submission: HOME/submissions/nosuch/manifest.json",
+    ),
     "ledger show: no column": (["ledger", "show", "--sort", "luck"], "no such column: luck. Use one of tag, id"),
     "recipe diff: unknown": (["recipe", "diff", "open", "smal"], "unknown recipe: 'smal' (nearest: small)"),
     "build: no run": (["submission", "build", "nosuch", "--data", "DATA"], "no such run: nosuch"),

@@ -17,12 +17,7 @@ STARTED = time.monotonic()
 
 
 def run(bundle: str, pack: str) -> None:
-    """Unpack the package and start it.
-
-    Args:
-        bundle: JSON, what the kernel is to do.
-        pack: the package, a zip in base85.
-    """
+    """Unpack the package (a zip in base85) and start it. The bundle, in JSON, says what to do."""
     root = Path(os.environ.get("MELFOLD_KERNEL_ROOT", "/"))  # a rehearsal has its own
     settings = json.loads(bundle)
     source = root / "tmp" / f"melfold-{settings['build_id'][:12]}"

@@ -78,7 +78,7 @@ def train(competition: Competition, home: Home, recipe: Recipe, name: str, which
 
 
 def resume(home: Home, name: str, compute: Compute, data: Path | None = None) -> Run:
-    """Train the missing folds of a run with the recipe and download it was started with.
+    """Train the missing folds of a run, or its model of all clips if that is all it has, with its own recipe and download.
 
     Args:
         data: where the download is now, if it was moved.
@@ -87,7 +87,9 @@ def resume(home: Home, name: str, compute: Compute, data: Path | None = None) ->
     folder = data or Path(run.info.data_folder)
     if not folder.is_dir():
         raise MelfoldError(f"the download of run {run.name} is gone", str(folder), "Give its folder: --data DATA")
-    return train(load_competition(folder), home, run.recipe, run.name, range(run.recipe.folds.n_folds), compute)
+    folds = range(run.recipe.folds.n_folds)
+    only_full = run.fold(FULL).path.exists() and not any(run.fold(fold).path.exists() for fold in folds)
+    return train(load_competition(folder), home, run.recipe, run.name, [FULL] if only_full else folds, compute)
 
 
 def train_folds(run: Run, competition: Competition, which: Sequence[int | str], folder: Path, compute: Compute) -> None:

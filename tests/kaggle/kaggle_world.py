@@ -13,14 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from melfold import pipeline
+from melfold import stages
+from melfold.compute import Compute
 from melfold.config import Recipe
 from melfold.data.competition import Competition, load_competition
 from melfold.data.demo import write_demo
 from melfold.files import Home
 from melfold.kaggle.build import Target, build_infer
 from melfold.kaggle.built import Built
-from melfold.learn.devices import pick_device
 from melfold.recipes import load_recipe
 
 SLUG = "freesound-audio-tagging-2019"
@@ -30,10 +30,14 @@ SETS = (
     "logmel.n_mels=32",
     "model.kwargs={depths=[1, 1, 1, 1], dims=[8, 16, 16, 16]}",
     "train.epochs=1",
+    "train.amp=off",
     "train.crop_seconds=0.64",
     "folds.n_folds=2",
     "predict.shift_seconds=[0, 0.16]",
 )
+
+
+CPU = Compute(("cpu",), jobs=1)
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class World:
     def make(cls, root: Path) -> World:
         data = write_demo(root / "demo")
         made = cls(Home(root / "home"), data)
-        pipeline.run_all(data, made.home, made.recipe, "tiny", pick_device("cpu", "off"), jobs=1)
+        stages.run(data, made.home, made.recipe, "tiny", CPU)
         return made
 
     @property

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from kaggle_world import CPU as COMPUTE
 from kaggle_world import SETS, SLUG, World, bundle_of, record, restamp, rewrite
 from slugify import slugify
 
-from melfold import pipeline
-from melfold.combine.ensemble import prior_of
+from melfold import stages
+from melfold.combine.oof import prior_of
 from melfold.combine.submission import build_submission
 from melfold.data.competition import load_competition
 from melfold.errors import MelfoldError
@@ -30,7 +31,7 @@ from melfold.kaggle.push import check_output, fetch_run, push
 from melfold.kaggle.rehearsal import link_inputs, mounts, rehearse
 from melfold.kernels.boot import Session
 from melfold.kernels.infer import infer
-from melfold.learn.devices import pick_device
+from melfold.learn.predictions import open_prediction
 from melfold.learn.runs import open_run
 from melfold.probs import read_probs
 from melfold.recipes import load_recipe
@@ -177,17 +178,17 @@ def test_a_run_that_has_changed_is_not_built(change: str, own: World) -> None:
     content = path.read_bytes()
     path.unlink()  # it is a hard link to the shared world's file
     if change == "result":
-        path.write_text(json.dumps(json.loads(content) | {"weights_sha256": "0" * 64}))
+        path.write_text(json.dumps(json.loads(content) | {"files": {"weights.safetensors": "0" * 64}}))
     else:
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(MelfoldError, match="has changed since"):
+    with pytest.raises(MelfoldError, match="has changed since" if change == "result" else "changed after it was written"):
         own.build()
 
 
 def test_a_weighted_ensemble_of_front_ends_and_views_gives_the_bytes_of_home(own: World) -> None:
     other = load_recipe("demo", [*SETS, "seed=1", "logmel.n_mels=40", 'predict.pads=["wrap", "floor"]', "train.loss=lsep"])
-    device = pick_device("cpu", "off")
-    runs = [open_run(own.home, "tiny"), pipeline.run_all(own.data, own.home, other, "other", device, jobs=1)[0]]
+    other_run, _, _ = stages.run(own.data, own.home, other, "other", COMPUTE)
+    runs = [open_prediction(own.home, "tiny"), other_run]
     build_submission(own.home, runs, own.competition, id="pair", mean="logit", weights=[3, 1])
     built = build_infer(own.home, "pair", CPU)
     found = rehearse(built, own.competition, own.home)
@@ -292,7 +293,7 @@ def test_a_test_clip_that_cannot_be_read_keeps_the_prior(own: World, tmp_path: P
     report = rehearse(built, load_competition(data), own.home, keep=tmp_path / "kept")
     assert "differ" in report.failures[0]
     probs = read_probs(tmp_path / "kept" / "submission.csv")
-    prior = prior_of(open_run(own.home, "tiny"))
+    prior = prior_of(open_prediction(own.home, "tiny"))
     assert (probs.loc[first] == prior[probs.columns]).all()
     assert not (probs.loc[second] == prior[probs.columns]).all()
     assert f"TEST CLIP {first} cannot be read" in (tmp_path / "kept" / "log.txt").read_text()
@@ -323,7 +324,7 @@ def test_weights_that_are_damaged_on_the_way_are_refused(own: World) -> None:
 
 def build_training(world: World, *sets: str, session: int = 1, folds: list[int | str]) -> Built:
     recipe = load_recipe("demo", [*SETS, *sets])
-    table, _ = pipeline.folds(world.competition, world.home, recipe)
+    table, _ = stages.folds(world.competition, world.home, recipe)
     return build_train(world.home, recipe, "far", table, world.competition, CPU, folds=folds, session=session)
 
 
@@ -357,7 +358,7 @@ def test_training_stops_in_time_and_continues_in_a_second_session(own: World) ->
 
 def test_a_training_kernel_needs_its_weights_as_a_file(own: World) -> None:
     recipe = load_recipe("demo", [*SETS, "model.weights=hub"])
-    table, _ = pipeline.folds(own.competition, own.home, recipe)
+    table, _ = stages.folds(own.competition, own.home, recipe)
     with pytest.raises(MelfoldError, match="no network to download weights"):
         build_train(own.home, recipe, "hub", table, own.competition, CPU, folds=[0])
 

@@ -145,14 +145,14 @@ def test_a_file_that_was_changed_is_not_submitted(fake: FakeKaggle, own: World) 
 def test_the_recorded_recipe_rebuilds_the_same_file(own: World) -> None:
     from melfold.combine.submission import build_submission
     from melfold.files import read_json, sha256_file
-    from melfold.learn.runs import open_run
+    from melfold.learn.predictions import open_prediction
 
     folder = own.home.submissions / "tiny"
-    recipe = read_json(folder / "recipe.json")
+    manifest = read_json(folder / "manifest.json")
     (folder / "submission.csv").unlink()
-    runs = [open_run(own.home, run["name"]) for run in recipe["runs"]]
-    rebuilt = build_submission(own.home, runs, own.competition, id="tiny", mean=recipe["mean"])
-    assert sha256_file(rebuilt) == recipe["submission_sha256"]
+    runs = [open_prediction(own.home, run["name"]) for run in manifest["runs"]]
+    rebuilt = build_submission(own.home, runs, own.competition, id="tiny", mean=manifest["mean"])
+    assert sha256_file(rebuilt) == manifest["files"]["submission.csv"]
 
 
 # Schedules

@@ -42,11 +42,10 @@ def download(
 @command(app, "check", "melfold check data/fat2019")
 def check(data: DataArg, recipe: RecipeOpt = "open", home: HomeOpt = None, set_: SetOpt = None) -> None:
     """Is this download complete? Reads the tables and the header of every file."""
-    from melfold.compute import Compute
     from melfold.data.check import check as check_download
 
     place = Home.find(home)
-    found = check_download(data, place, resolve_recipe(recipe, set_, place), Compute(progress=bar()))
+    found = check_download(data, place, resolve_recipe(recipe, set_, place), resolve_compute())
     print_table(rows_of(found.splits, "split"), left=["audio"], digits=2)
     for line in found.notes:
         typer.echo(f"note: {line}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,10 +20,9 @@ from melfold.cli.options import (
     SchedulerOpt,
     resolve_compute,
 )
-from melfold.cli.output import command, print_json, print_table, rows_of
+from melfold.cli.output import command, note, print_json, print_table, rows_of
 from melfold.errors import MelfoldError
-from melfold.files import Home, write_text
-from melfold.recipes import toml_value
+from melfold.files import Home
 
 if TYPE_CHECKING:
     from melfold.data.competition import Competition
@@ -39,9 +38,7 @@ app.add_typer(submission_app, name="submission")
 def predict(
     run: PredictionArg,
     data: RunDataOpt = None,
-    name: Annotated[
-        str | None, typer.Option("--name", help="Make another prediction of the same weights, called RUN@NAME, with --set.")
-    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Another prediction of the same weights: RUN@NAME.")] = None,
     device: DevicesOpt = "auto",
     jobs: JobsOpt = -1,
     engine: EngineOpt = "joblib",
@@ -63,7 +60,7 @@ def predict(
 
 
 def _open_or_start(home: Home, label: str, name: str | None, sets: list[str]) -> Prediction:
-    from melfold.learn.predictions import open_prediction, start_prediction
+    from melfold.learn.predictions import list_predictions, open_prediction, start_prediction
     from melfold.recipes import change_recipe, parse_set
 
     if sets and not name:
@@ -74,9 +71,10 @@ def _open_or_start(home: Home, label: str, name: str | None, sets: list[str]) ->
     opened = open_prediction(home, label)
     if not name:
         return opened
-    if opened.name or not sets:
-        fix = f"To use an existing prediction give {opened.run.name}@{name}"
-        raise MelfoldError("--name makes a new prediction of a run and needs --set", f"{label} --name {name}", fix)
+    if opened.name:
+        raise MelfoldError("--name needs a run", f"{label} is a prediction already", f"Give {opened.run.name} --name {name}")
+    if not sets and any(prediction.name == name for prediction in list_predictions(opened.run)):
+        return open_prediction(home, f"{label}@{name}")
     return start_prediction(opened.run, name, change_recipe(opened.run.recipe, sets).predict)
 
 
@@ -124,55 +122,19 @@ def _numbers(text: str | None) -> list[float] | None:
 @command(submission_app, "rebuild", "melfold submission rebuild open --data data/fat2019")
 def submission_rebuild(id: IdArg, data: DataOpt, home: HomeOpt = None) -> None:
     """Make a submission.csv again from its manifest, such as a colleague's; or print the commands that make what is missing."""
-    from melfold.combine.submission import build_submission, submission_artefact
+    from melfold.combine.rebuild import plan_rebuild, rebuild
     from melfold.data.competition import load_competition
-    from melfold.learn.predictions import open_predictions
 
     place = Home.find(home)
-    artefact = submission_artefact(place, id)
-    if not artefact.stamp.exists():
-        known = ", ".join(sorted(path.parent.name for path in place.submissions.glob("*/manifest.json"))) or "none"
-        raise MelfoldError("no such submission", f"{id} in {place.submissions}", f"Known: {known}")
-    manifest = artefact.read()
-    commands = [line for part in manifest["runs"] for line in _what_is_missing(place, id, part, data)]
-    if commands:
-        typer.echo("\n".join(["Something is missing. These commands make it:", *commands]))
-        typer.echo(f"melfold submission rebuild {id} --data {data}")
+    plan = plan_rebuild(place, id, data)
+    for line in plan.notes:
+        note(line)
+    if plan.commands:
+        typer.echo("Something is missing here. These commands make it:")
+        for line in [*plan.commands, f"melfold submission rebuild {id} --data {data}"]:
+            typer.echo(line)
         raise typer.Exit(1)
-    members = open_predictions(place, [_label(part) for part in manifest["runs"]])
-    shares = [part["share"] for part in manifest["runs"]]
-    path = build_submission(place, members, load_competition(data), id=id, mean=manifest["mean"], weights=shares)
-    same = manifest["files"] == artefact.read()["files"]
-    typer.echo(f"{path}\nThe bytes are {'those' if same else 'NOT those'} of the manifest.")
-
-
-def _label(part: dict[str, Any]) -> str:
-    return f"{part['name']}@{part['prediction']}" if part["prediction"] else part["name"]
-
-
-def _what_is_missing(home: Home, id: str, part: dict[str, Any], data: Path) -> list[str]:
-    """The commands that make one member of a submission, as far as it does not exist."""
-    from melfold.learn.predictions import open_prediction
-    from melfold.learn.runs import open_run
-    from melfold.recipes import parse_recipe, recipe_toml
-
-    name, folds = part["name"], list(part["weights_sha256"])
-    recipe = parse_recipe(part["recipe"], f"the manifest of {id}")
-    changed = [f"--set predict.{key}='{toml_value(value)}'" for key, value in recipe.predict.model_dump().items()]
-    named = f" {' '.join(changed)} --name {part['prediction']}" if part["prediction"] else ""
-    predict = f"melfold predict {name} --data {data}{named}"
-    if not (home.runs / name / "run.json").exists():
-        path = home.root / "build" / "rebuild" / id / f"{name}.toml"
-        write_text(path, recipe_toml(recipe, {}))
-        return [f"melfold train {data} --recipe {path} --run {name} --folds {','.join(folds)}", predict]
-    run = open_run(home, name)
-    if left := [fold for fold in folds if not run.fold(fold).done]:
-        return [f"melfold train {data} --recipe {name} --run {name} --folds {','.join(left)}", predict]
-    try:
-        open_prediction(home, _label(part)).read_test()
-    except MelfoldError:
-        return [predict]
-    return []
+    typer.echo(rebuild(place, id, load_competition(data)))
 
 
 @command(submission_app, "check", "melfold submission check submission.csv --data data/fat2019")

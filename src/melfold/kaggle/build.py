@@ -130,9 +130,7 @@ def build_train(
         "folds_table": table.read_text(),
         "folds": [str(fold) for fold in folds],
         "weights_sha256": sha256_file(*weights.values()) if weights else "",
-        "labels": list(competition.labels),
         "budget_minutes": minutes,
-        "track": recipe.track,
         "provenance": [_provenance(name, recipe, table_sha256, recipe.track, current_commit())],
     }
     plan = _Plan(

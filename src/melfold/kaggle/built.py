@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +11,16 @@ from melfold.errors import MelfoldError
 from melfold.files import Home, digest
 
 
-@dataclass(frozen=True)
 class Built:
     """A built kernel: the folders `kernel/` and (if it has weights) `dataset/`, as Kaggle's tool takes them, and three stamps.
 
     `build.json` says what it was made from; `rehearsal.json` and `pushed.json` say which build they are about.
     """
 
-    folder: Path
-
-    @property
-    def kernel(self) -> Path:
-        return self.folder / "kernel"
-
-    @property
-    def dataset(self) -> Path:
-        return self.folder / "dataset"
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.kernel, self.dataset = folder / "kernel", folder / "dataset"
+        self.rehearsal_stamp, self.push_stamp = Artefact(folder / "rehearsal.json"), Artefact(folder / "pushed.json")
 
     @property
     def artefact(self) -> Artefact:
@@ -65,14 +58,6 @@ class Built:
     def inputs(self) -> dict[str, str]:
         """What `rehearsal.json` and `pushed.json` are made from: this build, named by the hash of all that would be pushed."""
         return {"build": digest(self.facts["files"])}
-
-    @property
-    def rehearsal_stamp(self) -> Artefact:
-        return Artefact(self.folder / "rehearsal.json")
-
-    @property
-    def push_stamp(self) -> Artefact:
-        return Artefact(self.folder / "pushed.json")
 
     @property
     def passed(self) -> bool:

@@ -18,14 +18,9 @@ from melfold.learn.runs import FoldFolder
 
 log = logging.getLogger(__name__)
 
-UPLOADS = 3
-"""How often an upload is tried."""
-
-DATASET_MINUTES = 60
-"""How long Kaggle may take to process a dataset."""
-
-QUEUE_MINUTES = 120
-"""How long a kernel may wait for a machine."""
+UPLOADS = 3  # attempts
+DATASET_MINUTES = 60  # for Kaggle to process a dataset
+QUEUE_MINUTES = 120  # for a kernel to get a machine
 
 
 def push(client: Kaggle, built: Built, *, unrehearsed: bool = False) -> int:

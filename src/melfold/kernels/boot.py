@@ -9,7 +9,6 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,36 +20,20 @@ NOT_STARTED = "not started"
 """The state of a fold in `melfold.json` before its first checkpoint."""
 
 
-@dataclass(frozen=True)
 class Session:
-    """One run of a kernel.
+    """One run of a kernel: what it was built to do, its folders, and its clock.
 
     Args:
-        bundle: what the kernel was built to do.
+        bundle: as built.
         root: `/`, or the folder in which a rehearsal lays out `/kaggle` and `/tmp`.
-        started: what `clock` said when the process started.
-        clock: seconds.
+        started: what `clock` (seconds) said when the process started.
     """
 
-    bundle: dict[str, Any]
-    root: Path
-    started: float
-    clock: Callable[[], float] = time.monotonic
-
-    @property
-    def inputs(self) -> Path:
-        """What is mounted, read-only."""
-        return self.root / "kaggle/input"
-
-    @property
-    def working(self) -> Path:
-        """The kernel's output."""
-        return self.root / "kaggle/working"
-
-    @property
-    def scratch(self) -> Path:
-        """Temporary files."""
-        return self.root / "tmp/melfold"
+    def __init__(self, bundle: dict[str, Any], root: Path, started: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.bundle, self.started, self.clock = bundle, started, clock
+        self.inputs = root / "kaggle/input"
+        self.working = root / "kaggle/working"  # kept as the kernel's output
+        self.scratch = root / "tmp/melfold"
 
     def elapsed(self) -> float:
         """Seconds since the process started."""

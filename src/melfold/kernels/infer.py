@@ -18,7 +18,7 @@ from melfold.compute import Compute
 from melfold.config import LogMelConfig, Recipe, View
 from melfold.data.cache import build_cache, read_manifest, stop_workers, unreadable
 from melfold.data.clips import ClipStore, window_starts
-from melfold.data.competition import Competition, read_test
+from melfold.data.competition import read_test
 from melfold.errors import MelfoldError
 from melfold.files import Home, write_json
 from melfold.kernels import boot
@@ -102,12 +102,19 @@ class Member:
 
 
 class Inference:
-    """The members of a submission, the test clips, and the time that is left. `record` becomes `melfold.json`."""
+    """The members of a submission, the test clips, and the time that is left. `record` becomes `melfold.json`.
+
+    Raises:
+        MelfoldError: no competition, other labels than the models have, or weights that are missing or damaged.
+    """
 
     def __init__(self, session: boot.Session, device: Device, budget: float) -> None:
         self.session, self.device, self.budget = session, device, budget
-        self.test = read_competition(session)
-        self.members = find_members(session, list(self.test.labels))
+        self.test = read_test(session.competition_folder("sample_submission.csv"))
+        labels, known = list(self.test.labels), session.bundle["labels"]
+        if labels != known:
+            raise MelfoldError("the mounted competition has other labels", f"{len(labels)} labels, the runs have {len(known)}")
+        self.members = find_members(session)
         self.record: dict[str, Any] = {
             "build_id": session.bundle["build_id"],
             "device": str(device.torch),
@@ -231,25 +238,8 @@ class Inference:
         return (self.session.elapsed() - began) / (member.windows(view, SAMPLE_CLIPS) * view.length)
 
 
-def read_competition(session: boot.Session) -> Competition:
-    """The mounted competition's test clips and labels.
-
-    Raises:
-        MelfoldError: nothing mounted, or other labels than the models have.
-    """
-    test = read_test(session.competition_folder("sample_submission.csv"))
-    known = session.bundle["labels"]
-    if list(test.labels) != known:
-        raise MelfoldError("the mounted competition has other labels", f"{len(test.labels)} labels, the runs have {len(known)}")
-    return test
-
-
-def find_members(session: boot.Session, labels: list[str]) -> list[Member]:
-    """The runs of the bundle, with their weights wherever they are mounted.
-
-    Raises:
-        MelfoldError: weights that are missing or damaged.
-    """
+def find_members(session: boot.Session) -> list[Member]:
+    """The runs of the bundle, with their weights wherever they are mounted. Raises: MelfoldError: missing or damaged weights."""
     runs = session.bundle["runs"]
     files = session.weights({sha256 for run in runs for sha256 in run["weights"].values()})
     return [
@@ -257,7 +247,7 @@ def find_members(session: boot.Session, labels: list[str]) -> list[Member]:
             name=run["name"],
             recipe=parse_recipe(run["recipe"], run["name"]),
             weights={fold: files[sha256] for fold, sha256 in run["weights"].items()},
-            prior=np.array([run["prior"][label] for label in labels]),
+            prior=np.array([run["prior"][label] for label in session.bundle["labels"]]),
             share=run["share"],
         )
         for run in runs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from melfold.artefacts import differences, listed
@@ -67,6 +67,7 @@ def start_run(home: Home, name: str, recipe: Recipe, competition: Competition, f
         if run.recipe != recipe:  # settings that change no weight take their new values
             write_json(folder / "recipe.json", recipe.model_dump(mode="json"))
         return Run(folder, recipe, run.info)
+    info = replace(info, licence=_licence(home, recipe), commit=current_commit())
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.json").unlink(missing_ok=True)
     write_text(folder / "clips.csv", clips)
@@ -77,7 +78,13 @@ def start_run(home: Home, name: str, recipe: Recipe, competition: Competition, f
     return Run(folder, recipe, info)
 
 
+def _licence(home: Home, recipe: Recipe) -> str:
+    teacher = recipe.noisy.teacher
+    return join_licences(licence_of(recipe), open_run(home, teacher).info.licence if teacher else "")
+
+
 def _info(home: Home, recipe: Recipe, competition: Competition, folds_path: Path, clips: str, noisy: str) -> RunInfo:
+    """The facts of a new run, without licence and commit, which an existing run does not compare."""
     clips_sha256 = hashlib.sha256(clips.encode()).hexdigest()
     teacher = find_teacher(home, recipe, clips_sha256)
     return RunInfo(
@@ -91,8 +98,8 @@ def _info(home: Home, recipe: Recipe, competition: Competition, folds_path: Path
         teacher=f"{teacher.name} {teacher.recipe.fingerprint()}" if teacher else "",
         track="open" if teacher and teacher.info.track == "open" else recipe.track,
         data="curated and noisy" if noisy or (teacher and teacher.info.noisy_sha256) else "curated",
-        licence=join_licences(licence_of(recipe), teacher.info.licence if teacher else ""),
-        commit=current_commit(),
+        licence="",
+        commit="",
         data_folder=str(competition.root.resolve()),
     )
 
