@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from melfold import stages
 from melfold.config import Recipe
 from melfold.data.cache import cache_folder
 from melfold.data.clips import ClipStore
 from melfold.data.competition import Competition
+from melfold.data.folds import fold_table_path
 from melfold.files import Home
 from melfold.learn.devices import Device
 from melfold.learn.runs import Run
@@ -50,7 +50,7 @@ class World:
     @property
     def folds(self) -> Path:
         """The fold table."""
-        return stages.folds_path(self.home, self.competition, self.recipe())
+        return fold_table_path(self.home, self.competition.name, self.recipe().folds)
 
     def start(self, root: Path, *sets: str, name: str = "tiny") -> Run:
         """An untrained run in a home of its own."""
