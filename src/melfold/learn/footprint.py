@@ -254,7 +254,7 @@ def trained_model(recipe: Recipe, labels: int) -> Tagger:
 
 
 def footprint(recipe: Recipe, labels: int = 80, amp: torch.dtype | None = torch.float16, micro_batch: int = 0) -> Footprint:
-    """Run two training steps of a recipe on the fake GPU: in the second one the optimizer's state exists.
+    """Run a training step of a recipe on the fake GPU; not the very first, whose optimizer has no moments yet.
 
     Args:
         micro_batch: as in the recipe, which it replaces where it is not 0.
@@ -266,13 +266,20 @@ def footprint(recipe: Recipe, labels: int = 80, amp: torch.dtype | None = torch.
     batch, targets = fake_batch(recipe, size, labels)
     with fake_gpu() as gpu:
         state = fake_state(recipe, model, amp)
-        train_step(state, batch, targets, recipe, np.random.default_rng(0))
+        _first_update(state)
         gpu.waits.clear()
         with counter:
             train_step(state, batch, targets, recipe, np.random.default_rng(0))
     parameters = sum(p.numel() for p in model.parameters())
     part = recipe.train.micro_batch or size
     return Footprint(size, part, parameters, counter.get_total_flops() / size, gpu.peak, len(gpu.waits))
+
+
+def _first_update(state: TrainState) -> None:
+    state.scaler.scale(torch.zeros((), device=state.device.torch))
+    for parameter in state.trained:
+        parameter.grad = torch.zeros_like(parameter)
+    state.update()
 
 
 def largest_batch(small: Footprint, large: Footprint, memory: int = T4_BYTES) -> int:
