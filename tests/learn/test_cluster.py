@@ -18,7 +18,7 @@ from melfold.files import sha256_file
 
 pytest.importorskip("distributed", reason="the optional extra `dask` is not installed")
 
-MELFOLD = [sys.executable, "-m", "melfold.cli"]
+MELFOLD = [sys.executable, "-m", "melfold"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 SETS = (
     "train.epochs=60",
@@ -120,7 +120,7 @@ def test_a_cluster_that_loses_a_worker_gives_the_bytes_of_one_machine(tmp_path: 
     ended(melfold("train", *data, "--folds", "0,1", "--run", "r", "--home", str(homes["here"])))
     for where, home in homes.items():
         command = ["predict", "r", "--data", str(demo_data), "--device", "cpu", "--home", str(home), *engine[where]]
-        assert "INCOMPLETE: predicting with folds 0, 1 alone" in ended(melfold(*command))
+        assert "INCOMPLETE: predicting with fold 0, 1 only" in ended(melfold(*command))
     here, there = bytes_of(homes["here"]), bytes_of(homes["there"])
     assert {name for name in here if "runs" in name} >= {"runs/r/test.csv", "runs/r/fold1/weights.safetensors"}
     assert here == there

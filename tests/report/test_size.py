@@ -14,8 +14,9 @@ import soundfile
 from browser import Browser
 from report_world import made_run
 
+from melfold.data.cache import cache_folder, make_clip, npy_path
 from melfold.data.competition import Competition
-from melfold.data.logmel import cache_folder, log_mel_of, make_clip, npy_path
+from melfold.data.logmel import log_mel_of
 from melfold.files import Home
 from melfold.learn.predictions import Prediction, own_prediction
 from melfold.report.review_page import write_review_page

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
 from melfold.cli.options import HomeOpt, RunDataOpt
 from melfold.cli.output import bar, command, note, size
-
 from melfold.errors import MelfoldError
 from melfold.files import Home
 
@@ -64,7 +64,6 @@ def report(
 
 def _home_page(home: Home, path: Path) -> Path:
     from melfold.facts import facts_of
-
     from melfold.learn.runs import list_runs
     from melfold.report.home_page import write_home_page
 

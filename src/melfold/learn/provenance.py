@@ -17,9 +17,11 @@ def licence_of(recipe: Recipe) -> str:
         return ""
     if recipe.model.licence:
         return recipe.model.licence
+    if recipe.model.weights != "hub":
+        return "unknown"
     import timm
 
-    known = timm.get_pretrained_cfg(recipe.model.name) if recipe.model.weights == "hub" else None
+    known = timm.get_pretrained_cfg(recipe.model.name)
     return (known and known.license) or "unknown"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from melfold.artefacts import differences, listed
@@ -12,6 +12,7 @@ from melfold.config import Recipe
 from melfold.data.competition import Competition
 from melfold.data.folds import read_folds
 from melfold.errors import MelfoldError
+from melfold.facts import join_labels
 from melfold.files import Home, sha256_file, write_json, write_text
 from melfold.learn.provenance import current_commit, first_weights_sha256, join_licences, licence_of
 from melfold.learn.runs import FULL, Run, RunInfo, open_run, run_stamp
@@ -54,16 +55,19 @@ def start_run(home: Home, name: str, recipe: Recipe, competition: Competition, f
         raise MelfoldError("a run's name is letters, digits, dots, dashes", repr(name), "Use --run NAME")
     folder = home.runs / name
     folds = read_folds(folds_path, competition).sort_index()
-    clips = folds.assign(labels=[",".join(competition.curated.at[f, "labels"]) for f in folds.index]).to_csv(lineterminator="\n")
+    clips = folds.assign(labels=[join_labels(competition.curated.at[f, "labels"]) for f in folds.index]).to_csv(
+        lineterminator="\n"
+    )
     noisy = ""
     if recipe.noisy.use:
-        noisy = competition.noisy[["labels"]].sort_index()["labels"].str.join(",").to_csv(lineterminator="\n")
+        noisy = competition.noisy[["labels"]].sort_index()["labels"].map(join_labels).to_csv(lineterminator="\n")
     info = _info(home, recipe, competition, folds_path, clips, noisy)
     if (folder / "run.json").exists() and (run := open_run(home, name)).has_data():
         refuse_changes(run, recipe, info)
         if run.recipe != recipe:  # settings that change no weight take their new values
             write_json(folder / "recipe.json", recipe.model_dump(mode="json"))
         return Run(folder, recipe, run.info)
+    info = replace(info, licence=_licence(home, recipe), commit=current_commit())
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.json").unlink(missing_ok=True)
     write_text(folder / "clips.csv", clips)
@@ -74,7 +78,13 @@ def start_run(home: Home, name: str, recipe: Recipe, competition: Competition, f
     return Run(folder, recipe, info)
 
 
+def _licence(home: Home, recipe: Recipe) -> str:
+    teacher = recipe.noisy.teacher
+    return join_licences(licence_of(recipe), open_run(home, teacher).info.licence if teacher else "")
+
+
 def _info(home: Home, recipe: Recipe, competition: Competition, folds_path: Path, clips: str, noisy: str) -> RunInfo:
+    """The facts of a new run, without licence and commit, which an existing run does not compare."""
     clips_sha256 = hashlib.sha256(clips.encode()).hexdigest()
     teacher = find_teacher(home, recipe, clips_sha256)
     return RunInfo(
@@ -88,8 +98,8 @@ def _info(home: Home, recipe: Recipe, competition: Competition, folds_path: Path
         teacher=f"{teacher.name} {teacher.recipe.fingerprint()}" if teacher else "",
         track="open" if teacher and teacher.info.track == "open" else recipe.track,
         data="curated and noisy" if noisy or (teacher and teacher.info.noisy_sha256) else "curated",
-        licence=join_licences(licence_of(recipe), teacher.info.licence if teacher else ""),
-        commit=current_commit(),
+        licence="",
+        commit="",
         data_folder=str(competition.root.resolve()),
     )
 

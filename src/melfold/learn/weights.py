@@ -15,7 +15,7 @@ from pathlib import Path
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from melfold.errors import MelfoldError, first_line
@@ -30,12 +30,10 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         MelfoldError: a file that is missing, broken, or holds something else.
     """
+    if not path.is_file():
+        raise MelfoldError("no such weights file", str(path), "Check model.weights=file:PATH")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
         state = timm.models.load_state_dict(str(path), weights_only=True)
-    except FileNotFoundError:
-        raise MelfoldError("no such weights file", str(path), "Check model.weights=file:PATH") from None
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise MelfoldError("broken weights file", f"{path} ({first_line(error)})", "Download it again") from None
     except Exception as error:  # pickle.UnpicklingError and what torch wraps around it

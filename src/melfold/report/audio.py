@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from melfold.data.logmel import read_waveform
+from melfold.data.audio import read_waveform
 
 SR = 48_000
 """Hz: Opus has few rates, and this one keeps all that a 44.1 kHz recording holds."""

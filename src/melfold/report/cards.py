@@ -14,8 +14,10 @@ import pandas as pd
 
 from melfold.compute import Progress, silent
 from melfold.config import Recipe
+from melfold.data.audio import read_waveform
+from melfold.data.cache import cache_folder, npy_path, read_manifest
 from melfold.data.competition import Competition
-from melfold.data.logmel import cache_folder, log_mel_of, npy_path, read_manifest, read_waveform
+from melfold.data.logmel import log_mel_of
 from melfold.errors import MelfoldError
 from melfold.learn.runs import Run
 from melfold.probs import Probs

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from melfold.config import LogMelConfig, Recipe
+from melfold.data.audio import read_waveform
+from melfold.data.cache import cache_folder, npy_path, read_manifest
 from melfold.data.competition import SPLITS, Competition, Split
-from melfold.data.logmel import cache_folder, log_mel_of, npy_path, read_manifest, read_waveform
+from melfold.data.logmel import log_mel_of
 from melfold.errors import MelfoldError
 from melfold.files import Home, atomic_path
 from melfold.learn.predictions import Prediction
