@@ -26,11 +26,8 @@ FLOORS: list[list[str]] = [
     [f"combine.{m}" for m in ("oof", "ensemble", "relabel", "check", "submission", "rebuild")],
     [f"kernels.{m}" for m in ("boot", "infer", "train")],
     [f"kaggle.{m}" for m in ("client", "ledger", "download", "pack", "built", "build", "sandbox", "rehearsal", "push", "submit")],
-    [
-        f"report.{m}"
-        for m in ("pages", "charts", "audio", "pictures", "diagnosis", "training", "cards", "clips", "ledger")
-        + ("run_page", "review_page", "home_page")
-    ],
+    [f"report.{m}" for m in ("pages", "charts", "audio", "pictures", "diagnosis", "training", "cards", "clips", "ledger")],
+    [f"report.{m}" for m in ("run_page", "review_page", "home_page")],
     ["stages", "dry_run"],
     CLI,
 ]
