@@ -18,7 +18,7 @@ learn: fold_data state train_log tracker train footprint noisy jobs launch
 combine: oof ensemble relabel check submission rebuild
 kernels: boot infer train
 kaggle: client ledger download pack built build sandbox rehearsal push submit
-report: pictures clips ledger audio charts diagnosis pages training cards run_page review_page home_page
+report: pages charts audio pictures diagnosis training cards clips ledger run_page review_page home_page
 : stages dry_run
 cli: output options recipes data scores training runs clean submissions ledger kernels report main
 : __main__

@@ -74,7 +74,7 @@ def made_run(home: Home, name: str, competition: Competition, *sets: str, skill:
         write_current(own.fold_oof(fold), probs, own.inputs(fold, digest(fnames), sha256_file(folder.weights)))
         folder.log.write_text("".join(json.dumps(row) + "\n" for row in _log(rng)))
         facts = {"steps": 400, "seconds": 120.5, "device": "cpu, fp32", "versions": {"melfold": "0.1.0", "torch": "2.14.1"}}
-        folder.artefact.commit({"fold": str(fold)}, lwlrap=0.8, **facts)
+        folder.artefact.commit({"fold": str(fold), **folder.made_from}, lwlrap=0.8, **facts)
     return run
 
 

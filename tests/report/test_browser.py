@@ -165,7 +165,7 @@ def test_three_clips_are_reviewed_by_keyboard_alone(browser: Browser, pages: Pag
     why = f'first suggests {suggested}; Ada adds {new}, drops {clips[0]["labels"][0]}; is "loud", it'
     with path.open(newline="") as file:
         assert list(csv.reader(file)) == [["fname", "labels", "why"], [clips[0]["fname"], ",".join(labels), why]]
-    assert read_corrections(path) == {clips[0]["fname"]: {"labels": labels, "why": why}}
+    assert read_corrections(path) == {clips[0]["fname"]: {"labels": tuple(labels), "why": why}}
 
 
 def test_the_command_of_a_review_is_one_that_the_kit_takes(browser: Browser, hostile: Pages) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import librosa
 import numpy as np
 import pytest
+from report_world import made_competition, made_run
 
 from melfold.compute import Compute
 from melfold.config import LogMelConfig, Recipe
@@ -16,8 +17,10 @@ from melfold.data.cache import build_cache, npy_path
 from melfold.data.competition import Competition, load_competition
 from melfold.errors import MelfoldError
 from melfold.files import Home
+from melfold.learn.predictions import own_prediction
 from melfold.recipes import load_recipe
-from melfold.report.clips import band_of, draw_clips
+from melfold.report.clips import draw_clips
+from melfold.report.pictures import band_of
 
 
 @pytest.fixture
@@ -91,3 +94,26 @@ def test_an_unknown_or_unreadable_clip_is_refused_and_nothing_is_written(
     with pytest.raises(MelfoldError, match=f"unreadable audio: {known}"):
         draw_clips(competition, [known], recipe, tmp_path / "clips.png")
     assert not (tmp_path / "clips.png").exists()
+
+
+def test_a_jpeg_is_written_where_a_jpeg_is_asked_for_and_other_kinds_are_refused(
+    competition: Competition, recipe: Recipe, tmp_path: Path
+) -> None:
+    fnames = list(competition.curated.index[:1])
+    draw_clips(competition, fnames, recipe, tmp_path / "clips.JPG")
+    assert (tmp_path / "clips.JPG").read_bytes().startswith(b"\xff\xd8\xff")
+    with pytest.raises(MelfoldError, match="a picture is a PNG or a JPEG: clips.gif. Use -o clips.png"):
+        draw_clips(competition, fnames, recipe, tmp_path / "clips.gif")
+    assert [path.name for path in tmp_path.glob("clips*")] == ["clips.JPG"]
+
+
+def test_predictions_of_a_run_are_drawn_beside_a_clip(tmp_path: Path) -> None:
+    competition, home = made_competition(tmp_path / "data", clips=24), Home(tmp_path)
+    run = made_run(home, "drawn", competition)
+    fnames = list(competition.curated.index[:1])
+    draw_clips(competition, fnames, run.recipe, tmp_path / "without.png")
+    draw_clips(competition, fnames, run.recipe, tmp_path / "with.png", prediction=own_prediction(run))
+    assert size(tmp_path / "with.png")[0] > size(tmp_path / "without.png")[0]
+    with pytest.raises(MelfoldError, match="drawn has no current test predictions"):
+        draw_clips(competition, ["test0000.wav"], run.recipe, tmp_path / "test.png", prediction=own_prediction(run))
+    assert not (tmp_path / "test.png").exists()

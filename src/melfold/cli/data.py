@@ -57,20 +57,25 @@ def show(
     data: DataArg,
     fnames: Annotated[list[str], typer.Argument(metavar="FNAME...", help="Clips of any split.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The PNG or JPEG to write.")] = Path("clips.png"),
-    run: Annotated[str, typer.Option("--run", help="Draw the predictions of RUN or RUN@NAME too, with its front-end.")] = "",
+    run: Annotated[
+        str | None, typer.Option("--run", help="Draw the predictions of this run or RUN@NAME, with its recipe.")
+    ] = None,
     recipe: RecipeOpt = "open",
     home: HomeOpt = None,
     set_: SetOpt = None,
 ) -> None:
-    """Draw clips: the waveform, the log-mel as the model sees it, the labels."""
+    """Draw clips: the waveform, the log-mel with the windows the model sees, the labels, the predictions of a run."""
     from melfold.data.competition import load_competition
-    from melfold.learn.predictions import open_prediction
     from melfold.report.clips import draw_clips
 
     place = Home.find(home)
-    prediction = open_prediction(place, run) if run else None
-    resolved = prediction.recipe if prediction else resolve_recipe(recipe, set_, place)
-    draw_clips(load_competition(data), fnames, resolved, output, place, prediction=prediction)
+    if run:
+        from melfold.learn.predictions import open_prediction
+
+        prediction = open_prediction(place, run)
+        draw_clips(load_competition(data), fnames, prediction.recipe, output, place, prediction=prediction)
+    else:
+        draw_clips(load_competition(data), fnames, resolve_recipe(recipe, set_, place), output, place)
     typer.echo(output)
 
 
@@ -78,7 +83,6 @@ def show(
 def cache(
     data: DataArg,
     recipe: RecipeOpt = "open",
-    verify: Annotated[bool, typer.Option("--verify", help="Also read every log-mel, and make damaged ones again.")] = False,
     jobs: JobsOpt = -1,
     engine: EngineOpt = "joblib",
     scheduler: SchedulerOpt = "",
@@ -92,7 +96,7 @@ def cache(
     place, compute = Home.find(home), resolve_compute(jobs=jobs, engine=engine, scheduler=scheduler)
     resolved = resolve_recipe(recipe, set_, place)
     with compute.connected(place.root):
-        typer.echo(stages.cache(load_competition(data.resolve()), place, resolved, compute, verify=verify))
+        typer.echo(stages.cache(load_competition(data.resolve()), place, resolved, compute))
 
 
 @command(app, "folds", "melfold folds data/fat2019 --n-folds 5 --seed 42")

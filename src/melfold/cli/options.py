@@ -54,6 +54,9 @@ DevicesOpt = Annotated[
 EngineOpt = Annotated[str, typer.Option("--engine", help="joblib: this machine. dask: the workers of --scheduler.")]
 SchedulerOpt = Annotated[str, typer.Option("--scheduler", metavar="ADDRESS", help="The address of the Dask scheduler.")]
 JobsOpt = Annotated[int, typer.Option("--jobs", help="Worker processes for log-mels; -1 is one per core.")]
+TrackerOpt = Annotated[
+    str, typer.Option("--tracker", metavar="NAME", help="Mirror the training log to trackio, wandb or tensorboard.")
+]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
 YesOpt = Annotated[bool, typer.Option("--yes", help="Do it.")]
 

@@ -22,6 +22,7 @@ from melfold.cli.options import (
     RunOpt,
     SchedulerOpt,
     SetOpt,
+    TrackerOpt,
     resolve_compute,
     resolve_recipe,
     resolve_run_name,
@@ -46,7 +47,7 @@ def train(
     jobs: JobsOpt = -1,
     engine: EngineOpt = "joblib",
     scheduler: SchedulerOpt = "",
-    tracker: Annotated[str, typer.Option("--tracker", help="Mirror the logs: trackio, wandb or tensorboard.")] = "",
+    tracker: TrackerOpt = "",
     home: HomeOpt = None,
     set_: SetOpt = None,
 ) -> None:
@@ -61,8 +62,7 @@ def train(
     which = parse_folds(folds, resolved)
     name = resolve_run_name(run, recipe, resolved, place)
     competition = load_competition(data.resolve())
-    mirrored = tracked(tracker, place.runs / name, resolved.model_dump(mode="json"))
-    with mirrored, compute.connected(place.root):
+    with compute.connected(place.root), tracked(tracker, place.runs / name, resolved.model_dump(mode="json")):
         _print_trained(stages.train(competition, place, resolved, name, which, compute))
 
 
@@ -74,13 +74,17 @@ def resume(
     jobs: JobsOpt = -1,
     engine: EngineOpt = "joblib",
     scheduler: SchedulerOpt = "",
+    tracker: TrackerOpt = "",
     home: HomeOpt = None,
 ) -> None:
     """Continue training a run, with its own recipe and data."""
     from melfold import stages
+    from melfold.learn.runs import open_run
+    from melfold.learn.tracker import tracked
 
     place, compute = Home.find(home), resolve_compute(device, jobs, engine, scheduler)
-    with compute.connected(place.root):
+    opened = open_run(place, run)
+    with compute.connected(place.root), tracked(tracker, opened.folder, opened.recipe.model_dump(mode="json")):
         _print_trained(stages.resume(place, run, compute, data and data.resolve()))
 
 
@@ -99,6 +103,7 @@ def run(
     jobs: JobsOpt = -1,
     engine: EngineOpt = "joblib",
     scheduler: SchedulerOpt = "",
+    tracker: TrackerOpt = "",
     dry: Annotated[
         bool, typer.Option("--dry-run", help="Every stage with a few clips and steps: does it run, and how fast?")
     ] = False,
@@ -107,6 +112,7 @@ def run(
 ) -> None:
     """Everything from a download to a checked submission.csv. What is already done is skipped."""
     from melfold import stages
+    from melfold.learn.tracker import tracked
 
     place, compute = Home.find(home), resolve_compute(device, jobs, engine, scheduler)
     resolved = resolve_recipe(recipe, set_, place)
@@ -120,7 +126,7 @@ def run(
         typer.echo(f"One fold will take {tried.steps:,} steps of {batch_size} crops: about {hours:,.1f} h on this device.")
         return
     name = resolve_run_name(run, recipe, resolved, place)
-    with compute.connected(place.root):
+    with compute.connected(place.root), tracked(tracker, place.runs / name, resolved.model_dump(mode="json")):
         prediction, scores, path = stages.run(data.resolve(), place, resolved, name, compute)
     print_oof(scores)
     typer.echo(f"{path}  (track: {prediction.run.info.track})")
