@@ -433,7 +433,7 @@ class FakeKaggle:
         return {"message": f"Successfully submitted to {_title(self.competition)}", "ref": ref}
 
     def _score(self, submission: Submission) -> None:
-        from melfold.combine.submission import score_submission
+        from melfold.combine.check import score_submission
         from melfold.errors import MelfoldError
 
         if not self.pause(self.score_delay):
