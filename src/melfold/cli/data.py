@@ -83,6 +83,7 @@ def show(
 def cache(
     data: DataArg,
     recipe: RecipeOpt = "open",
+    verify: Annotated[bool, typer.Option("--verify", help="Also read every log-mel, and make damaged ones again.")] = False,
     jobs: JobsOpt = -1,
     engine: EngineOpt = "joblib",
     scheduler: SchedulerOpt = "",
@@ -96,7 +97,7 @@ def cache(
     place, compute = Home.find(home), resolve_compute(jobs=jobs, engine=engine, scheduler=scheduler)
     resolved = resolve_recipe(recipe, set_, place)
     with compute.connected(place.root):
-        typer.echo(stages.cache(load_competition(data.resolve()), place, resolved, compute))
+        typer.echo(stages.cache(load_competition(data.resolve()), place, resolved, compute, verify=verify))
 
 
 @command(app, "folds", "melfold folds data/fat2019 --n-folds 5 --seed 42")
