@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -33,7 +34,13 @@ class LogMelConfig(_Frozen):
     window: str = "hann"
     norm: Literal["slaney"] | None = "slaney"
     htk: bool = False
-    top_db: Annotated[float, Field(gt=0)] = 80.0
+    top_db: Annotated[float, Field(gt=0)] | None = 80.0
+    """How far below its peak a clip's floor is; `none` in TOML: no floor but the smallest power, -100 dB."""
+
+    @field_validator("top_db", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return None if value == "none" else value
 
     @model_validator(mode="after")
     def _check(self) -> LogMelConfig:
@@ -111,7 +118,13 @@ class ModelConfig(_Frozen):
 
     name: str = "convnext_tiny"
     weights: str = "none"
-    """`none`, `hub` (timm downloads them) or `file:PATH` (safetensors, or a .pth of plain tensors)."""
+    """`none`, `hub` (those timm names), `hf:OWNER/REPO[/FILE]` or `file:PATH` (safetensors, or a .pth of plain tensors)."""
+    axes: Literal["auto", "mel_time", "time_mel"] = "auto"
+    """Which axis of the weights' kernels comes first; `auto`: time in files of PANNs' kind (with a `bn0`), else mel."""
+    normalise: Literal["scalar", "band", "checkpoint"] = "scalar"
+    """By the training clips' mean and standard deviation, one for all bands or one per band; or by the weights' `bn0`."""
+    pad_frames: Annotated[int, Field(ge=0)] = 0
+    """Zeros at each end of the time axis, after normalisation: the padding of the weights' own stem."""
     drop_rate: Rate = 0.0
     drop_path_rate: Rate = 0.0
     pool: Literal["mean_max", "mean"] = "mean_max"
@@ -122,15 +135,23 @@ class ModelConfig(_Frozen):
     """Train the head only."""
     licence: str = ""
     """Of a weights file, where timm does not know it."""
+    seen: tuple[str, ...] = ()
+    """The data sets that the weights were trained on, where the kit does not know them."""
     kwargs: dict[str, Any] = {}
     """Passed to timm's `create_model`; the text `none` stands for None."""
 
     @field_validator("weights")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value not in ("none", "hub") and not (value.startswith("file:") and len(value) > len("file:")):
-            raise ValueError(f"needs none, hub or file:PATH, found {value!r}")
+        if not re.fullmatch(r"none|hub|file:.+|hf:\w[\w.-]*(/\w[\w.-]*)+", value):
+            raise ValueError(f"needs none, hub, hf:OWNER/REPO[/FILE] or file:PATH, found {value!r}")
         return value
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.normalise == "checkpoint" and self.weights in ("none", "hub"):
+            raise ValueError(f'normalise = "checkpoint" needs a weights file with a bn0, found weights = {self.weights!r}')
+        return self
 
 
 class TrainConfig(_Frozen):

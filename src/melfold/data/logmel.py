@@ -80,7 +80,7 @@ class LogMel:
     def __call__(self, waveform: np.ndarray) -> np.ndarray:
         """Args: waveform: float32 `(samples,)` at the configured rate, not empty. Returns: float32 dB `(frames, n_mels)`."""
         out = np.concatenate(list(self.stream([waveform])))
-        return np.maximum(out, out.max() - self.config.top_db, out=out)
+        return np.maximum(out, out.max() - (self.config.top_db or np.inf), out=out)
 
     def stream(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """The log-mel of a waveform that comes in blocks, in parts as they become known, before `top_db` limits it."""
@@ -410,7 +410,7 @@ def _write_array(file: FileIO, parts: Iterator[np.ndarray], config: LogMelConfig
         frames, peak = frames + len(part), max(peak, float(part.max()))
         file.write(torch.from_numpy(part).half().numpy())  # NumPy's conversions to and from float16 are ten times slower
     # Rounding keeps the order, so that limiting afterwards gives what limiting before it would have given.
-    floor = float(np.float16(np.float32(peak) - np.float32(config.top_db)))
+    floor = float(np.float16(np.float32(peak) - np.float32(config.top_db or np.inf)))
     total = squares = 0.0
     for start in range(0, frames, _LIMITED):
         stored = np.empty((min(_LIMITED, frames - start), config.n_mels), np.float16)

@@ -124,9 +124,12 @@ def _start(run: Run, folder: FoldFolder, data: FoldData, device: Device) -> Trai
     """A model with its statistics, and all that trains it."""
     recipe, config = run.recipe, run.recipe.train
     first = not folder.checkpoint.exists()  # a checkpoint replaces the initial weights, so they need not be there
-    model = build_model(recipe.model, len(run.info.labels), recipe.logmel.n_mels, recipe.crop_frames, initial=first)
+    model = build_model(
+        recipe.model, len(run.info.labels), recipe.logmel.n_mels, recipe.crop_frames, initial=first, home=run.home
+    )
     own, noisy = data.statistics()
-    model.normalise.set(*own)
+    if own:
+        model.normalise.set(*own)
     if recipe.noisy.use and recipe.noisy.own_head:
         model.add_noisy_head()
     if noisy:
