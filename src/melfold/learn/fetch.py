@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import os
 import shutil
@@ -13,9 +14,10 @@ from typing import Any, TypeVar
 
 from melfold.artefacts import Artefact
 from melfold.compute import Progress, silent
-from melfold.config import ModelConfig
+from melfold.config import ModelConfig, Recipe
 from melfold.errors import MelfoldError, first_line
 from melfold.files import Home, locked, sha256_file
+from melfold.recipes import load_recipe, parse_recipe, recipe_names
 
 ANSWER_SECONDS = 4.0
 """The hub must answer the first question within this time; its own client would ask again for almost a minute."""
@@ -72,6 +74,26 @@ def hub_file(config: ModelConfig) -> HubFile | None:
         found = f"{config.name}{f' (only {known.url})' if known and known.url else ''}"
         raise MelfoldError("timm knows no weights on the hub for this model", found, "Use model.weights=file:PATH, or none")
     return HubFile(known.hf_hub_id, known.hf_hub_filename or HubFile.file, known.license or "")
+
+
+def recipe_named(name: str) -> Recipe:
+    """What `melfold weights fetch NAME` means: a recipe, `hf:OWNER/REPO[/FILE]`, or a model's name in timm.
+
+    Raises:
+        MelfoldError: a name that is none of these.
+    """
+    if name in recipe_names() or name.endswith(".toml"):
+        return load_recipe(name)
+    if name.startswith("hf:"):
+        return parse_recipe({"name": name, "model": {"weights": name}}, f"weights {name}")
+    import timm
+
+    known = timm.list_pretrained()
+    if name not in known and name not in timm.list_models():
+        near = ", ".join(difflib.get_close_matches(name, known, 3))
+        fix = "Use a recipe, hf:OWNER/REPO[/FILE], or a model's name in timm"
+        raise MelfoldError("no weights of this name", name, f"Did you mean {near}?" if near else fix)
+    return parse_recipe({"name": name, "model": {"name": name, "weights": "hub"}}, f"weights {name}")
 
 
 def local_copy(file: HubFile, home: Home) -> Path | None:
