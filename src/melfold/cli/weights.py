@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-
 from melfold.cli.options import HomeOpt, JsonOpt
 from melfold.cli.output import bar, command, note, print_json
+
 from melfold.errors import MelfoldError
 from melfold.files import Home
 
@@ -20,7 +20,7 @@ NameArg = Annotated[
 
 @command(app, "fetch", "melfold weights fetch audioset")
 def weights_fetch(name: NameArg, home: HomeOpt = None, json: JsonOpt = False) -> None:
-    """Download pretrained weights once, check them, and keep them in the home for recipes, kernels and machines without a network."""
+    """Download pretrained weights once, check them, and keep them in the home, for use without a network."""
     from melfold.learn.fetch import fetch, hub_file, recipe_named
     from melfold.learn.provenance import freesound_warning, seen_data
 
