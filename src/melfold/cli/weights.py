@@ -14,7 +14,10 @@ from melfold.files import Home
 app = typer.Typer(help="Weights that models start from.", no_args_is_help=True)
 
 NameArg = Annotated[
-    str, typer.Argument(metavar="NAME", help="A recipe, hf:OWNER/REPO[/FILE] on the Hugging Face hub, or a model's name in timm.")
+    str,
+    typer.Argument(
+        metavar="NAME", help="A recipe, hf:OWNER/REPO or hf:OWNER/REPO/FILE on the Hugging Face hub, or a model's name in timm."
+    ),
 ]
 
 
