@@ -35,7 +35,7 @@ def dry_run(root: Path, home: Home, recipe: Recipe, compute: Compute) -> DryRun:
     Model, crops, augmentation, losses and phases are the recipe's own; on a GPU its batch size too, so that memory is tried.
     """
     from melfold.learn.devices import pick_device
-    from melfold.learn.fetch import share_weights
+    from melfold.learn.fetch import hub_file, share_weights
     from melfold.learn.fold_data import phases_of
 
     gpu = pick_device(compute.device).torch.type != "cpu"
@@ -49,10 +49,11 @@ def dry_run(root: Path, home: Home, recipe: Recipe, compute: Compute) -> DryRun:
     )
     place = Home(home.root / "build" / "dry-run")
     shutil.rmtree(place.root, ignore_errors=True)
-    share_weights(home, place)
     recipes = [recipe]
     while recipes[0].noisy.teacher:
         recipes.insert(0, open_run(home, recipes[0].noisy.teacher).recipe)
+    if any(hub_file(each.model) for each in recipes):
+        share_weights(home, place)
     for number, each in enumerate(recipes):
         short = _shortened(each, few, f"try{number - 1}", gpu=gpu)
         run = stages.train(few, place, short, f"try{number}", range(recipe.folds.n_folds), compute)

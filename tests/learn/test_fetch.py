@@ -18,6 +18,7 @@ from melfold.errors import MelfoldError
 from melfold.files import Home, read_json
 from melfold.learn.fetch import HubFile, fetch, first_weights, first_weights_sha256, hub_file, recipe_named, share_weights
 from melfold.learn.model import build_model
+from melfold.learn.provenance import licence_of
 
 NAME = "test_convnext.r160_in1k"
 REPO = "timm/test_convnext.r160_in1k"
@@ -75,6 +76,8 @@ def test_a_repository_is_named_with_or_without_its_file(hub: Hub, home: Home) ->
         config = ModelConfig(name="test_convnext", weights=weights)
         assert first_weights(config, home) == home.root / "weights/someone--audio-tagger" / f"{file}.safetensors"
         assert fetch(hub_file(config), home).licence == "mit"
+        recipe = recipe_named(weights)
+        assert (licence_of(recipe, home), licence_of(recipe)) == ("mit", "unknown")
         assert build_model(config, 5, 64, 64, home=home).head.out_features == 5
 
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 
 from melfold.config import Recipe
+from melfold.files import Home
 from melfold.learn.fetch import hub_file
 
 UNKNOWN = "unknown"
@@ -37,14 +38,17 @@ DATA_OF_TAGS = {
 """A part of a timm tag -> the data set it stands for."""
 
 
-def licence_of(recipe: Recipe) -> str:
-    """The licence of the weights a recipe starts from: what the recipe says, or what timm knows. Empty for random weights."""
+def licence_of(recipe: Recipe, home: Home | None = None) -> str:
+    """The licence of the weights a recipe starts from: what the recipe says, or timm knows, or the hub said at the download.
+
+    Empty for random weights, `unknown` if nobody names it.
+    """
     if recipe.model.weights == "none":
         return ""
     if recipe.model.licence:
         return recipe.model.licence
     file = hub_file(recipe.model)
-    return (file and file.licence) or "unknown"
+    return (file and (file.licence or (home and file.recorded_licence(home)))) or UNKNOWN
 
 
 def seen_data(recipe: Recipe) -> tuple[str, ...]:

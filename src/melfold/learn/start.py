@@ -89,7 +89,7 @@ def _info(home: Home, recipe: Recipe, competition: Competition, folds_path: Path
         teacher=f"{teacher.name} {teacher.recipe.fingerprint()}" if teacher else "",
         track="open" if teacher and teacher.info.track == "open" else recipe.track,
         data="curated and noisy" if noisy or (teacher and teacher.info.noisy_sha256) else "curated",
-        licence=join_licences(licence_of(recipe), teacher.info.licence if teacher else ""),
+        licence=join_licences(licence_of(recipe, home), teacher.info.licence if teacher else ""),
         commit=current_commit(),
         data_folder=str(competition.root.resolve()),
     )
