@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 from torch.nn import functional
@@ -112,8 +111,6 @@ def build_model(
     Raises:
         MelfoldError: an unknown model, one without a feature map, arguments it refuses, or weights that do not fit.
     """
-    if hasattr(timm.models, "set_pretrained_download_progress"):
-        timm.models.set_pretrained_download_progress(False)
     path = first_weights(config, home or Home.find()) if initial else None
     backbone = make_backbone(config, n_mels, frames + 2 * config.pad_frames)
     input_norm = load_backbone(backbone, path, config, n_mels) if path else None
