@@ -1,7 +1,8 @@
-"""The command line: help with an example everywhere, and bad input told in a line that leaves nothing behind."""
+"""The command line: help with an example everywhere, and one line for bad input, which leaves nothing behind."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -13,12 +14,14 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
-from melfold.cli import app
+import melfold
+from melfold.cli.main import app
+from melfold.recipes import load_recipe, recipe_keys
 
 
 @pytest.fixture(autouse=True)
 def _own_logging() -> Iterator[None]:
-    """The command line sets up logging; other tests are not to find it so."""
+    """The command line sets up logging; other tests must not see that."""
     logger = logging.getLogger("melfold")
     before = logger.handlers, logger.propagate, logger.level
     yield
@@ -48,14 +51,40 @@ def commands() -> list[tuple[str, ...]]:
     return list(walk(typer.main.get_command(app), ()))
 
 
-def test_there_is_a_command_a_stage() -> None:
+def options_of(words: tuple[str, ...]) -> set[str]:
+    """The long options of a command."""
+    found: object = typer.main.get_command(app)
+    for word in words:
+        found = found.commands[word]  # type: ignore[attr-defined]
+    return {option for param in found.params for option in param.opts if option.startswith("--")}  # type: ignore[attr-defined]
+
+
+def test_there_is_a_command_for_every_stage() -> None:
     words = {" ".join(w) for w in commands()}
-    assert words >= {"check", "show", "cache", "folds", "train", "oof", "predict", "run", "demo", "recipe list", "recipe show"}
-    assert words >= {"submission build", "submission check", "submission score"}
-    assert words >= {"ensemble suggest", "relabel suggest", "compare"}
+    assert words >= {"download", "check", "show", "cache", "folds", "train", "resume", "oof", "predict", "run", "demo", "clean"}
+    assert words >= {"submission build", "submission check", "submission score", "submission rebuild", "submit", "ship"}
+    assert words >= {"ensemble suggest", "relabel suggest", "compare", "runs rm", "runs mv"}
+    assert words >= {"recipe list", "recipe show", "recipe diff", "recipe keys"}
 
 
-@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_set_is_offered_only_where_it_changes_something() -> None:
+    takes = {" ".join(words) for words in commands() if "--set" in options_of(words)}
+    from_a_recipe = {" ".join(words) for words in commands() if "--recipe" in options_of(words)}
+    assert takes == from_a_recipe | {"demo", "recipe show", "predict"}
+
+
+def test_home_is_offered_only_where_it_is_used() -> None:
+    without = {" ".join(words) for words in commands() if "--home" not in options_of(words)}
+    assert without == {"recipe list", "recipe keys", "submission check", "submission score"}
+
+
+def test_results_come_as_json_too() -> None:
+    takes = {" ".join(words) for words in commands() if "--json" in options_of(words)}
+    assert takes == {"oof", "compare", "ensemble suggest", "submission score", "ledger show"}  # and `runs`, which is a group
+    assert "--json" in options_of(("runs",))
+
+
+@pytest.mark.parametrize("words", [*commands(), ("runs",)], ids=" ".join)
 def test_every_command_has_help_with_an_example(words: tuple[str, ...]) -> None:
     result = CliRunner().invoke(app, [*words, "--help"], terminal_width=200)
     assert result.exit_code == 0
@@ -63,26 +92,9 @@ def test_every_command_has_help_with_an_example(words: tuple[str, ...]) -> None:
     assert CliRunner().invoke(app, [*words, "-h"], terminal_width=200).stdout == result.stdout
 
 
-def _python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
-
-
-@pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["recipe", "list"]], ids=" ".join)
-def test_light_commands_import_neither_torch_nor_pandas(args: list[str]) -> None:
-    code = f"""
-import sys
-from melfold.cli import app
-try:
-    app({args!r})
-except SystemExit as error:
-    assert not error.code
-heavy = {{"torch", "timm", "pandas", "librosa", "sklearn", "scipy", "matplotlib"}} & sys.modules.keys()
-print(sorted(heavy), file=sys.stderr)
-"""
-    done = _python(code)
-    assert done.returncode == 0
-    assert done.stderr.strip() == "[]"
-    assert done.stdout
+def test_the_version() -> None:
+    done = subprocess.run([sys.executable, "-m", "melfold", "--version"], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == f"melfold {melfold.__version__}\n"
 
 
 BAD: dict[str, tuple[list[str], str]] = {
@@ -99,18 +111,37 @@ BAD: dict[str, tuple[list[str], str]] = {
     "train: bad fold": (["train", "DATA", "--recipe", "demo", "--folds", "0,3"], "no such fold: '3'. Use 0 to 2, all, or full"),
     "train: not a fold": (["train", "DATA", "--recipe", "demo", "--folds", "first"], "no such fold: 'first'"),
     "train: no fold": (["train", "DATA", "--recipe", "demo", "--folds", ""], "no such fold: ''"),
-    "train: bad device": (["train", "DATA", "--recipe", "demo", "--device", "gpu"], "unknown device: 'gpu'"),
+    "train: bad device": (["train", "DATA", "--recipe", "demo", "--device", "cpu,gpu"], "unknown device: 'gpu'"),
     "train: no such device": (["train", "DATA", "--recipe", "demo", "--device", "cuda:99"], "no such device: cuda:99"),
     "train: bad type": (["train", "DATA", "--recipe", "demo", "--set", "train.lr=fast"], "train.lr"),
     "oof: no run": (["oof", "nosuch"], "no such run: nosuch in"),
-    "oof: --set": (["oof", "nosuch", "--set", "seed=1"], "--set changes nothing here: seed=1"),
     "predict: no run": (["predict", "nosuch", "--data", "DATA"], "no such run: nosuch"),
-    "predict: --set": (["predict", "nosuch", "--data", "DATA", "--set", "seed=1"], "--set changes nothing here"),
+    "predict: --set without --name": (
+        ["predict", "nosuch", "--data", "DATA", "--set", "predict.overlap=0"],
+        "other settings are another prediction, which needs a name: --set predict.overlap=0. Add --name NAME",
+    ),
+    "predict: a setting of training": (
+        ["predict", "nosuch", "--data", "DATA", "--set", "seed=1", "--name", "x"],
+        "only predict.* can be changed after training: seed=1",
+    ),
+    "resume: no run": (["resume", "nosuch"], "no such run: nosuch in"),
+    "resume: bad device": (["resume", "nosuch", "--device", "gpu0"], "unknown device: 'gpu0'"),
+    "runs rm: no run": (["runs", "rm", "nosuch"], "no such run: nosuch in"),
+    "runs mv: no run": (["runs", "mv", "nosuch", "other"], "no such run: nosuch in"),
+    "clean: unknown kind": (["clean", "everything"], "unknown kind: 'everything'. Use checkpoints, temporary, build, caches"),
+    "ship: no submission": (["ship", "nosuch"], "no such submission: nosuch in"),
+    "submit: no submission": (["submit", "nosuch", "--kernel"], "no such submission: nosuch in"),
+    "build infer: no submission": (["kernel", "build", "infer", "--submission", "nosuch"], "no such submission: nosuch in"),
+    "rebuild: no submission": (["submission", "rebuild", "nosuch", "--data", "DATA"], "no such submission: nosuch in"),
+    "ledger show: no column": (["ledger", "show", "--sort", "luck"], "no such column: luck. Use one of tag, id"),
+    "recipe diff: unknown": (["recipe", "diff", "open", "smal"], "unknown recipe: 'smal' (nearest: small)"),
     "build: no run": (["submission", "build", "nosuch", "--data", "DATA"], "no such run: nosuch"),
     "build: bad weights": (["submission", "build", "nosuch", "--data", "DATA", "--weights", "a,b"], "no such run: nosuch"),
-    "ensemble: no runs": (["ensemble", "suggest"], "an ensemble needs two runs: none. Train another recipe or seed"),
+    "ensemble: no runs": (
+        ["ensemble", "suggest"],
+        "an ensemble needs at least two finished runs with the same folds: 0 in HOME/runs. Train another",
+    ),
     "ensemble: no run": (["ensemble", "suggest", "nosuch"], "no such run: nosuch"),
-    "ensemble: --set": (["ensemble", "suggest", "--set", "seed=1"], "--set changes nothing here"),
     "compare: no run": (["compare", "nosuch"], "no such run: nosuch"),
     "relabel: no run": (["relabel", "suggest", "nosuch"], "no such run: nosuch"),
     "train: no corrections": (
@@ -121,7 +152,7 @@ BAD: dict[str, tuple[list[str], str]] = {
         ["train", "DATA", "--recipe", "demo", "--set", "noisy.use=true", "--set", "noisy.teacher=nosuch"],
         "no such run: nosuch",
     ),
-    "submission check: no file": (["submission", "check", "NOSUCH", "--data", "DATA"], "NOSUCH is no CSV"),
+    "submission check: no file": (["submission", "check", "NOSUCH", "--data", "DATA"], "no such file: NOSUCH"),
     "submission check: no table": (
         ["submission", "check", "DATA/train_curated.csv", "--data", "DATA"],
         "train_curated.csv: wrong columns",
@@ -136,32 +167,34 @@ BAD: dict[str, tuple[list[str], str]] = {
     ),
     "submission score: no truth": (
         ["submission", "score", "DATA/sample_submission.csv", "--truth", "NOSUCH"],
-        "NOSUCH is no truth table",
+        "cannot read the truth: NOSUCH (No such file or directory)",
     ),
     "show: no clip": (["show", "DATA", "nosuch.wav", "-o", "HOME/clips.png"], "no such clip: nosuch.wav"),
     "run: no folder": (["run", "NOSUCH", "--recipe", "demo"], "no such data folder"),
     "run: unknown key": (["run", "DATA", "--recipe", "demo", "--set", "train.epoch=1"], "unknown key: train.epoch (nearest: "),
     "demo: unknown key": (["demo", "--set", "train.epoch=1"], "unknown key: train.epoch (nearest: train.epochs)"),
     "recipe show: unknown": (["recipe", "show", "scrach"], "unknown recipe: 'scrach' (nearest: scratch)"),
-    "recipe list: --set": (["recipe", "list", "--set", "seed=1"], "--set changes nothing here"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_told_in_one_line_and_leaves_nothing(
+def test_bad_input_gets_one_line_and_leaves_nothing(
     case: str, data: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args, message = BAD[case]
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     filled = [arg.replace("DATA", str(data)).replace("HOME", str(home)) for arg in args]
-    result = CliRunner().invoke(app, [*filled, "--home", str(home)])
+    monkeypatch.setenv("MELFOLD_HOME", str(home))
+    if args[0] == "demo":
+        filled += ["--home", str(home)]
+    result = CliRunner().invoke(app, filled)
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
     lines = result.stderr.splitlines()
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("melfold: ")
-    assert message in lines[0]
+    assert message.replace("HOME", str(home)) in lines[0]
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -194,19 +227,34 @@ def test_the_console_script_ends_with_the_same_code(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_recipe_shows_its_reasons_and_what_was_set() -> None:
+def test_a_recipe_shows_its_reasons_and_what_was_set(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["recipe", "show", "demo", "--set", "train.lr=0.5"])
     assert result.exit_code == 0
+    (tmp_path / "demo.toml").write_text(result.stdout)
+    assert load_recipe(str(tmp_path / "demo.toml")) == load_recipe("demo", ["train.lr=0.5"])
     assert "lr = 0.5" in next(line for line in result.stdout.splitlines() if "set on the command line" in line)
     assert any(line.startswith("sr = 16000") and "the demo's recordings" in line for line in result.stdout.splitlines())
     assert "track scratch" in result.stdout
+
+
+def test_recipes_are_compared_by_their_settings(home: Path) -> None:
+    shown = CliRunner().invoke(app, ["recipe", "diff", "scratch", "small", "--home", str(home)]).stdout.splitlines()
+    assert [line.split() for line in shown[:2]] == [["key", "scratch", "small"], ["model.name", '"convnext_tiny"', '"resnet10t"']]
+    assert next(line.split() for line in shown if "train.lr" in line) == ["train.lr", "0.001", "0.002"]
+    alike = CliRunner().invoke(app, ["recipe", "diff", "open", "open"]).stdout
+    assert alike == "open and open have the same settings.\n"
+
+
+def test_every_key_is_in_the_table_of_keys() -> None:
+    lines = CliRunner().invoke(app, ["recipe", "keys"]).stdout.splitlines()
+    assert {line.split()[0] for line in lines if not line.startswith(" ")} == {"key", *(key.name for key in recipe_keys())}
 
 
 def test_every_shipped_recipe_is_listed_with_its_track() -> None:
     lines = CliRunner().invoke(app, ["recipe", "list"]).stdout.splitlines()
     tracks = {line.split()[0]: line.split()[1] for line in lines}
     assert tracks["open"] == tracks["article"] == "[open]"
-    assert tracks["scratch"] == tracks["demo"] == "[scratch]"
+    assert tracks["scratch"] == tracks["demo"] == tracks["quick"] == "[scratch]"
 
 
 def test_a_clip_is_drawn(data: Path, tmp_path: Path, home: Path) -> None:
@@ -215,3 +263,34 @@ def test_a_clip_is_drawn(data: Path, tmp_path: Path, home: Path) -> None:
     assert result.exit_code == 0, result.output
     assert result.stdout.strip() == str(tmp_path / "clips.png")
     assert (tmp_path / "clips.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_empty_home_says_where_it_looked(home: Path) -> None:
+    ledger = CliRunner().invoke(app, ["ledger", "show", "--home", str(home)])
+    assert (ledger.exit_code, str(home / "submissions" / "ledger.csv") in ledger.stdout) == (0, True)
+    as_json = CliRunner().invoke(app, ["ledger", "show", "--json", "--home", str(home)]).stdout
+    assert json.loads(as_json) == {"ledger": str(home / "submissions" / "ledger.csv"), "rows": [], "select": []}
+    runs = CliRunner().invoke(app, ["runs", "--home", str(home)])
+    assert str(home / "runs") in runs.stdout
+    assert json.loads(CliRunner().invoke(app, ["runs", "--json", "--home", str(home)]).stdout) == []
+    misplaced = CliRunner().invoke(app, ["runs", "--home", str(home), "rm", "x"])
+    assert (misplaced.exit_code, misplaced.stderr) == (2, "melfold: options come last: melfold runs rm … --home HOME\n")
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["check", "DATA"], "melfold: stopped.\n"),
+        (["cache", "DATA", "--recipe", "demo"], "melfold: stopped. The same command continues where it stopped.\n"),
+    ],
+)
+def test_ctrl_c_says_whether_the_command_continues(
+    args: list[str], said: str, data: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(root: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("melfold.data.competition.load_competition", interrupted)
+    monkeypatch.setattr("melfold.data.check.load_competition", interrupted)
+    result = CliRunner().invoke(app, [*(arg.replace("DATA", str(data)) for arg in args), "--home", str(home)])
+    assert (result.exit_code, result.stderr) == (130, said)

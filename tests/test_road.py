@@ -15,7 +15,7 @@ import timm
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
-from melfold.cli import app
+from melfold.cli.main import app
 from melfold.data.competition import load_competition
 from melfold.data.demo import write_demo
 from melfold.probs import read_probs

@@ -19,28 +19,37 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class LogMelConfig(_Frozen):
     """The front-end, in librosa's names. Hz, samples, dB."""
 
     sr: Annotated[int, Field(gt=0)] = 44_100
+    """Sampling rate in Hz; audio of another rate is resampled."""
     n_fft: Annotated[int, Field(gt=1)] = 2048
+    """Length of the FFT window, in samples."""
     hop_length: Annotated[int, Field(gt=0)] = 441
+    """Samples between two frames."""
     n_mels: Annotated[int, Field(gt=0)] = 128
+    """Number of mel bands."""
     fmin: Annotated[float, Field(ge=0)] = 20.0
+    """Lowest frequency, in Hz."""
     fmax: Annotated[float, Field(gt=0)] = 22_050.0
+    """Highest frequency, in Hz; at most half of `sr`."""
     window: str = "hann"
+    """Window function, by its name in SciPy."""
     norm: Literal["slaney"] | None = "slaney"
+    """Scaling of the mel bands; `none` leaves them unscaled."""
     htk: bool = False
+    """Use the HTK mel scale instead of Slaney's."""
     top_db: Annotated[float, Field(gt=0)] | None = 80.0
-    """How far below its peak a clip's floor is; `none` in TOML: no floor but the smallest power, -100 dB."""
+    """Values further below a clip's peak than this many dB are raised to that limit; `none` sets no limit."""
 
-    @field_validator("top_db", mode="before")
+    @field_validator("norm", "top_db", mode="before")
     @classmethod
-    def _none(cls, value: Any) -> Any:
-        return None if value == "none" else value
+    def _none_in_words(cls, value: Any) -> Any:
+        return None if value == "none" else value  # TOML has no null
 
     @model_validator(mode="after")
     def _check(self) -> LogMelConfig:
@@ -57,46 +66,49 @@ class Correction(_Frozen):
     """Other labels for a curated clip."""
 
     labels: Annotated[tuple[str, ...], Field(min_length=1)]
+    """The labels to train on."""
     why: str = ""
+    """The reason."""
 
 
 class DataConfig(_Frozen):
-    """Which clips take part, and what they are taken for."""
+    """Which clips take part, and with which labels."""
 
     exclude: dict[str, str] = {}
-    """fname -> why it is left out of training and scoring."""
+    """Clips left out of training and scoring: fname -> reason."""
     corrections: dict[str, Correction] = {}
-    """fname -> labels to learn from in place of the table's; scores are still taken against the table. In a recipe: the path
-    of a `corrections.csv` (fname, labels, why), whose rows become part of the recipe."""
+    """Labels to train on instead of the table's: fname -> labels and reason, or the path of a `corrections.csv` (fname, labels,
+    why), whose rows become part of the recipe. Scores still use the table's own labels."""
 
 
 class NoisyConfig(_Frozen):
-    """Learning from the noisy set as well."""
+    """Training on the noisy set as well."""
 
     use: bool = False
+    """Train on the noisy clips too."""
     curated_times: Annotated[int, Field(ge=0)] = 5
-    """A curated clip is drawn this many times as often as a noisy one; 0 leaves them to the last epochs."""
+    """How many times as often a curated clip is drawn as a noisy one; 0 uses curated clips in the last epochs only."""
     curated_epochs: Annotated[float, Field(ge=0)] = 0.0
-    """Epochs of curated clips alone, after `train.epochs` of both."""
+    """Epochs on curated clips only, after `train.epochs` on both."""
     own_norm: bool = True
-    """Noisy clips are normalised with their own mean and standard deviation: they were recorded otherwise."""
+    """Normalise noisy clips with their own mean and standard deviation: they were recorded differently."""
     own_head: bool = True
-    """A second linear layer learns the noisy labels; it is thrown away afterwards."""
+    """Give noisy clips an output layer of their own, which is dropped after training."""
     bootstrap: Rate = 0.0
-    """The share of the model's own prediction in a noisy target (soft bootstrapping)."""
+    """Share of the model's own prediction in the target of a noisy clip (soft bootstrapping)."""
     teacher: str = ""
-    """A run whose model of the same fold judges the noisy clips."""
+    """A run whose model of the same fold selects noisy clips and gives pseudo labels."""
     top: Annotated[int, Field(ge=0)] = 5000
-    """With a teacher: how many clips it agrees with most are kept; 0 keeps all."""
+    """With a teacher: keep this many clips, those whose labels it agrees with most; 0 keeps all."""
     per_label: Annotated[int, Field(ge=0)] = 50
-    """With a teacher: at most so many clips of any label; 0 is no limit."""
+    """With a teacher: keep at most this many clips of any label; 0 is no limit."""
     pseudo: Fraction = 0.0
-    """With a teacher: the share of its probabilities in a noisy target."""
+    """With a teacher: share of its probabilities in the target of a noisy clip."""
 
     @model_validator(mode="after")
     def _check(self) -> NoisyConfig:
         if self.use and not self.curated_times and not self.curated_epochs:
-            raise ValueError("curated_times = 0 needs curated_epochs: else no curated clip is learnt from")
+            raise ValueError("curated_times = 0 needs curated_epochs: without them no curated clip is used in training")
         if self.teacher and not self.use:
             raise ValueError("a teacher needs use = true")
         if self.pseudo and not self.teacher:
@@ -108,37 +120,42 @@ class FoldsConfig(_Frozen):
     """The fold table."""
 
     n_folds: Annotated[int, Field(ge=2)] = 5
+    """Number of folds."""
     seed: Annotated[int, Field(ge=0)] = 42
+    """Seed of the fold table; another seed is another table."""
     group_identical: bool = False
-    """Keep clips with identical audio in one fold, in a table of another name."""
+    """Keep clips with identical audio in the same fold, in a table with its own name."""
 
 
 class ModelConfig(_Frozen):
     """A timm backbone and its head."""
 
     name: str = "convnext_tiny"
+    """Any timm model that gives a feature map or a grid of tokens."""
     weights: str = "none"
-    """`none`, `hub` (those timm names), `hf:OWNER/REPO[/FILE]` or `file:PATH` (safetensors, or a .pth of plain tensors)."""
+    """Initial weights: `none`, `hub` (timm's), `hf:OWNER/REPO[/FILE]`, or `file:PATH` (safetensors, or a .pth of tensors)."""
     axes: Literal["auto", "mel_time", "time_mel"] = "auto"
-    """Which axis of the weights' kernels comes first; `auto`: time in files of PANNs' kind (with a `bn0`), else mel."""
+    """Which axis of the weights' kernels comes first; `auto`: time in files with a `bn0`, such as AudioSet's, else mel."""
     normalise: Literal["scalar", "band", "checkpoint"] = "scalar"
-    """By the training clips' mean and standard deviation, one for all bands or one per band; or by the weights' `bn0`."""
+    """Input normalisation: by one mean and deviation of the training clips, by one per mel band, or by the weights' `bn0`."""
     pad_frames: Annotated[int, Field(ge=0)] = 0
     """Zeros at each end of the time axis, after normalisation: the padding of the weights' own stem."""
     drop_rate: Rate = 0.0
+    """Dropout before the output layer."""
     drop_path_rate: Rate = 0.0
+    """Stochastic depth: how often a residual block is skipped in training."""
     pool: Literal["mean_max", "mean"] = "mean_max"
-    """Over time, after the mean over frequency."""
+    """Pooling over time, after the mean over frequency."""
     head: Literal["linear", "norm_linear"] = "linear"
-    """`norm_linear`: a layer norm first; the backbone's own final one if it has one behind its pooling, as ConvNeXt does."""
+    """Output layer; `norm_linear` puts a layer norm first: the backbone's own final one if it has one, as ConvNeXt does."""
     frozen: bool = False
     """Train the head only."""
     licence: str = ""
-    """Of a weights file, where timm does not know it."""
+    """Licence of a weights file, where timm does not know it."""
     seen: tuple[str, ...] = ()
-    """The data sets that the weights were trained on, where the kit does not know them."""
+    """Data sets that the weights were trained on, where the kit does not know them."""
     kwargs: dict[str, Any] = {}
-    """Passed to timm's `create_model`; the text `none` stands for None."""
+    """Passed to timm's `create_model`; the text `none` means None."""
 
     @field_validator("weights")
     @classmethod
@@ -155,30 +172,42 @@ class ModelConfig(_Frozen):
 
 
 class TrainConfig(_Frozen):
-    """The optimisation. Seconds, epochs of the training clips."""
+    """Optimisation. An epoch is one pass over the training clips."""
 
     epochs: Annotated[float, Field(gt=0)] = 30
+    """Length of training. With noisy clips, an epoch draws every curated clip `noisy.curated_times` times."""
     batch_size: Annotated[int, Field(gt=0)] = 64
+    """Crops in a batch."""
     crop_seconds: Annotated[float, Field(gt=0)] = 5.0
+    """Length of a training crop."""
     pad: Literal["wrap", "floor"] = "wrap"
-    """A clip shorter than the crop is repeated, or set in silence at a random place."""
+    """A clip shorter than the crop is repeated (`wrap`), or placed at random in silence (`floor`)."""
     loss: Literal["bce", "focal", "asl", "lsep", "lsep_bce"] = "bce"
+    """Loss function."""
     loss_kwargs: dict[str, float] = {}
     """Arguments of the loss, such as `{gamma = 1}` for focal."""
     optimizer: str = "adamw"
+    """Any optimizer of timm, by its name."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Highest learning rate, reached after the warm-up."""
     lr_min: Annotated[float, Field(ge=0)] = 1e-6
+    """Learning rate at the end of the cosine schedule."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    """Weight decay; biases and norms have none."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Each group of layers nearer to the input learns at this fraction of the next one's rate; 1 is the same rate for all."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 1.0
+    """Epochs in which the learning rate rises from near 0."""
     clip_grad: Annotated[float, Field(ge=0)] = 5.0
     """Largest gradient norm; 0 is no limit."""
     ema_decay: Rate = 0.999
-    """0 turns the moving average off."""
+    """Decay of the moving average of the weights, which is the model that predicts; 0 turns it off."""
     amp: Literal["auto", "off"] = "auto"
+    """Mixed precision: bf16 or fp16 where the device has it, or off."""
     validate_every: Annotated[float, Field(ge=0)] = 5.0
-    """Epochs between looks at the held-out fold, for the eye only; 0 is the end alone."""
+    """Epochs between scores of the held-out fold in the log; 0 scores only at the end. Changes no weight."""
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 3.0
+    """Minutes between checkpoints. Changes no weight."""
 
 
 NOT_TRAINING = ("validate_every", "checkpoint_minutes")
@@ -189,39 +218,48 @@ class AugmentConfig(_Frozen):
     """Per-batch augmentation, on the device. Probabilities and fractions of an axis."""
 
     mixup_prob: Fraction = 0.0
+    """Share of clips that are mixed with another one."""
     mixup: Literal["db", "power"] = "power"
-    """`db` mixes values and labels by one weight; `power` adds the two sounds' powers and ORs the labels."""
+    """`db` mixes values and labels with one weight; `power` adds the powers of the two sounds and takes the labels of both."""
     mixup_alpha: Annotated[float, Field(gt=0)] = 0.4
-    """The Beta distribution of `db` weights."""
+    """`db`: parameter of the Beta distribution of the weights."""
     mixup_gain_db: Annotated[float, Field(ge=0)] = 6.0
-    """`power`: the second sound is made louder or softer by up to this."""
+    """`power`: the second sound is made louder or softer by up to this many dB."""
     freq_masks: Annotated[int, Field(ge=0)] = 0
+    """Number of frequency masks (SpecAugment)."""
     freq_mask_width: Fraction = 0.15
+    """Largest width of a frequency mask, as a fraction of the bands."""
     time_masks: Annotated[int, Field(ge=0)] = 0
+    """Number of time masks (SpecAugment)."""
     time_mask_width: Fraction = 0.2
+    """Largest width of a time mask, as a fraction of the crop."""
     gain_db: Annotated[float, Field(ge=0)] = 0.0
-    """Whole crops are made louder or softer by up to this."""
+    """Whole crops are made louder or softer by up to this many dB."""
     concat_prob: Fraction = 0.0
-    """The clip's begin passes into another clip's end, labels ORed."""
+    """Share of crops that fade over into the end of another one; the result has the labels of both."""
     resize_prob: Fraction = 0.0
+    """Share of crops of which a random part is stretched to full size."""
     resize_scale: Annotated[float, Field(gt=0, le=1)] = 0.7
-    """A window of at least this share of either axis is stretched to the whole."""
+    """Smallest part to be stretched, as a fraction of either axis."""
     off_epochs: Annotated[float, Field(ge=0)] = 0.0
-    """No augmentation in the last epochs."""
+    """No augmentation in this many last epochs."""
 
 
 class PredictConfig(_Frozen):
     """Evaluation windows and test-time augmentation: every length with every padding at every shift."""
 
     window_seconds: tuple[Annotated[float, Field(gt=0)], ...] = ()
-    """The crop's length where not set."""
+    """Lengths of the windows, one or several; the crop's length where empty."""
     pads: tuple[Literal["wrap", "floor"], ...] = ()
-    """As in training where not set."""
+    """How short clips are padded, one or several; as in training where empty."""
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Part of a window that the next one covers too."""
     shift_seconds: Annotated[tuple[float, ...], Field(min_length=1)] = (0.0,)
-    """Each shifts the grid of windows, to later where it is positive."""
+    """Each value moves all windows by so many seconds (later where positive); the views are averaged."""
     batch_size: Annotated[int, Field(gt=0)] = 64
+    """Windows in a batch."""
     fold_mean: Literal["arithmetic", "geometric", "logit", "rank"] = "geometric"
+    """How the test probabilities of the folds are averaged."""
 
     @field_validator("window_seconds", "pads", mode="before")
     @classmethod
@@ -242,8 +280,11 @@ class Recipe(_Frozen):
     """All that decides a run. Saved with the run; prediction reads it from there."""
 
     name: str
+    """The recipe's name; changes nothing."""
     about: str = ""
+    """One sentence on the recipe; changes nothing."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of all random numbers of training."""
     logmel: LogMelConfig = LogMelConfig()
     data: DataConfig = DataConfig()
     folds: FoldsConfig = FoldsConfig()

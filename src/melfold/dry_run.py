@@ -12,7 +12,7 @@ from melfold.combine.oof import score
 from melfold.combine.submission import build_submission
 from melfold.compute import Compute
 from melfold.config import Recipe
-from melfold.data.competition import Competition, load_competition
+from melfold.data.competition import Competition, load_competition, with_bad_clips
 from melfold.files import Home, read_json
 from melfold.learn.predictions import own_prediction
 from melfold.learn.runs import open_run
@@ -40,6 +40,7 @@ def dry_run(root: Path, home: Home, recipe: Recipe, compute: Compute) -> DryRun:
 
     gpu = pick_device(compute.device).torch.type != "cpu"
     whole = load_competition(root)
+    recipe = with_bad_clips(recipe, whole)
     per_fold = 8
     few = replace(
         whole,

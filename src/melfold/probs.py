@@ -55,7 +55,8 @@ def read_probs(path: Path) -> Probs:
         header = pd.read_csv(path, header=None, nrows=1, dtype=str, keep_default_na=False, encoding="utf-8-sig").loc[0]
         if header.duplicated().any():  # pandas would rename the second to `label.1`
             raise MelfoldError(f"{path}: repeated labels", ", ".join(header[header.duplicated()].unique()[:5]))
-        table = pd.read_csv(path, index_col="fname", dtype={"fname": str}, float_precision="round_trip", encoding="utf-8-sig")
+        names = {"index_col": "fname", "dtype": {"fname": str}, "keep_default_na": False}  # a clip or label may be called NA
+        table = pd.read_csv(path, float_precision="round_trip", encoding="utf-8-sig", **names)
         probs = table.astype(np.float32)
     except FileNotFoundError:
         raise MelfoldError("no such predictions", str(path)) from None

@@ -1,20 +1,25 @@
-"""Recipes: short lists of changes on a base, each with its reason; shipped as TOML or written by the user."""
+"""Recipes: short lists of changes to a base, each with its reason; shipped as TOML, written by the user, or saved with a run."""
 
 from __future__ import annotations
 
 import copy
 import csv
 import difflib
+import json
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from melfold.config import Recipe
 from melfold.errors import MelfoldError
+from melfold.facts import split_labels
+from melfold.files import Home, read_json
 
 
 def recipe_names() -> list[str]:
@@ -22,28 +27,29 @@ def recipe_names() -> list[str]:
     return sorted(p.name.removesuffix(".toml") for p in _shipped().iterdir() if p.name.endswith(".toml"))
 
 
-def load_recipe(name: str, sets: Iterable[str] = ()) -> Recipe:
+def load_recipe(name: str, sets: Iterable[str] = (), home: Home | None = None) -> Recipe:
     """Resolve a recipe.
 
     Args:
-        name: a shipped recipe's name, or the path of a `.toml` file.
+        name: a shipped recipe's name, the path of a `.toml` file, or else the name of a run in `home`, whose saved recipe it is.
         sets: changes as `section.key=value`; the value is TOML, or else a plain string.
 
     Raises:
         MelfoldError: an unknown recipe or key (the nearest is named), or a value that does not fit.
     """
-    values = {key: value for key, (value, _) in explain_recipe(name).items()}
-    sets = list(sets)
-    for item in sets:
-        key, value = _parse_set(item)
-        values[key] = value
-    nested: dict[str, Any] = {"name": Path(name).stem}
-    for key, value in values.items():
-        _put(nested, _path(key), value)
-    data = nested.get("data")
-    if isinstance(data, dict) and isinstance(data.get("corrections"), str):
-        data["corrections"] = read_corrections(Path(data["corrections"]))
-    return parse_recipe(nested, f"recipe {name}" + (f" with --set {' '.join(sets)}" if sets else ""))
+    values: dict[str, Any] = {"name": Path(name).stem if name.endswith(".toml") else name}
+    for key, (value, _) in explain_recipe(name, home).items():
+        _put(values, _path(key), value)
+    return _parse_with(values, sets, f"recipe {name}")
+
+
+def change_recipe(recipe: Recipe, sets: Iterable[str]) -> Recipe:
+    """A recipe with some changes, given as for `load_recipe`.
+
+    Raises:
+        MelfoldError: as `load_recipe`.
+    """
+    return _parse_with(recipe.model_dump(mode="json"), sets, f"recipe {recipe.name}")
 
 
 def parse_recipe(values: Mapping[str, Any], source: str) -> Recipe:
@@ -54,11 +60,26 @@ def parse_recipe(values: Mapping[str, Any], source: str) -> Recipe:
         raise MelfoldError.many(_explain(e, source) for e in error.errors()) from None
 
 
+def parse_set(item: str) -> tuple[str, Any]:
+    """`section.key=value` -> the key, and the value as TOML reads it, or else as plain text.
+
+    Raises:
+        MelfoldError: no `=`, or nothing before it.
+    """
+    key, equals, text = item.partition("=")
+    if not equals or not key.strip():
+        raise MelfoldError("--set needs section.key=value", repr(item), "For example --set train.epochs=10")
+    try:
+        return key.strip(), tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), text
+
+
 def read_corrections(path: Path) -> dict[str, dict[str, Any]]:
     """fname -> labels and why, of a `corrections.csv`.
 
     Raises:
-        MelfoldError: a missing file, other columns, a clip that stands twice or one without labels.
+        MelfoldError: a missing file, other columns, a duplicate clip or one without labels.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -68,51 +89,179 @@ def read_corrections(path: Path) -> dict[str, dict[str, Any]]:
                 raise MelfoldError(f"{path} is no table of corrections", found, "Its columns are fname,labels,why")
             rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise MelfoldError("cannot read data.corrections", f"{path} ({error})", "Mend the path, or the file") from None
+        why = error.strerror if isinstance(error, OSError) else error
+        raise MelfoldError("cannot read data.corrections", f"{path} ({why})", "Fix the path or the file") from None
     corrections: dict[str, dict[str, Any]] = {}
     for row in rows:
         fname = row["fname"]
         if None in row or fname in corrections or not row["labels"]:
-            why = "more cells than columns" if None in row else "stands twice" if fname in corrections else "no labels"
+            why = "more cells than columns" if None in row else "duplicate clip" if fname in corrections else "no labels"
             raise MelfoldError(f"{path}: {why}", fname, "Put several labels in quotes; to leave a clip out use data.exclude")
-        corrections[fname] = {"labels": row["labels"].split(","), "why": row["why"] or ""}
+        corrections[fname] = {"labels": split_labels(row["labels"]), "why": row["why"] or ""}
     return corrections
 
 
-def explain_recipe(name: str, _above: tuple[str, ...] = ()) -> dict[str, tuple[Any, str]]:
-    """`section.key` -> (value, reason) for all that a recipe and its bases set, the nearest file winning."""
+def explain_recipe(name: str, home: Home | None = None, _above: tuple[str, ...] = ()) -> dict[str, tuple[Any, str]]:
+    """`section.key` -> (value, reason) for all that a recipe and its bases set, the nearest file winning.
+
+    The saved recipe of a run sets every key, without reasons.
+    """
     if name in _above:
-        raise MelfoldError("a recipe is its own base", " -> ".join((*_above, name)), "Mend `base` in one of them")
-    text = _recipe_text(name)
+        raise MelfoldError("a recipe is its own base", " -> ".join((*_above, name)), "Fix `base` in one of them")
+    saved = home.runs / name / "recipe.json" if home and _may_be_run(name) else None
+    if saved and saved.exists():
+        content = {key: value for key, value in read_json(saved).items() if key != "name"}
+        return {key: (value, "") for key, value in _flat(content).items()}
+    text = _recipe_text(name, home)
     try:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise MelfoldError(f"recipe {name} is not TOML", str(error), "Mend that line") from None
+        raise MelfoldError(f"recipe {name} is not TOML", str(error), "Fix that line") from None
     base = content.pop("base", None)
-    result = explain_recipe(base, (*_above, name)) if base else {}
+    result = explain_recipe(base, home, (*_above, name)) if base else {}
     reasons = _reasons(text)
-    for key, value in content.items():
-        if isinstance(value, dict):
-            for field, inner in value.items():
-                result[f"{key}.{field}"] = (inner, reasons.get(f"{key}.{field}", ""))
-        else:
-            result[key] = (value, reasons.get(key, ""))
-    return result
+    return result | {key: (value, reasons.get(key, "")) for key, value in _flat(content).items()}
+
+
+@dataclass(frozen=True)
+class Key:
+    """A setting of a recipe: `section.key`, the values it takes, its default as TOML, and its meaning in a line."""
+
+    name: str
+    allowed: str
+    default: str
+    meaning: str
+
+
+def recipe_keys() -> list[Key]:
+    """Every setting of a recipe, in the order of the configuration."""
+    keys = []
+    for section, field in Recipe.model_fields.items():
+        if section == "name":
+            continue  # a file's name gives it
+        inner = field.annotation
+        is_section = isinstance(inner, type) and issubclass(inner, BaseModel)
+        fields = {f"{section}.{key}": own for key, own in inner.model_fields.items()} if is_section else {section: field}
+        for key, own in fields.items():
+            meaning = " ".join((own.description or "").split())
+            keys.append(Key(key, _allowed(own.annotation, own.metadata), toml_value(own.default), meaning))
+    return keys
+
+
+def compare_recipes(a: Recipe, b: Recipe) -> list[tuple[str, str, str]]:
+    """Every setting in which two recipes differ: its key, and both values as TOML, empty where one has none."""
+    one, other = (_leaves(recipe.model_dump(mode="json", exclude={"name", "about"})) for recipe in (a, b))
+    keys = [*one, *(key for key in other if key not in one)]
+    rows = [(key, *(toml_value(own[key]) if key in own else "" for own in (one, other))) for key in keys]
+    return [row for row in rows if row[1] != row[2]]
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values -> dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in values.items():
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def recipe_toml(recipe: Recipe, reasons: Mapping[str, str]) -> str:
+    """A recipe as a TOML file that gives every setting, so that it needs no base.
+
+    Args:
+        reasons: `section.key` -> the comment that ends its line.
+    """
+    lines: list[str] = []
+    values = recipe.model_dump(mode="json", exclude={"name"})
+
+    def put(key: str, value: Any, full: str) -> None:
+        line = f"{_toml_key(key)} = {toml_value(value)}"
+        lines.append(f"{line:<24} # {reasons[full]}" if reasons.get(full) else line)
+
+    for section, value in values.items():
+        if not isinstance(value, dict):
+            put(section, value, section)
+            continue
+        # Clips are a table of their own: on one line they could not be read.
+        tables = {key: inner for key, inner in value.items() if section == "data"}
+        lines.append(f"\n[{section}]")
+        for key, inner in value.items():
+            if key not in tables:
+                put(key, inner, f"{section}.{key}")
+        for key, table in tables.items():
+            lines.append(f"\n[{section}.{key}]" + (f"  # {why}" if (why := reasons.get(f"{section}.{key}")) else ""))
+            for fname, inner in table.items():
+                put(fname, inner, "")
+    return "\n".join(lines).replace("[data]\n\n", "") + "\n"
+
+
+def toml_value(value: Any) -> str:
+    """A value as TOML writes it; None is the text `none`."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, Mapping):
+        inner = ", ".join(f"{_toml_key(key)} = {toml_value(own)}" for key, own in value.items())
+        return f"{{ {inner} }}" if inner else "{}"
+    return json.dumps("none" if value is None else str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else toml_value(key)
+
+
+def _allowed(annotation: Any, metadata: Iterable[Any]) -> str:
+    """The values of a field in words."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        own = inner[1]
+        return _allowed(inner[0], getattr(own, "metadata", [own]))
+    if origin is Literal:
+        return " | ".join(inner)
+    if origin is tuple:
+        return f"list of {_allowed(inner[0], [])}"
+    if origin is dict or annotation is dict:
+        return "table"
+    if inner:  # X | None
+        return " | ".join("none" if part is type(None) else _allowed(part, []) for part in inner)
+    words = {int: "whole number", float: "number", bool: "true | false", str: "text"}
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    limits = [f"{sign} {getattr(own, name):g}" for name, sign in signs.items() for own in metadata if hasattr(own, name)]
+    return ", ".join([words.get(annotation, "table"), *limits])
 
 
 def _shipped() -> Any:
     return resources.files("melfold") / "recipes"
 
 
-def _recipe_text(name: str) -> str:
+def _may_be_run(name: str) -> bool:
+    return name not in recipe_names() and not name.endswith(".toml") and "/" not in name
+
+
+def _recipe_text(name: str, home: Home | None) -> str:
     if name.endswith(".toml"):
         try:
             return Path(name).read_text()
         except OSError as error:
             raise MelfoldError("cannot read a recipe", f"{name} ({error.strerror})", "Give the path of a .toml file") from None
-    if name not in recipe_names():
-        raise MelfoldError("unknown recipe", f"{name!r}{_nearest(name, recipe_names())}", f"Known: {', '.join(recipe_names())}")
+    known = recipe_names()
+    if name not in known:
+        runs = f"; and there is no such run in {home.runs}" if home else ""
+        fix = f"Known: {', '.join(known)}; or give a .toml file"
+        raise MelfoldError("unknown recipe", f"{name!r}{nearest(name, known)}{runs}", fix)
     return (_shipped() / f"{name}.toml").read_text()
+
+
+def _flat(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections of settings -> `section.key` -> value."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= {f"{key}.{field}": inner for field, inner in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
 
 
 def _reasons(text: str) -> dict[str, str]:
@@ -127,20 +276,21 @@ def _reasons(text: str) -> dict[str, str]:
             try:
                 parsed = tomllib.loads(stripped[:at])
             except tomllib.TOMLDecodeError:
-                continue  # this # stands inside a string
+                continue  # this # is inside a string
             reasons |= {section + key: stripped[at + 1 :].strip() for key in parsed}
             break
     return reasons
 
 
-def _parse_set(item: str) -> tuple[str, Any]:
-    key, equals, text = item.partition("=")
-    if not equals or not key.strip():
-        raise MelfoldError("--set needs section.key=value", repr(item), "For example --set train.epochs=10")
-    try:
-        return key.strip(), tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
-        return key.strip(), text
+def _parse_with(values: dict[str, Any], sets: Iterable[str], source: str) -> Recipe:
+    sets = list(sets)
+    for item in sets:
+        key, value = parse_set(item)
+        _put(values, _path(key), value)
+    data = values.get("data")
+    if isinstance(data, dict) and isinstance(data.get("corrections"), str):
+        data["corrections"] = read_corrections(Path(data["corrections"]))
+    return parse_recipe(values, source + (f" with --set {' '.join(sets)}" if sets else ""))
 
 
 def _path(key: str) -> list[str]:
@@ -152,7 +302,7 @@ def _put(nested: dict[str, Any], path: list[str], value: Any) -> None:
     for part in path[:-1]:
         inner = nested.setdefault(part, {})
         if not isinstance(inner, dict):
-            raise MelfoldError("unknown key", ".".join(path) + _nearest(".".join(path), _known_keys()))
+            raise MelfoldError("unknown key", ".".join(path) + nearest(".".join(path), _known_keys()))
         nested = inner
     nested[path[-1]] = copy.deepcopy(value)
 
@@ -160,25 +310,17 @@ def _put(nested: dict[str, Any], path: list[str], value: Any) -> None:
 def _explain(error: Any, source: str) -> MelfoldError:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        return MelfoldError(
-            f"{source}: unknown key", f"{where}{_nearest(where, _known_keys())}", "See `melfold recipe show NAME`"
-        )
+        return MelfoldError(f"{source}: unknown key", f"{where}{nearest(where, _known_keys())}", "See `melfold recipe keys`")
     found = f", found {error['input']!r}" if "found" not in error["msg"] and not isinstance(error["input"], dict) else ""
     return MelfoldError(f"{source}: {where}", error["msg"].removeprefix("Value error, ") + found)
 
 
 def _known_keys() -> list[str]:
-    keys = []
-    for name, field in Recipe.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            keys += [f"{name}.{key}" for key in inner.model_fields]
-        else:
-            keys.append(name)
-    return keys
+    return ["name", *(key.name for key in recipe_keys())]
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: str, known: Iterable[str]) -> str:
+    """` (nearest: X)`, of the known words, or nothing."""
     known = list(known)
     close = [key for key in known if key.startswith(word)] or difflib.get_close_matches(word, known, n=1, cutoff=0.0)
     return f" (nearest: {close[0]})" if close else ""

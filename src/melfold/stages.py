@@ -15,9 +15,9 @@ from melfold.combine.oof import OofScores, prior_of, score
 from melfold.combine.submission import build_submission
 from melfold.compute import Compute
 from melfold.config import Recipe
-from melfold.data.competition import SPLITS, Competition, load_competition
-from melfold.data.folds import find_identical, fold_table_name, label_deviation, make_folds, read_folds, write_folds
-from melfold.data.logmel import build_cache, read_manifest, stop_workers
+from melfold.data.cache import build_cache, read_manifest, stop_workers, unreadable
+from melfold.data.competition import SPLITS, Competition, load_competition, with_bad_clips
+from melfold.data.folds import fold_table
 from melfold.errors import MelfoldError
 from melfold.files import Home, digest
 from melfold.kaggle.ledger import Ledger
@@ -35,43 +35,16 @@ log = logging.getLogger(__name__)
 def cache(competition: Competition, home: Home, recipe: Recipe, compute: Compute) -> Path:
     """Make the log-mels a recipe needs. Returns: the cache's folder."""
     splits = SPLITS if recipe.noisy.use else ("curated", "test")
+    exclude = with_bad_clips(recipe, competition).data.exclude
     try:
-        return build_cache(
-            competition,
-            recipe.logmel,
-            home,
-            splits=splits,
-            exclude=recipe.data.exclude,
-            jobs=compute.jobs,
-            progress=compute.progress,
-        )
+        return build_cache(competition, recipe.logmel, home, splits=splits, exclude=exclude, compute=compute)
     finally:
         stop_workers()
 
 
-def folds_path(home: Home, competition: Competition, recipe: Recipe) -> Path:
-    """Where a recipe's fold table lies: the grouped one where the recipe asks for it."""
-    config = recipe.folds
-    return home.folds / fold_table_name(competition.name, config.n_folds, config.seed, grouped=config.group_identical)
-
-
 def folds(competition: Competition, home: Home, recipe: Recipe) -> tuple[Path, int]:
-    """Make a recipe's fold table, or check the existing one against the curated clips.
-
-    Returns:
-        Its path, and the most clips by which a label in a fold is off an even split.
-    """
-    path = folds_path(home, competition, recipe)
-    targets = competition.targets()
-    if not path.exists():
-        groups = find_identical(dict(competition.curated["path"])) if recipe.folds.group_identical else []
-        numbers = {fname: number for number, group in enumerate(groups) for fname in group}
-        write_folds(path, make_folds(targets, recipe.folds.n_folds, recipe.folds.seed, numbers))
-    table = read_folds(path, competition)
-    found = table["fold"].nunique()
-    if found != recipe.folds.n_folds:
-        raise MelfoldError(f"{path.name} has another number of folds", f"{found}, the recipe {recipe.folds.n_folds}")
-    return path, label_deviation(targets, table)
+    """Make a recipe's fold table, or check the existing one: see `data.folds.fold_table`."""
+    return fold_table(competition, home, recipe.folds)
 
 
 def start(competition: Competition, home: Home, recipe: Recipe, name: str, which: Sequence[int | str]) -> Run:
@@ -81,6 +54,7 @@ def start(competition: Competition, home: Home, recipe: Recipe, name: str, which
         MelfoldError: a recipe that does not fit the competition, a name that is taken, a teacher without the folds, or a model
             that cannot be made.
     """
+    recipe = with_bad_clips(recipe, competition)
     check_recipe(recipe, competition)
     if recipe.noisy.teacher:
         teacher = open_run(home, recipe.noisy.teacher)
@@ -145,21 +119,21 @@ def predict(prediction: Prediction, competition: Competition, home: Home, comput
     run = prediction.run
     which = _folds_to_predict(run, competition)
     jobs = _oof_jobs(prediction, competition, home, compute)
-    folder = build_cache(competition, run.recipe.logmel, home, splits=["test"], jobs=compute.jobs, progress=compute.progress)
+    folder = build_cache(competition, run.recipe.logmel, home, splits=["test"], compute=compute)
     manifest = read_manifest(folder).loc[list(competition.test.index)]
-    unreadable = manifest["flags"].str.contains("unreadable")
-    readable = tuple(manifest.index[~unreadable])
+    silent = unreadable(manifest)
+    readable = tuple(manifest.index.difference(silent, sort=False))
     clips = digest(manifest[["size", "mtime_ns"]].reset_index().to_numpy().tolist())
     for fold in which:
         path = prediction.fold_test(fold)
         if not Artefact.of(path).is_fresh(prediction.inputs(fold, clips)):
             jobs.append(_job(prediction, fold, folder, path, readable, clips))
     _launch_all(jobs, compute)
-    made_from = prediction.test_inputs() | {"clips": clips, "unreadable": list(manifest.index[unreadable])}
+    made_from = prediction.test_inputs() | {"clips": clips, "unreadable": silent}
     if not Artefact.of(prediction.test).is_fresh(made_from):
         probs = fold_mean(prediction, which)
-        if unreadable.any():
-            probs = pd.concat([probs, _prior_rows(prediction, list(manifest.index[unreadable]))])
+        if silent:
+            probs = pd.concat([probs, _prior_rows(prediction, silent)])
         write_current(prediction.test, probs.loc[list(competition.test.index)], made_from)
     return prediction
 

@@ -19,9 +19,9 @@ import pandas as pd
 from melfold import pipeline
 from melfold.combine.ensemble import compare, pool_oof, read_together
 from melfold.config import Recipe
+from melfold.data.cache import cache_folder
 from melfold.data.clips import ClipStore
 from melfold.data.competition import load_competition
-from melfold.data.logmel import cache_folder
 from melfold.files import Home, read_json, write_json, write_text
 from melfold.learn.devices import Device, pick_device
 from melfold.learn.predict import predict_probs

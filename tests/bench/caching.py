@@ -15,14 +15,17 @@ import soundfile
 import torch
 from torch.nn import functional
 
+from melfold.compute import Compute
 from melfold.config import LogMelConfig
+from melfold.data.audio import read_waveform
+from melfold.data.cache import build_cache, make_clip
 from melfold.data.clips import ClipStore, Phase, draw_start, train_batches
-from melfold.data.logmel import build_cache, log_mel_of, make_clip, read_waveform
+from melfold.data.logmel import log_mel_of
 from melfold.files import Home
 from tests.bench.harness import Result, one_thread, ratio_result, seconds_of, take_turns
 from tests.bench.workspace import Workspace, synthesise, write_competition
 
-MELFOLD = [sys.executable, "-c", "from melfold.cli import main; main()"]
+MELFOLD = [sys.executable, "-m", "melfold"]
 """The command line, in a fresh process."""
 
 
@@ -158,7 +161,7 @@ def cache_workers(work: Workspace) -> list[Result]:
 
     def build(jobs: int) -> None:
         with one_thread():
-            build_cache(competition, work.front, Home(homes[jobs]()), jobs=jobs)
+            build_cache(competition, work.front, Home(homes[jobs]()), compute=Compute(jobs=jobs))
 
     turns = take_turns(lambda: build(2), lambda: build(1), work.pick(5, 1))
     return [ratio_result("cache_workers", "one worker", turns, clips, "clips/s", bound=1.6, aim=1.9, clips=clips)]
@@ -202,7 +205,7 @@ def cache_two(work: Workspace) -> list[Result]:
     homes, folders = Fresh(work.folder / "two_home"), Fresh(work.folder / "two_theirs")
 
     def ours() -> None:
-        build_cache(competition, work.front, Home(homes()), jobs=2)
+        build_cache(competition, work.front, Home(homes()), compute=Compute(jobs=2))
 
     def theirs() -> None:
         with one_thread():

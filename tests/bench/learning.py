@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from melfold import pipeline
-from melfold.config import AugmentConfig, Recipe, load_recipe
+from melfold.config import AugmentConfig, Recipe
 from melfold.data.clips import Batch, ClipStore, Phase, draw_start, prefetch, train_batches, window_batches
 from melfold.learn.augment import apply_augment, draw_augment
 from melfold.learn.devices import Device, pick_device
@@ -21,6 +21,7 @@ from melfold.learn.model import Tagger, build_model
 from melfold.learn.predict import predict_logits
 from melfold.learn.runs import FULL, start_run
 from melfold.learn.train import train_fold
+from melfold.recipes import load_recipe
 from tests.bench.harness import Result, Turns, ratio_result, seconds_of, take_turns
 from tests.bench.workspace import Workspace
 

@@ -53,8 +53,8 @@ def hour(work: Workspace) -> list[Result]:
     peaks, seconds = [], 0.0
     for path in paths.values():
         script = (
-            "import resource, sys, time; from pathlib import Path; from melfold.config import load_recipe\n"
-            "from melfold.data.logmel import LogMel, make_clip\n"
+            "import resource, sys, time; from pathlib import Path; from melfold.recipes import load_recipe\n"
+            "from melfold.data.cache import make_clip; from melfold.data.logmel import LogMel\n"
             "log_mel, path = LogMel(load_recipe('open').logmel), Path(sys.argv[1]); begin = time.perf_counter()\n"
             "assert make_clip(path.parent, path.name, path, log_mel).seconds >= 60\n"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, time.perf_counter() - begin)\n"

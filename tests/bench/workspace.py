@@ -12,10 +12,11 @@ import numpy as np
 import scipy.signal
 import soundfile
 
-from melfold.config import LogMelConfig, load_recipe
+from melfold.config import LogMelConfig
+from melfold.data.cache import build_cache
 from melfold.data.competition import Competition, load_competition
-from melfold.data.logmel import build_cache
 from melfold.files import Home
+from melfold.recipes import load_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 REAL = REPOSITORY.parent / "shared" / "data" / "esc10"

@@ -1,4 +1,4 @@
-"""Runs whose predictions are made up: this floor reads tables, it does not train."""
+"""Runs whose predictions are made up: this layer reads tables, it does not train."""
 
 from __future__ import annotations
 

@@ -11,9 +11,11 @@ import pandas as pd
 from sklearn.metrics import label_ranking_average_precision_score
 
 from melfold.data.competition import Competition
-from melfold.files import Home, sha256_file, write_json
-from melfold.learn.runs import Run, start_run
-from melfold.probs import Probs, make_probs, write_current, write_probs
+from melfold.files import Home
+from melfold.learn.predictions import Prediction, own_prediction, write_current
+from melfold.learn.runs import Run
+from melfold.learn.start import start_run
+from melfold.probs import Probs, make_probs
 from melfold.recipes import load_recipe
 
 LABELS = ("Bark", "Hiss_(air)", "Meow", "Tone")
@@ -40,17 +42,23 @@ class MadeUp:
     folds: Path
 
     def run(self, name: str = "one", *, folds: Iterable[int] = (0, 1, 2), seed: int = 0, sets: Iterable[str] = ()) -> Run:
-        """A run that looks trained and, with its test table, predicted."""
+        """A run that looks trained and predicted."""
         run = start_run(self.home, name, load_recipe("demo", sets), self.competition, self.folds)
         for fold in folds:
             self.train(run, fold, seed)
-        test = draw(sorted(self.competition.test.index), seed)
-        write_current(run.test, test, None, rests_on=run.weights_sha256(run.used_folds()))
+        self.predict(own_prediction(run), draw(sorted(self.competition.test.index), seed))
         return run
 
+    def predict(self, prediction: Prediction, test: Probs) -> None:
+        """Leave averaged test probabilities as `melfold predict` does."""
+        write_current(prediction.test, test, prediction.test_inputs())
+
     def train(self, run: Run, fold: int, seed: int = 0) -> None:
-        """Leave what a trained fold leaves, weights aside."""
-        folder = run.fold(fold)
-        write_probs(folder.oof, draw(run.held_out(fold), 100 * seed + fold))
-        write_probs(folder.test, draw(self.competition.test.index, 1000 + 100 * seed + fold))
-        write_json(folder.result, {"weights_sha256": sha256_file(folder.oof)})
+        """Leave what a trained and predicted fold leaves; the weights are no weights."""
+        folder, own = run.fold(fold), own_prediction(run)
+        folder.path.mkdir(exist_ok=True)
+        folder.weights.write_text(f"{run.name} {fold} {seed}")
+        folder.artefact.commit({"fold": str(fold), **run.made_from})
+        write_current(own.fold_oof(fold), draw(run.held_out(fold), 100 * seed + fold), own.inputs(fold))
+        test = draw(self.competition.test.index, 1000 + 100 * seed + fold)
+        write_current(own.fold_test(fold), test, own.inputs(fold))

@@ -11,26 +11,21 @@ import pandas as pd
 import pytest
 from made_up import LABELS, MadeUp, oracle
 
-from melfold.combine.ensemble import (
-    Together,
-    compare,
-    fold_mean,
-    greedy_weights,
-    nested_probs,
-    pool_oof,
-    read_together,
-    suggest,
-)
+from melfold.combine.ensemble import compare, fold_mean, greedy_weights, nested_probs, predictions_alike, suggest
+from melfold.combine.oof import Together, prior_of, read_together, score
+from melfold.config import PredictConfig
 from melfold.errors import MelfoldError
-from melfold.learn.runs import Run
+from melfold.learn.predictions import Prediction, own_prediction, start_prediction, write_current
+from melfold.learn.runs import FULL, open_run
 from melfold.metrics import lwlrap
 from melfold.probs import MEANS, make_probs, mean_probs, read_probs, write_probs
 
 
 def test_pooled_and_mean_fold_scores_are_two_numbers_and_both_right(made_up: MadeUp) -> None:
     run = made_up.run()
-    scores = pool_oof(run)
-    tables = [read_probs(run.fold(k).oof) for k in range(3)]
+    own = own_prediction(run)
+    scores = score(own)
+    tables = [read_probs(own.fold_oof(k)) for k in range(3)]
     targets = made_up.competition.targets()
     by_fold = [oracle(targets.loc[run.held_out(k)], tables[k]) for k in range(3)]
     assert scores.oof_lwlrap == pytest.approx(oracle(targets, pd.concat(tables)), abs=1e-9)
@@ -43,12 +38,14 @@ def test_pooled_and_mean_fold_scores_are_two_numbers_and_both_right(made_up: Mad
 
 def test_what_is_pooled_is_left_in_the_run(made_up: MadeUp) -> None:
     run = made_up.run()
-    scores = pool_oof(run)
-    pooled = read_probs(run.oof)
+    own = own_prediction(run)
+    scores = score(own)
+    pooled = read_probs(own.oof)
     assert list(pooled.index) == sorted(made_up.competition.curated.index)
     for k in range(3):
-        pd.testing.assert_frame_equal(pooled.loc[run.held_out(k)], read_probs(run.fold(k).oof))
-    kept = json.loads(run.scores.read_text())
+        pd.testing.assert_frame_equal(pooled.loc[run.held_out(k)], read_probs(own.fold_oof(k)))
+    pd.testing.assert_frame_equal(own.read_oof(), pooled)
+    kept = json.loads(own.scores.read_text())["scores"]
     assert kept["oof_lwlrap"] == scores.oof_lwlrap
     assert kept["mean_fold_lwlrap"] == scores.mean_fold_lwlrap
     assert [row["label"] for row in kept["per_label"]] == list(LABELS)
@@ -57,54 +54,93 @@ def test_what_is_pooled_is_left_in_the_run(made_up: MadeUp) -> None:
 
 def test_missing_folds_are_named_and_do_not_count(made_up: MadeUp) -> None:
     run = made_up.run(folds=[1])
-    scores = pool_oof(run)
+    scores = score(own_prediction(run))
     assert scores.missing == [0, 2]
     assert list(scores.fold_lwlrap) == ["1"]
     assert scores.clips == len(run.held_out(1))
     assert scores.oof_lwlrap == pytest.approx(
-        oracle(made_up.competition.targets().loc[run.held_out(1)], read_probs(run.fold(1).oof))
+        oracle(made_up.competition.targets().loc[run.held_out(1)], own_prediction(run).read_fold_oof(1))
     )
     made_up.train(run, 0)
-    assert pool_oof(run).missing == [2]
+    assert score(own_prediction(run)).missing == [2]
 
 
 def test_a_label_without_clips_is_null_in_json(made_up: MadeUp) -> None:
     run = made_up.run(folds=[2])
-    scores = pool_oof(run)
+    scores = score(own_prediction(run))
     without = [label for label, row in scores.per_label.iterrows() if not row["clips"]]
     assert without
-    kept = {row["label"]: row["lwlrap"] for row in json.loads(run.scores.read_text())["per_label"]}
+    kept = {row["label"]: row["lwlrap"] for row in json.loads(own_prediction(run).scores.read_text())["scores"]["per_label"]}
     assert [label for label, value in kept.items() if value is None] == without
     assert all(math.isnan(scores.per_label.at[label, "lwlrap"]) for label in without)
 
 
 def test_no_trained_fold_cannot_be_scored(made_up: MadeUp) -> None:
-    with pytest.raises(MelfoldError, match="run one has no trained fold to score: none. Run `melfold train`"):
-        pool_oof(made_up.run(folds=[]))
+    with pytest.raises(MelfoldError, match="run one has no trained fold: .*Run `melfold train` first"):
+        score(own_prediction(made_up.run(folds=[])))
+
+
+def test_a_run_on_every_clip_has_no_score_and_its_prior_is_the_labels_frequency(made_up: MadeUp) -> None:
+    run = made_up.run(folds=[])
+    run.fold(FULL).path.mkdir()
+    run.fold(FULL).weights.touch()
+    run.fold(FULL).artefact.commit({"fold": FULL, **run.made_from})
+    with pytest.raises(MelfoldError, match="run one holds no clip out, so it has no out-of-fold score: folds: full"):
+        score(own_prediction(run))
+    pd.testing.assert_series_equal(prior_of(own_prediction(run)), made_up.competition.targets().mean(), check_dtype=False)
+
+
+def test_scores_are_computed_once_and_read_as_they_were(made_up: MadeUp) -> None:
+    own = own_prediction(made_up.run(folds=[0, 2]))
+    first = score(own)
+    before = own.scores.stat().st_mtime_ns, own.oof.stat().st_mtime_ns
+    again = score(own)
+    assert (own.scores.stat().st_mtime_ns, own.oof.stat().st_mtime_ns) == before
+    pd.testing.assert_frame_equal(again.per_label, first.per_label)
+    assert dataclasses.replace(again, per_label=first.per_label) == first
+    made_up.train(own.run, 1)
+    assert score(own).clips == 12
+
+
+def test_the_prior_is_the_mean_of_the_held_out_probabilities(made_up: MadeUp) -> None:
+    own = own_prediction(made_up.run())
+    pd.testing.assert_series_equal(prior_of(own), own.read_oof().mean())
 
 
 @pytest.mark.parametrize("kind", ["arithmetic", "geometric"])
 def test_the_fold_mean_is_of_the_recipes_kind_and_aligned_by_name(kind: str, made_up: MadeUp) -> None:
     run = made_up.run(sets=[f"predict.fold_mean={kind}"])
-    tables = [read_probs(run.fold(k).test) for k in range(3)]
+    own = own_prediction(run)
+    tables = [read_probs(own.fold_test(k)) for k in range(3)]
     values = np.stack([t.to_numpy(np.float64) for t in tables])
     expected = values.mean(axis=0) if kind == "arithmetic" else np.exp(np.log(values).mean(axis=0))
-    write_probs(run.fold(1).test, tables[1].iloc[::-1, ::-1])
-    mean = fold_mean(run, ["0", "1", "2"])
+    write_current(own.fold_test(1), tables[1].iloc[::-1, ::-1], own.inputs(1))
+    mean = fold_mean(own, ["0", "1", "2"])
     assert list(mean.index) == list(tables[0].index)
     np.testing.assert_allclose(mean, expected, rtol=1e-6)
 
 
-def skilled(made_up: MadeUp, name: str, skill: float, seed: int) -> Run:
-    """A run whose OOF probabilities know something of the truth."""
-    run = made_up.run(name, seed=seed, sets=[f"seed={seed}"])
+def test_a_folds_test_probabilities_that_were_edited_are_not_averaged(made_up: MadeUp) -> None:
+    own = own_prediction(made_up.run())
+    write_probs(own.fold_test(1), read_probs(own.fold_test(1)) / 2)
+    with pytest.raises(MelfoldError, match="one has no current test predictions: .*test.csv was changed after it was written"):
+        fold_mean(own, ["0", "1", "2"])
+
+
+def skilled(made_up: MadeUp, name: str, skill: float, seed: int) -> Prediction:
+    """A prediction whose OOF probabilities know something of the truth."""
+    own = own_prediction(made_up.run(name, seed=seed, sets=[f"seed={seed}"]))
     for fold in range(3):
-        noise = read_probs(run.fold(fold).oof)
-        truth = run.targets(noise.index)
-        write_probs(
-            run.fold(fold).oof, make_probs(skill * truth.to_numpy() + (1 - skill) * noise.to_numpy(), list(noise.index), LABELS)
-        )
-    return run
+        sharpen(own, own, fold, skill)
+    return own
+
+
+def sharpen(source: Prediction, target: Prediction, fold: int, skill: float) -> None:
+    """Mix the truth into a fold's probabilities."""
+    noise = read_probs(source.fold_oof(fold))
+    truth = source.run.targets(noise.index)
+    probs = make_probs(skill * truth.to_numpy() + (1 - skill) * noise.to_numpy(), list(noise.index), LABELS)
+    write_current(target.fold_oof(fold), probs, target.inputs(fold))
 
 
 def test_greedy_weights_take_what_helps_and_leave_what_does_not(made_up: MadeUp) -> None:
@@ -159,7 +195,7 @@ def test_suggestions_hold_single_runs_and_every_mean_and_the_best_comes_first(ma
     assert {s.mean for s in fitted} == set(MEANS)
     assert all(s.weights and len(s.weights) == len(s.runs) and min(s.weights) > 0 for s in fitted)
     single = {s.runs[0]: s for s in found if len(s.runs) == 1}
-    assert single["a"].oof_lwlrap == pytest.approx(pool_oof(runs[0]).oof_lwlrap)
+    assert single["a"].oof_lwlrap == pytest.approx(score(runs[0]).oof_lwlrap)
     best = max(single.values(), key=lambda s: s.oof_lwlrap)
     assert (best.gain.value, best.gain.better) == (0, 0.5)
     for item in found:
@@ -168,34 +204,69 @@ def test_suggestions_hold_single_runs_and_every_mean_and_the_best_comes_first(ma
 
 
 def test_one_run_or_runs_of_other_folds_are_no_ensemble(made_up: MadeUp) -> None:
-    run = made_up.run("one")
-    with pytest.raises(MelfoldError, match="an ensemble needs two runs: one"):
-        suggest([run])
+    own = own_prediction(made_up.run("one"))
+    with pytest.raises(MelfoldError, match="an ensemble needs at least two runs: one"):
+        suggest([own])
     with pytest.raises(MelfoldError, match="a run is named twice: one, one"):
-        suggest([run, run])
-    other = dataclasses.replace(made_up.run("two"), info=dataclasses.replace(run.info, clips_sha256="0" * 64))
-    with pytest.raises(MelfoldError, match="runs of other folds or labels cannot be set side by side: one and two"):
-        suggest([run, other])
+        suggest([own, own])
+    run = made_up.run("two")
+    other = dataclasses.replace(run, info=dataclasses.replace(run.info, clips_sha256="0" * 64))
+    with pytest.raises(MelfoldError, match="runs with other folds or labels cannot be compared: one and two. Use one fold table"):
+        suggest([own, own_prediction(other)])
 
 
 def test_runs_are_compared_with_the_first_on_the_clips_they_share(made_up: MadeUp) -> None:
-    runs = [skilled(made_up, "a", 0.5, 1), skilled(made_up, "b", 0.2, 2), made_up.run("part", folds=[0, 2], seed=3)]
-    found = compare(runs)
-    assert found.clips == len(runs[0].held_out(0)) + len(runs[0].held_out(2))
+    part = own_prediction(made_up.run("part", folds=[0, 2], seed=3))
+    runs = [skilled(made_up, "a", 0.5, 1), skilled(made_up, "b", 0.2, 2), part]
+    with pytest.raises(MelfoldError, match="run part is not finished: folds missing: 1. .*--common"):
+        compare(runs)
+    found = compare(runs, common=True)
+    shared = [*part.run.held_out(0), *part.run.held_out(2)]
+    assert found.clips == len(shared)
     table = found.runs
     assert list(table.index) == ["a", "b", "part"]
     assert np.isnan(table.at["a", "difference"])
     assert table.at["b", "difference"] == pytest.approx(table.at["b", "oof_lwlrap"] - table.at["a", "oof_lwlrap"])
     assert table.at["b", "d_low"] <= table.at["b", "difference"] <= table.at["b", "d_high"]
     assert list(found.labels.columns) == ["clips", "a", "b", "part"]
-    assert (
-        found.labels["clips"].sum() == made_up.competition.targets().loc[[*runs[0].held_out(0), *runs[0].held_out(2)]].sum().sum()
-    )
+    assert found.labels["clips"].sum() == made_up.competition.targets().loc[shared].sum().sum()
+
+
+def test_runs_without_a_clip_in_common_are_not_compared(made_up: MadeUp) -> None:
+    runs = [own_prediction(made_up.run("one", folds=[0])), own_prediction(made_up.run("two", folds=[1]))]
+    with pytest.raises(MelfoldError, match="these runs have no trained fold in common: one, two"):
+        compare(runs, common=True)
 
 
 def test_the_spread_over_seeds_is_that_of_runs_alike(made_up: MadeUp) -> None:
     a, b = skilled(made_up, "a", 0.5, 1), skilled(made_up, "b", 0.5, 2)
-    other = made_up.run("other", sets=["train.lr=0.5", "seed=3"])
+    other = own_prediction(made_up.run("other", sets=["train.lr=0.5", "seed=3"]))
     found = compare([a, b, other])
     scores = found.runs.loc[["a", "b"], "oof_lwlrap"]
     assert found.seeds == [(["a", "b"], pytest.approx(scores.mean()), pytest.approx(scores.std()))]
+
+
+def test_other_views_of_a_run_are_members_like_any_other(made_up: MadeUp) -> None:
+    own = skilled(made_up, "a", 0.2, 1)
+    tta = start_prediction(own.run, "tta", PredictConfig(shift_seconds=(0.0, 0.1)))
+    for fold in range(3):
+        sharpen(own, tta, fold, 0.3)
+    found = compare([own, tta])
+    assert list(found.runs.index) == ["a", "a@tta"]
+    assert found.runs.at["a@tta", "difference"] == pytest.approx(score(tta).oof_lwlrap - score(own).oof_lwlrap)
+    assert found.seeds == []
+    assert {name for item in suggest([own, tta]) for name in item.runs} == {"a", "a@tta"}
+
+
+def test_the_largest_family_of_finished_runs_is_found_with_all_its_predictions(
+    made_up: MadeUp, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert predictions_alike(made_up.home) == []
+    for number, name in enumerate(("a", "b")):
+        made_up.run(name, seed=number)
+    start_prediction(open_run(made_up.home, "b"), "tta", PredictConfig(overlap=0.25))
+    made_up.run("part", folds=[0])
+    broken = made_up.run("broken")
+    (broken.folder / "clips.csv").write_text("edited")
+    assert [p.label for p in predictions_alike(made_up.home)] == ["a", "b", "b@tta"]
+    assert "left out: run broken: " in caplog.text

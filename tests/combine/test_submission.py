@@ -12,25 +12,29 @@ import pandas as pd
 import pytest
 from made_up import LABELS, MadeUp, draw, oracle
 
-from melfold.combine.ensemble import pool_oof
-from melfold.combine.submission import Standing, build_submission, check_submission, score_submission, standing_of
+from melfold.combine.check import check_submission, score_submission
+from melfold.combine.oof import score
+from melfold.combine.submission import Standing, build_submission, open_submission, standing_of
+from melfold.config import PredictConfig
 from melfold.errors import MelfoldError
+from melfold.learn.predictions import Prediction, own_prediction, start_prediction, write_current
 from melfold.learn.runs import Run
-from melfold.probs import mean_probs, read_probs, write_current, write_probs
+from melfold.probs import mean_probs, read_probs, write_probs
 
 
-def build(made_up: MadeUp, *runs: object, id: str = "sub", mean: str = "geometric") -> Path:
-    return build_submission(made_up.home, runs, made_up.competition, id=id, mean=mean)
+def build(made_up: MadeUp, *runs: Run | Prediction, id: str = "sub", mean: str = "geometric", **options: object) -> Path:
+    predictions = [own_prediction(run) if isinstance(run, Run) else run for run in runs]
+    return build_submission(made_up.home, predictions, made_up.competition, id=id, mean=mean, **options)
 
 
-def predicted(run: Run, probs: pd.DataFrame) -> None:
-    """Leave test predictions as `melfold predict` does."""
-    write_current(run.test, probs, None, rests_on=run.weights_sha256(run.used_folds()))
+def manifest_of(path: Path) -> dict:
+    """What is written beside a `submission.csv`."""
+    return json.loads((path.parent / "manifest.json").read_text())
 
 
 def test_rows_and_columns_are_in_the_asked_order(made_up: MadeUp) -> None:
     run = made_up.run()
-    predicted(run, draw(sorted(made_up.competition.test.index), 0).iloc[:, ::-1])
+    made_up.predict(own_prediction(run), draw(sorted(made_up.competition.test.index), 0).iloc[:, ::-1])
     path = build(made_up, run)
     lines = path.read_text().splitlines()
     assert lines[0] == ",".join(["fname", *LABELS])
@@ -41,9 +45,7 @@ def test_rows_and_columns_are_in_the_asked_order(made_up: MadeUp) -> None:
 
 @pytest.mark.parametrize("mean", ["arithmetic", "geometric"])
 def test_runs_are_averaged_and_their_combination_scored(mean: str, made_up: MadeUp) -> None:
-    runs = [made_up.run("one", seed=1), made_up.run("two", seed=2)]
-    for run in runs:
-        pool_oof(run)
+    runs = [own_prediction(made_up.run("one", seed=1)), own_prediction(made_up.run("two", seed=2))]
     path = build(made_up, *runs, mean=mean)
 
     def combine(tables: list[pd.DataFrame]) -> pd.DataFrame:
@@ -51,62 +53,74 @@ def test_runs_are_averaged_and_their_combination_scored(mean: str, made_up: Made
         return (a + b) / 2 if mean == "arithmetic" else np.sqrt(a * b)
 
     built = read_probs(path)
-    expected = combine([read_probs(r.test) for r in runs]).loc[built.index]
+    expected = combine([r.read_test() for r in runs]).loc[built.index]
     np.testing.assert_allclose(built, expected, rtol=1e-6)
-    noted = json.loads((path.parent / "recipe.json").read_text())
-    assert [run["name"] for run in noted["runs"]] == ["one", "two"]
-    score = oracle(made_up.competition.targets(), combine([read_probs(r.oof) for r in runs]))
-    assert noted["oof_lwlrap"] == pytest.approx(score, abs=1e-9)
-    assert noted["track"] == "scratch"
+    manifest = manifest_of(path)
+    assert [run["name"] for run in manifest["runs"]] == ["one", "two"]
+    together = oracle(made_up.competition.targets(), combine([r.read_oof() for r in runs]))
+    assert manifest["oof_lwlrap"] == pytest.approx(together, abs=1e-9)
+    assert manifest["track"] == "scratch"
 
 
 def test_runs_that_held_out_different_clips_have_no_common_score(made_up: MadeUp) -> None:
     runs = [made_up.run("one"), made_up.run("two", folds=[0])]
-    for run in runs:
-        pool_oof(run)
-    assert json.loads((build(made_up, *runs).parent / "recipe.json").read_text())["oof_lwlrap"] is None
+    assert manifest_of(build(made_up, *runs))["oof_lwlrap"] is None
 
 
 def test_building_again_gives_the_same_bytes(made_up: MadeUp) -> None:
     run = made_up.run()
     path = build(made_up, run)
-    before = path.read_bytes(), (path.parent / "recipe.json").read_bytes()
+    before = path.read_bytes(), (path.parent / "manifest.json").read_bytes()
     assert build(made_up, run) == path
-    assert (path.read_bytes(), (path.parent / "recipe.json").read_bytes()) == before
-    path.unlink()  # it is not committed: its recipe rebuilds it
+    assert (path.read_bytes(), (path.parent / "manifest.json").read_bytes()) == before
+    path.unlink()  # it is not committed: its manifest rebuilds it
     build(made_up, run)
-    assert (path.read_bytes(), (path.parent / "recipe.json").read_bytes()) == before
+    assert (path.read_bytes(), (path.parent / "manifest.json").read_bytes()) == before
 
 
-def test_a_submission_of_other_inputs_is_never_overwritten(made_up: MadeUp) -> None:
+def test_a_submission_made_from_different_inputs_is_never_overwritten(made_up: MadeUp) -> None:
     run, other = made_up.run("one"), made_up.run("two", seed=1)
     path = build(made_up, run)
     before = path.read_bytes()
     for runs, mean in (((other,), "geometric"), ((run, other), "geometric"), ((run,), "arithmetic")):
-        with pytest.raises(MelfoldError, match="submission sub stands already, of other inputs"):
+        with pytest.raises(MelfoldError, match="submission sub exists and was made from different inputs: .*--id NAME"):
             build(made_up, *runs, mean=mean)
-    predicted(run, draw(made_up.competition.test.index, 9))
-    with pytest.raises(MelfoldError, match="stands already, of other inputs"):
+    made_up.predict(own_prediction(run), draw(made_up.competition.test.index, 9))
+    with pytest.raises(MelfoldError, match="exists and was made from different inputs: runs.one.test: "):
         build(made_up, run)
     assert path.read_bytes() == before
+    assert build(made_up, run, replace=True) == path
+    pd.testing.assert_frame_equal(read_probs(path), draw(made_up.competition.test.index, 9))
 
 
 def test_a_submission_changed_by_hand_is_told(made_up: MadeUp) -> None:
     path = build(made_up, run := made_up.run())
     path.write_text(path.read_text().replace("0.", "0.0", 1))
-    with pytest.raises(MelfoldError, match="a submission was changed by hand"):
-        build(made_up, run)
+    for what in (lambda: build(made_up, run), lambda: open_submission(made_up.home, "sub")):
+        with pytest.raises(MelfoldError, match="submission.csv was changed after it was written") as caught:
+            what()
+        assert len(caught.value.lines) == 1
+
+
+def test_a_submission_is_opened_with_its_manifest(made_up: MadeUp) -> None:
+    path = build(made_up, made_up.run())
+    assert open_submission(made_up.home, "sub") == manifest_of(path)
+    with pytest.raises(MelfoldError, match="no such submission: other in .*Known: sub"):
+        open_submission(made_up.home, "other")
+    path.unlink()
+    with pytest.raises(MelfoldError, match="submission sub has no submission.csv here: .*Run `melfold submission rebuild sub`"):
+        open_submission(made_up.home, "sub")
 
 
 def test_a_run_without_predictions_or_with_ties_leaves_nothing(made_up: MadeUp) -> None:
     run = made_up.run()
     tied = draw(made_up.competition.test.index, 0)
     tied.iloc[2] = 0.5
-    predicted(run, tied)
+    made_up.predict(own_prediction(run), tied)
     with pytest.raises(MelfoldError, match=f"all labels tie: 1 clips, first {tied.index[2]}"):
         build(made_up, run)
-    run.test.unlink()
-    with pytest.raises(MelfoldError, match="run one has no test predictions"):
+    own_prediction(run).test.unlink()
+    with pytest.raises(MelfoldError, match="one has no current test predictions: .*test.csv is missing"):
         build(made_up, run)
     assert not list(made_up.home.submissions.glob("*/*"))
 
@@ -136,7 +150,7 @@ BROKEN: dict[str, tuple[Callable[[pd.DataFrame], pd.DataFrame], str]] = {
     "no fname": (lambda t: t.rename(columns={"fname": "id"}), "wrong columns: column 1 is 'id', not 'fname'"),
     "a clip missing": (lambda t: t.drop(index=2), "clips missing: 1, first t5.wav"),
     "an unknown clip": (lambda t: t.replace("t5.wav", "t9.wav"), "unknown clips: 1, first t9.wav"),
-    "a clip twice": (lambda t: pd.concat([t, t.iloc[:1]]), "clips stand twice: 1, first t3.wav"),
+    "a clip twice": (lambda t: pd.concat([t, t.iloc[:1]]), "duplicate clips: 1, first t3.wav"),
     "another order": (lambda t: t.iloc[[0, 2, 1, 3, 4, 5]], "wrong order: row 2 is t5.wav, not t0.wav"),
     "NaN": (lambda t: _set(t, np.nan), "values not in 0..1: 1 clips, first t3.wav"),
     "infinity": (lambda t: _set(t, np.inf), "values not in 0..1: 1 clips, first t3.wav"),
@@ -259,38 +273,58 @@ def test_a_combination_is_as_strict_as_its_loosest_run(made_up: MadeUp) -> None:
     assert "do not allow it: CC-BY-NC-4.0" in standing_of([bound]).breaks[1]
 
 
-def test_weights_are_noted_and_applied_to_test_and_oof_alike(made_up: MadeUp) -> None:
-    runs = [made_up.run("one", seed=1), made_up.run("two", seed=2)]
-    for run in runs:
-        pool_oof(run)
-    path = build_submission(made_up.home, runs, made_up.competition, id="w", mean="rank", weights=[3, 1])
-    noted = json.loads((path.parent / "recipe.json").read_text())
-    assert [run["share"] for run in noted["runs"]] == [0.75, 0.25]
+def test_weights_are_recorded_and_applied_to_test_and_oof_alike(made_up: MadeUp) -> None:
+    runs = [own_prediction(made_up.run("one", seed=1)), own_prediction(made_up.run("two", seed=2))]
+    path = build(made_up, *runs, id="w", mean="rank", weights=[3, 1])
+    manifest = manifest_of(path)
+    assert [run["share"] for run in manifest["runs"]] == [0.75, 0.25]
     built = read_probs(path)
-    expected = mean_probs([read_probs(run.test) for run in runs], "rank", [3, 1]).loc[built.index]
+    expected = mean_probs([run.read_test() for run in runs], "rank", [3, 1]).loc[built.index]
     np.testing.assert_allclose(built, expected, rtol=1e-6)
-    oof = mean_probs([read_probs(run.oof) for run in runs], "rank", [3, 1])
-    assert noted["oof_lwlrap"] == pytest.approx(oracle(made_up.competition.targets(), oof), abs=1e-9)
-    with pytest.raises(MelfoldError, match="stands already, of other inputs"):
-        build_submission(made_up.home, runs, made_up.competition, id="w", mean="rank", weights=[1, 1])
+    oof = mean_probs([run.read_oof() for run in runs], "rank", [3, 1])
+    assert manifest["oof_lwlrap"] == pytest.approx(oracle(made_up.competition.targets(), oof), abs=1e-9)
+    with pytest.raises(MelfoldError, match="was made from different inputs: runs.one.share: 0.75 -> 0.5"):
+        build(made_up, *runs, id="w", mean="rank", weights=[1, 1])
     with pytest.raises(MelfoldError, match="weights do not fit: 1 for 2"):
-        build_submission(made_up.home, runs, made_up.competition, id="x", mean="rank", weights=[1])
+        build(made_up, *runs, id="x", mean="rank", weights=[1])
 
 
 def test_predictions_of_fewer_folds_than_are_trained_by_now_are_not_taken(made_up: MadeUp) -> None:
     run = made_up.run(folds=[0])
     build(made_up, run, id="part")
     made_up.train(run, 1)
-    with pytest.raises(MelfoldError, match="test predictions of one are not of its trained folds.*Run `melfold predict one`"):
+    with pytest.raises(MelfoldError, match="one has no current test predictions: .*folds.1: none -> .*Run `melfold predict one"):
         build(made_up, run)
-    predicted(run, draw(made_up.competition.test.index, 3))
-    build(made_up, run)
-    noted = json.loads((made_up.home.submissions / "sub" / "recipe.json").read_text())
-    assert noted["oof_lwlrap"] == pytest.approx(pool_oof(run).oof_lwlrap)
+    made_up.predict(own_prediction(run), draw(made_up.competition.test.index, 3))
+    assert manifest_of(build(made_up, run))["oof_lwlrap"] == pytest.approx(score(own_prediction(run)).oof_lwlrap)
 
 
 def test_a_run_of_no_weight_is_no_part_of_a_submission(made_up: MadeUp) -> None:
     runs = [made_up.run("one", seed=1), made_up.run("two", seed=2)]
-    path = build_submission(made_up.home, runs, made_up.competition, id="w", mean="geometric", weights=[0, 1])
-    assert [run["name"] for run in json.loads((path.parent / "recipe.json").read_text())["runs"]] == ["two"]
-    pd.testing.assert_frame_equal(read_probs(path).sort_index(), read_probs(runs[1].test).sort_index())
+    path = build(made_up, *runs, id="w", weights=[0, 1])
+    assert [run["name"] for run in manifest_of(path)["runs"]] == ["two"]
+    pd.testing.assert_frame_equal(read_probs(path).sort_index(), own_prediction(runs[1]).read_test().sort_index())
+
+
+def test_a_named_prediction_of_a_run_can_be_submitted_alone_or_beside_the_runs_own(made_up: MadeUp) -> None:
+    run = made_up.run()
+    own, tta = own_prediction(run), start_prediction(run, "tta", PredictConfig(overlap=0.25))
+    for fold in range(3):
+        write_current(tta.fold_oof(fold), draw(run.held_out(fold), 50 + fold), tta.inputs(fold))
+    made_up.predict(tta, draw(made_up.competition.test.index, 77))
+    path = build(made_up, tta, id="alone")
+    pd.testing.assert_frame_equal(read_probs(path), draw(made_up.competition.test.index, 77))
+    (member,) = manifest_of(path)["runs"]
+    assert (member["name"], member["prediction"], member["recipe"]["predict"]["overlap"]) == ("one", "tta", 0.25)
+    assert manifest_of(path)["oof_lwlrap"] == pytest.approx(score(tta).oof_lwlrap)
+    both = manifest_of(build(made_up, own, tta, id="both", mean="arithmetic"))
+    assert [(m["name"], m["prediction"]) for m in both["runs"]] == [("one", ""), ("one", "tta")]
+    expected = oracle(made_up.competition.targets(), (own.read_oof() + tta.read_oof()) / 2)
+    assert both["oof_lwlrap"] == pytest.approx(expected, abs=1e-9)
+    with pytest.raises(MelfoldError, match="a run is named twice: one@tta, one@tta"):
+        build(made_up, tta, tta, id="twice")
+
+
+def test_an_unfinished_run_is_named_in_a_warning(made_up: MadeUp, caplog: pytest.LogCaptureFixture) -> None:
+    build(made_up, made_up.run(folds=[1]))
+    assert "run one is INCOMPLETE: not trained: fold 0, 2" in caplog.text

@@ -1,4 +1,4 @@
-"""The cache of log-mels: what it holds, when it is remade, and that a kill loses nothing that was noted."""
+"""The cache of log-mels: what it holds, what is made again, and that a kill loses nothing that was recorded."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 import soxr
 
+from melfold.compute import Compute, Progress, silent
 from melfold.config import LogMelConfig
+from melfold.data.audio import read_waveform
+from melfold.data.cache import NPY_HEADER, build_cache, cache_folder, npy_path, read_manifest, unreadable
 from melfold.data.competition import Competition, load_competition
-from melfold.data.logmel import NPY_HEADER, LogMel, build_cache, cache_folder, npy_path, read_manifest, read_waveform
+from melfold.data.logmel import LogMel
 from melfold.errors import MelfoldError
 from melfold.files import Home
 from tests.conftest import write_wav
@@ -29,8 +33,16 @@ Maker = Callable[..., Path]
 CONFIG = LogMelConfig(sr=16_000, n_fft=512, hop_length=160, n_mels=32, fmax=8_000)
 
 
-def build(competition: Competition, home: Home, **options: object) -> Path:
-    return build_cache(competition, CONFIG, home, **{"jobs": 1, **options})  # type: ignore[arg-type]
+def build(
+    competition: Competition,
+    home: Home,
+    *,
+    jobs: int = 1,
+    progress: Progress = silent,
+    config: LogMelConfig = CONFIG,
+    **options: Any,
+) -> Path:
+    return build_cache(competition, config, home, compute=Compute(jobs=jobs, progress=progress), **options)
 
 
 def stamps(folder: Path) -> dict[str, int]:
@@ -38,7 +50,7 @@ def stamps(folder: Path) -> dict[str, int]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """All that counts: arrays and manifest."""
+    """The arrays and the manifest."""
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.suffix in (".npy", ".csv")}
 
 
@@ -49,14 +61,14 @@ def home(tmp_path: Path) -> Home:
 
 @contextmanager
 def warnings_of(name: str) -> Iterator[list[str]]:
-    """What a logger is told, whether or not the command line has taken `melfold`'s handlers over."""
-    told: list[str] = []
+    """The messages of a logger, whether or not the command line has set up `melfold`'s handlers."""
+    messages: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger(name)
     logger.addHandler(handler)
     try:
-        yield told
+        yield messages
     finally:
         logger.removeHandler(handler)
 
@@ -101,7 +113,8 @@ def test_memory_does_not_grow_with_a_clips_length(tmp_path: Path) -> None:
 import resource, sys
 from pathlib import Path
 from melfold.config import LogMelConfig
-from melfold.data.logmel import LogMel, make_clip
+from melfold.data.cache import make_clip
+from melfold.data.logmel import LogMel
 transform, folder = LogMel(LogMelConfig(**{CONFIG.model_dump()!r})), Path({str(tmp_path)!r})
 for minutes in (1, 20):
     assert make_clip(folder, f"{{minutes}}.wav", folder / f"{{minutes}}.wav", transform).seconds == 60 * minutes
@@ -112,7 +125,7 @@ for minutes in (1, 20):
     assert twenty - one < 30 * 2**20  # its samples alone are 77 MB as float32
 
 
-def test_the_manifest_tells_facts_and_oddities_of_each_clip(tiny_download: Maker, home: Home) -> None:
+def test_the_manifest_has_the_facts_and_flags_of_each_clip(tiny_download: Maker, home: Home) -> None:
     root = tiny_download()
     curated, t = root / "train_curated", np.arange(16_000) / 16_000
     tone = np.sin(2 * np.pi * 440 * t)
@@ -155,7 +168,7 @@ def test_a_second_run_computes_nothing(tiny_download: Maker, home: Home) -> None
 
 
 @pytest.mark.parametrize("spoil", ["changed audio", "lost array", "cut array"])
-def test_only_the_clip_that_is_out_of_date_is_remade(spoil: str, tiny_download: Maker, home: Home) -> None:
+def test_only_the_clip_that_is_out_of_date_is_made_again(spoil: str, tiny_download: Maker, home: Home) -> None:
     root = tiny_download()
     competition = load_competition(root)
     folder = build(competition, home)
@@ -183,10 +196,26 @@ def test_splits_are_added_to_the_same_cache(tiny_download: Maker, home: Home) ->
     assert stamps(folder).items() >= before.items()
 
 
+def test_some_clips_of_a_split_can_be_made_alone(tiny_download: Maker, home: Home) -> None:
+    root = tiny_download()
+    (root / "test/t0003.wav").write_bytes(b"")
+    competition = load_competition(root)
+    steps: list[tuple[int, int, str]] = []
+    with warnings_of("melfold.data.cache") as messages:
+        folder = build(competition, home, splits=["test"], fnames=["t0001.wav", "c0001.wav"], progress=lambda *s: steps.append(s))
+        assert set(stamps(folder)) == {"t0001.npy"}
+        assert steps[-1][:2] == (1, 1)
+        build(competition, home, splits=["test"], fnames=[])
+        assert (len(read_manifest(folder)), messages) == (1, [])
+        build(competition, home)
+    assert len(messages) == 1
+    assert content(folder) == content(build(competition, Home(home.root / "at once")))
+
+
 def test_another_configuration_has_another_folder(tiny_download: Maker, home: Home) -> None:
     competition = load_competition(tiny_download())
     one = build(competition, home)
-    other = build_cache(competition, CONFIG.model_copy(update={"hop_length": 161}), home, jobs=1)
+    other = build_cache(competition, CONFIG.model_copy(update={"hop_length": 161}), home, compute=Compute(jobs=1))
     assert one != other
     assert one.parent == other.parent == home.cache / "tiny"
 
@@ -204,7 +233,7 @@ def test_every_unreadable_curated_clip_is_listed_and_stops_the_stage(tiny_downlo
     (root / "train_curated/c0001.wav").write_bytes(b"")
     (root / "train_curated/c0005.wav").write_bytes(b"no audio")
     competition = load_competition(root)
-    for _ in range(2):  # the second time too
+    for _ in range(2):  # also the second time
         with pytest.raises(MelfoldError) as caught:
             build(competition, home)
         assert [line[:27] for line in caught.value.lines] == ["unreadable audio: c0001.wav", "unreadable audio: c0005.wav"]
@@ -212,6 +241,7 @@ def test_every_unreadable_curated_clip_is_listed_and_stops_the_stage(tiny_downlo
     folder = cache_folder(home, "tiny", CONFIG)
     assert not npy_path(folder, "c0001.wav").exists()
     assert read_manifest(folder).at["c0001.wav", "flags"] == "unreadable"
+    assert unreadable(read_manifest(folder)) == ["c0001.wav", "c0005.wav"]
     assert len(stamps(folder)) == 10, "the readable ones are kept"
 
 
@@ -236,34 +266,36 @@ def test_an_unreadable_clip_is_tried_again(tiny_download: Maker, home: Home) -> 
     assert npy_path(folder, "c0001.wav").exists()
 
 
-def test_unreadable_test_clips_are_only_warned_of_and_cannot_be_excluded(tiny_download: Maker, home: Home) -> None:
+def test_unreadable_test_clips_only_get_a_warning_and_cannot_be_excluded(tiny_download: Maker, home: Home) -> None:
     root = tiny_download()
     for name in ("t0002.wav", "t0001.wav"):
         (root / "test" / name).write_bytes(b"")
-    with warnings_of("melfold.data.logmel") as told:
+    with warnings_of("melfold.data.cache") as messages:
         folder = build(load_competition(root), home, exclude=["t0001.wav"])
-    assert [line[:39] for line in told] == [f"TEST CLIP unreadable audio: t000{i}.wav (" for i in (1, 2)]
-    assert "mean out-of-fold probabilities" in told[0]
+    assert [line[:39] for line in messages] == [f"TEST CLIP unreadable audio: t000{i}.wav (" for i in (1, 2)]
+    assert "mean out-of-fold probabilities" in messages[0]
     assert read_manifest(folder).at["t0001.wav", "error"].startswith("unreadable audio")
 
 
 KILLED = """
 import sys, time
 from pathlib import Path
+from melfold.compute import Compute
 from melfold.config import LogMelConfig
+from melfold.data.cache import build_cache
 from melfold.data.competition import load_competition
-from melfold.data.logmel import build_cache
 from melfold.files import Home
 
 root, home, config, jobs = sys.argv[1:]
-slowly = lambda *step: time.sleep(0.05)  # so that the kill falls into the middle
+slowly = lambda *step: time.sleep(0.05)  # so that the kill comes in the middle
 config = LogMelConfig.model_validate_json(config)
-build_cache(load_competition(Path(root)), config, Home(Path(home)), jobs=int(jobs), progress=slowly)
+compute = Compute(jobs=int(jobs), progress=slowly)
+build_cache(load_competition(Path(root)), config, Home(Path(home)), compute=compute)
 """
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_a_killed_stage_resumes_without_remaking_what_it_had_noted(jobs: int, tiny_download: Maker, home: Home) -> None:
+def test_a_killed_stage_resumes_without_making_recorded_clips_again(jobs: int, tiny_download: Maker, home: Home) -> None:
     root = tiny_download(curated=240, noisy=0, seconds=0.1)
     folder = cache_folder(home, "tiny", CONFIG)
     journal = folder / "journal.jsonl"
@@ -278,18 +310,61 @@ def test_a_killed_stage_resumes_without_remaking_what_it_had_noted(jobs: int, ti
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    noted = {json.loads(line)["fname"] for line in journal.read_text().splitlines() if line.endswith("}")}
-    assert 0 < len(noted) < 244
+    recorded = {json.loads(line)["fname"] for line in journal.read_text().splitlines() if line.endswith("}")}
+    assert 0 < len(recorded) < 244
     before = stamps(folder)
 
     build(load_competition(root), home)
     after = stamps(folder)
     assert len(after) == 244
-    kept = {npy_path(folder, fname).name for fname in noted}
+    kept = {npy_path(folder, fname).name for fname in recorded}
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
     assert content(folder) == content(build(load_competition(root), Home(home.root / "uninterrupted")))
     assert not list(folder.glob(".*.tmp"))
     assert not journal.exists()
+
+
+ORPHANS = """
+import sys, time
+from pathlib import Path
+from joblib.externals.loky import reusable_executor
+from melfold.compute import Compute
+from melfold.config import LogMelConfig
+from melfold.data.cache import build_cache
+from melfold.data.competition import load_competition
+from melfold.files import Home
+
+root, home, config = sys.argv[1:]
+tell = lambda *step: print(*reusable_executor._executor._processes)  # the workers' process ids
+config = LogMelConfig.model_validate_json(config)
+build_cache(load_competition(Path(root)), config, Home(Path(home)), compute=Compute(jobs=2, progress=tell))
+time.sleep(60)
+"""
+
+
+def test_workers_end_when_their_parent_is_killed(tiny_download: Maker, home: Home) -> None:
+    command = [sys.executable, "-uc", ORPHANS, str(tiny_download(curated=20)), str(home.root), CONFIG.model_dump_json()]
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert process.stdout
+        workers = {int(pid) for _ in range(3) for pid in process.stdout.readline().split()}  # a line for each of three tasks
+        assert len(workers) == 2
+        assert all(alive(pid) for pid in workers)
+        process.kill()
+        deadline = time.monotonic() + 60
+        while any(alive(pid) for pid in workers):
+            assert time.monotonic() < deadline, "a worker outlived its parent"
+            time.sleep(0.05)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def alive(pid: int) -> bool:
+    """Whether a process exists and is not a zombie."""
+    found = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    return bool(found.strip()) and not found.strip().startswith("Z")
 
 
 def test_a_torn_last_line_of_the_journal_costs_one_clip(tiny_download: Maker, home: Home) -> None:
@@ -309,30 +384,30 @@ def test_a_torn_last_line_of_the_journal_costs_one_clip(tiny_download: Maker, ho
     assert not (folder / ".c0001.npy.123.tmp").exists()
 
 
-def test_a_missing_cache_is_told_with_its_stage(tmp_path: Path) -> None:
+def test_a_missing_cache_is_reported_with_the_command_that_makes_it(tmp_path: Path) -> None:
     with pytest.raises(MelfoldError, match=r"no cache: .*Run `melfold cache`"):
         read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "\n", "fname\n", "fname,other\na,1\n", 'a "garbled\n1,2'])
-def test_a_broken_manifest_is_told_and_its_log_mels_are_made_again(content: str, tiny_download: Maker, tmp_path: Path) -> None:
+def test_a_damaged_manifest_is_reported_and_made_again(content: str, tiny_download: Maker, tmp_path: Path) -> None:
     competition, home = load_competition(tiny_download()), Home(tmp_path / "home")
-    folder = build_cache(competition, CONFIG, home, jobs=1)
+    folder = build(competition, home)
     whole = (folder / "manifest.csv").read_text()
     (folder / "manifest.csv").write_text(content)
     with pytest.raises(MelfoldError, match="manifest"):
         read_manifest(folder).loc[list(competition.curated.index)]["frames"].sum() or pytest.fail("read as if whole")
-    build_cache(competition, CONFIG, home, jobs=1)
+    build(competition, home)
     assert (folder / "manifest.csv").read_text() == whole
 
 
-def test_a_stage_stopped_before_its_first_clip_goes_on(tiny_download: Maker, tmp_path: Path) -> None:
+def test_a_stage_stopped_before_its_first_clip_can_continue(tiny_download: Maker, tmp_path: Path) -> None:
     competition, home = load_competition(tiny_download()), Home(tmp_path / "home")
     folder = cache_folder(home, competition.name, CONFIG)
     folder.mkdir(parents=True)
     (folder / "journal.jsonl").touch()
-    build_cache(competition, CONFIG, home, splits=[], jobs=1)
-    build_cache(competition, CONFIG, home, jobs=1)
+    build(competition, home, splits=[])
+    build(competition, home)
     assert len(read_manifest(folder)) == len(competition.curated) + len(competition.test)
 
 
@@ -342,4 +417,4 @@ def test_a_wav_that_was_cut_short_is_unreadable(tiny_download: Maker, tmp_path: 
     path = competition.curated["path"].iloc[0]
     path.write_bytes(path.read_bytes()[:3000])
     with pytest.raises(MelfoldError, match=r"unreadable audio: c0000.wav \(cut short: 3,000 of"):
-        build_cache(competition, CONFIG, Home(tmp_path / "home"), jobs=1)
+        build(competition, Home(tmp_path / "home"))

@@ -1,4 +1,4 @@
-"""Crops and windows out of the cache."""
+"""Crops and windows from the cache."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from melfold.compute import Compute
 from melfold.config import LogMelConfig
+from melfold.data.cache import build_cache, npy_path
 from melfold.data.clips import ClipStore, Pad, Phase, draw_start, prefetch, tile, train_batches, window_batches, window_starts
 from melfold.data.competition import load_competition
-from melfold.data.logmel import build_cache, npy_path
 from melfold.errors import MelfoldError
 from melfold.files import Home
 from tests.conftest import write_wav
@@ -31,7 +32,7 @@ def folder(tiny_download: Maker, tmp_path: Path) -> Path:
     """A cache of 10 curated clips, 16 to 46 frames long; the fourth is silent."""
     root = tiny_download(curated=10)
     write_wav(root / "train_curated" / "c0003.wav", np.zeros(3_000))
-    return build_cache(load_competition(root), CONFIG, Home(tmp_path / "home"), jobs=1)
+    return build_cache(load_competition(root), CONFIG, Home(tmp_path / "home"), compute=Compute(jobs=1))
 
 
 @pytest.fixture

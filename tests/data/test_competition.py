@@ -1,4 +1,4 @@
-"""Downloads validated at the door."""
+"""Downloads, validated when they are read."""
 
 from __future__ import annotations
 
@@ -11,8 +11,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from melfold.data.competition import load_competition, multi_hot
+from melfold.compute import Compute
+from melfold.config import LogMelConfig
+from melfold.data.cache import build_cache, read_manifest
+from melfold.data.competition import Competition, load_competition, multi_hot, with_bad_clips
+from melfold.data.folds import fold_table, read_folds
 from melfold.errors import MelfoldError
+from melfold.files import Home
+from melfold.learn.runs import open_run, start_run
+from melfold.probs import make_probs, read_probs, write_probs
+from melfold.recipes import load_recipe
 
 Maker = Callable[..., Path]
 LABELS = ("Bark", "Hiss_(air)", "Tone")
@@ -91,7 +99,7 @@ def test_bom_crlf_and_quotes_are_read(tiny_download: Maker) -> None:
 
 
 @pytest.mark.parametrize("make", ["tiny_download", "tiny_zenodo"])
-def test_the_truth_of_test_clips_is_not_read(make: str, request: pytest.FixtureRequest) -> None:
+def test_the_labels_of_test_clips_are_not_read(make: str, request: pytest.FixtureRequest) -> None:
     root = request.getfixturevalue(make)()
     (path,) = root.rglob("test_post_competition.csv")
     expected = load_competition(root).test
@@ -107,13 +115,61 @@ def test_targets_are_multi_hot_in_vocabulary_order() -> None:
     assert table.to_numpy().dtype == np.float32
 
 
-def test_the_real_vocabulary_makes_it_fat2019_wherever_it_lies(tiny_zenodo: Maker, fsdkaggle2019: Path) -> None:
+def test_a_download_with_the_real_vocabulary_is_fat2019_whatever_its_folder(tiny_zenodo: Maker, fsdkaggle2019: Path) -> None:
     root = tiny_zenodo("anything", labels=("Bark", "Accordion", "Yell"))
     (vocabulary,) = fsdkaggle2019.rglob("vocabulary.csv")
     shutil.copyfile(vocabulary, root / "FSDKaggle2019.meta" / "vocabulary.csv")
     competition = load_competition(root)
     assert competition.name == "fat2019"
     assert len(competition.labels) == 80
+
+
+def test_known_bad_clips_are_left_out_if_the_tables_hold_them(fsdkaggle2019: Path, tiny_download: Maker) -> None:
+    with (fsdkaggle2019 / "vocabulary.csv").open(newline="") as file:
+        vocabulary = tuple(row[-1] for row in csv.reader(file))
+    fnames = pd.Index(["0006ae4e.wav", "1d44b0bd.wav", "f76181c4.wav"], name="fname")
+    table = pd.DataFrame({"labels": [("Bark",)] * 3, "path": [Path()] * 3}, index=fnames)
+    fat2019 = Competition("fat2019", Path(), vocabulary, table, table.iloc[:0], table[["path"]].iloc[:0])
+    recipe = load_recipe("open", ["data.exclude.'1d44b0bd.wav'=my own reason", "data.exclude.'x.wav'=mine"])
+    found = with_bad_clips(recipe, fat2019)
+    assert found.data.exclude == {
+        "1d44b0bd.wav": "my own reason",
+        "f76181c4.wav": "wrong label, from a renaming bug",
+        "x.wav": "mine",
+    }
+    assert with_bad_clips(found, fat2019) == found
+    assert found.model_copy(update={"data": recipe.data}) == recipe
+    tiny = load_competition(tiny_download())
+    assert with_bad_clips(recipe, tiny) == recipe, "other competitions have no known bad clips"
+
+
+def test_names_that_look_like_missing_values_survive_every_table(tiny_download: Maker, tmp_path: Path) -> None:
+    labels = ("NA", "nan", "None", "null")
+    root = tiny_download(labels=labels)
+    home, recipe = Home(tmp_path / "home"), load_recipe("demo", ["folds.n_folds=2", "noisy.use=true"])
+    for name in ("train_curated.csv", "train_noisy.csv"):
+        replace(root / name, "0000.wav", "NA.wav")
+    (root / "train_curated/c0000.wav").rename(root / "train_curated/cNA.wav")
+    (root / "train_noisy/n0000.wav").rename(root / "train_noisy/nNA.wav")
+    competition = load_competition(root)
+    assert competition.labels == labels
+    assert competition.curated.at["cNA.wav", "labels"] == ("NA",)
+    assert competition.curated.at["c0003.wav", "labels"] == ("null", "NA")
+
+    path, _ = fold_table(competition, home, recipe.folds)
+    assert set(read_folds(path, competition).index) == set(competition.curated.index)
+    config = LogMelConfig(sr=16_000, n_fft=512, hop_length=160, n_mels=32, fmax=8_000)
+    folder = build_cache(competition, config, home, compute=Compute(jobs=1))
+    assert read_manifest(folder).at["cNA.wav", "frames"] > 0
+
+    run = start_run(home, "tiny", recipe, competition, path)
+    run = open_run(home, "tiny")
+    assert run.clips["labels"].to_dict() == competition.curated["labels"].to_dict()
+    assert run.noisy.to_dict() == competition.noisy["labels"].to_dict()
+
+    probs = make_probs(np.random.default_rng(0).random((4, 4)), ["NA", "nan", "None", "null"], labels)
+    write_probs(tmp_path / "probs.csv", probs)
+    pd.testing.assert_frame_equal(read_probs(tmp_path / "probs.csv"), probs)
 
 
 def test_the_real_recordings_pass(esc10: Path) -> None:
@@ -140,11 +196,11 @@ PROBLEMS: dict[str, tuple[Callable[[Path], object], str]] = {
     "unclosed quote": (lambda r: add_row(r / "train_noisy.csv", 'x.wav,"Bark'), "cannot read train_noisy.csv: "),
     "duplicated fname": (
         lambda r: add_row(r / "train_curated.csv", "c0001.wav,Bark"),
-        "train_curated.csv: duplicated fname: c0001.wav (2 rows)",
+        "train_curated.csv: duplicate fname: c0001.wav (2 rows)",
     ),
     "duplicated test row": (
         lambda r: add_row(r / "sample_submission.csv", "t0001.wav,0,0,0"),
-        "sample_submission.csv: duplicated fname: t0001.wav (2 rows)",
+        "sample_submission.csv: duplicate fname: t0001.wav (2 rows)",
     ),
     "empty labels": (lambda r: replace(r / "train_curated.csv", "c0000.wav,Bark", "c0000.wav,"), "no labels: c0000.wav"),
     "short row": (lambda r: replace(r / "train_curated.csv", "c0000.wav,Bark", "c0000.wav"), "no labels: c0000.wav"),
@@ -160,9 +216,9 @@ PROBLEMS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda r: replace(r / "train_curated.csv", '"Bark,Hiss_(air)"', '"Bark, Hiss_(air)"'),
         "train_curated.csv: unknown label: ' Hiss_(air)' of c0003.wav",
     ),
-    "label twice": (
+    "duplicate label": (
         lambda r: replace(r / "train_curated.csv", '"Bark,Hiss_(air)"', '"Bark,Bark"'),
-        "train_curated.csv: a label stands twice: c0003.wav: Bark,Bark",
+        "train_curated.csv: duplicate label: c0003.wav: Bark,Bark",
     ),
     "duplicate vocabulary": (
         lambda r: replace(r / "sample_submission.csv", "fname,Bark", "fname,Tone"),
@@ -188,17 +244,17 @@ PROBLEMS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no audio folder": (lambda r: shutil.rmtree(r / "test"), "audio folder missing: "),
     "one clip in two splits": (
         lambda r: (add_row(r / "train_noisy.csv", "t0001.wav,Bark"), shutil.copy(r / "test/t0001.wav", r / "train_noisy")),
-        "two clips share a name: t0001.wav in test, t0001.wav in noisy",
+        "two clips have the same name: t0001.wav in test, t0001.wav in noisy",
     ),
     "one stem in two formats": (
         lambda r: (add_row(r / "train_curated.csv", "c0001.ogg,Bark"), (r / "train_curated/c0001.ogg").touch()),
-        "two clips share a name: c0001.ogg in curated, c0001.wav in curated",
+        "two clips have the same name: c0001.ogg in curated, c0001.wav in curated",
     ),
 }
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_each_problem_is_told_with_what_was_found(problem: str, tiny_download: Maker) -> None:
+def test_each_problem_is_reported_with_what_was_found(problem: str, tiny_download: Maker) -> None:
     root = tiny_download()
     spoil, line = PROBLEMS[problem]
     spoil(root)
@@ -225,7 +281,7 @@ def test_several_problems_are_listed_at_once_in_the_same_order_each_time(tiny_do
 
 
 @pytest.mark.parametrize("found", ["nothing", "no folder"])
-def test_a_folder_that_is_no_download_is_told_what_was_looked_for(tmp_path: Path, found: str) -> None:
+def test_a_folder_without_a_download_is_refused_and_the_message_says_what_was_expected(tmp_path: Path, found: str) -> None:
     if found == "nothing":
         assert "neither sample_submission.csv (Kaggle's layout) nor FSDKaggle2019.meta/" in refused(tmp_path)[0]
     else:

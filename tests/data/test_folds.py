@@ -1,8 +1,9 @@
-"""Fold tables: even, repeatable, and held against the clips they are about."""
+"""Fold tables: even, repeatable, and checked against the clips and against their stamps."""
 
 from __future__ import annotations
 
 import csv
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,20 +14,38 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
+from melfold.config import FoldsConfig
 from melfold.data.competition import Competition, load_competition, multi_hot
-from melfold.data.folds import find_identical, fold_table_name, label_deviation, make_folds, read_folds, write_folds
+from melfold.data.folds import (
+    find_identical,
+    fold_inputs,
+    fold_table,
+    fold_table_path,
+    label_deviation,
+    make_folds,
+    read_folds,
+    write_folds,
+)
 from melfold.errors import MelfoldError
+from melfold.facts import split_labels
+from melfold.files import Home, read_json
 
 Maker = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def real_targets(fsdkaggle2019: Path) -> pd.DataFrame:
-    """The 4,970 real curated clips, `(clips, 80)`."""
+def real_labels(fsdkaggle2019: Path) -> pd.Series:
+    """The labels of the 4,970 real curated clips."""
+    table = pd.read_csv(fsdkaggle2019 / "train_curated_post_competition.csv", dtype=str, index_col="fname")
+    return table["labels"].map(split_labels)
+
+
+@pytest.fixture(scope="module")
+def real_targets(real_labels: pd.Series, fsdkaggle2019: Path) -> pd.DataFrame:
+    """The same, `(clips, 80)`."""
     with (fsdkaggle2019 / "vocabulary.csv").open(newline="") as file:
         labels = [row[-1] for row in csv.reader(file)]
-    table = pd.read_csv(fsdkaggle2019 / "train_curated_post_competition.csv", dtype=str, index_col="fname")
-    return multi_hot(table["labels"].str.split(",").map(tuple), labels)
+    return multi_hot(real_labels, labels)
 
 
 def targets_of(n: int, n_labels: int = 4, seed: int = 0) -> pd.DataFrame:
@@ -37,7 +56,7 @@ def targets_of(n: int, n_labels: int = 4, seed: int = 0) -> pd.DataFrame:
 
 
 @given(st.integers(10, 60), st.integers(2, 5), st.integers(0, 2**31), st.randoms())
-def test_a_table_depends_on_clips_labels_and_seed_alone(n: int, n_folds: int, seed: int, random: object) -> None:
+def test_a_table_depends_only_on_clips_labels_and_seed(n: int, n_folds: int, seed: int, random: object) -> None:
     targets = targets_of(n)
     order = list(targets.index)
     random.shuffle(order)  # type: ignore[attr-defined]
@@ -59,11 +78,15 @@ def test_the_real_clips_are_spread_evenly(real_targets: pd.DataFrame) -> None:
     assert label_deviation(real_targets, pd.DataFrame({"fold": shuffled}, real_targets.index)) > 3
 
 
-def test_the_committed_table_is_what_make_folds_gives(real_targets: pd.DataFrame, repo: Path, tmp_path: Path) -> None:
-    name = fold_table_name("fat2019", 5, 42)
-    assert name == "fat2019_curated_5fold_seed42.csv"
-    write_folds(tmp_path / name, make_folds(real_targets, 5, 42))
-    assert (repo / "folds" / name).read_bytes() == (tmp_path / name).read_bytes()
+def test_the_committed_table_and_stamp_are_what_the_kit_makes(
+    real_labels: pd.Series, real_targets: pd.DataFrame, repo: Path, tmp_path: Path
+) -> None:
+    config = FoldsConfig(n_folds=5, seed=42)
+    path = fold_table_path(Home(tmp_path), "fat2019", config)
+    assert path.name == "fat2019_curated_5fold_seed42.csv"
+    write_folds(path, make_folds(real_targets, 5, 42), fold_inputs(real_labels, config))
+    for made in (path, path.with_suffix(".json")):
+        assert (repo / "folds" / made.name).read_bytes() == made.read_bytes()
 
 
 def test_deviation_is_the_most_clips_off_an_even_split() -> None:
@@ -84,8 +107,11 @@ def test_clips_of_a_group_stay_in_one_fold_and_the_rest_is_even() -> None:
     assert folds["fold"].value_counts().min() >= 25
 
 
-def test_the_grouped_table_has_a_name_of_its_own() -> None:
-    assert fold_table_name("x", 3, 7, grouped=True) == "x_curated_3fold_seed7_grouped.csv" != fold_table_name("x", 3, 7)
+def test_the_grouped_table_has_another_name() -> None:
+    config = FoldsConfig(n_folds=3, seed=7)
+    grouped = config.model_copy(update={"group_identical": True})
+    names = [fold_table_path(Home(Path()), "x", each).name for each in (config, grouped)]
+    assert names == ["x_curated_3fold_seed7.csv", "x_curated_3fold_seed7_grouped.csv"]
 
 
 def test_more_folds_than_clips_are_refused() -> None:
@@ -119,24 +145,24 @@ def test_a_table_comes_back_as_written(competition: Competition, tmp_path: Path)
     assert (tmp_path / "f.csv").read_text().startswith("fname,fold\nc0000.wav,")
 
 
-def test_a_standing_table_is_kept_and_never_overwritten(competition: Competition, tmp_path: Path) -> None:
+def test_an_existing_table_is_kept_and_never_overwritten(competition: Competition, tmp_path: Path) -> None:
     path = tmp_path / "f.csv"
     folds = make_folds(competition.targets(), 2, 0)
     write_folds(path, folds)
     before = path.stat().st_mtime_ns, path.read_bytes()
     write_folds(path, folds)
-    with pytest.raises(MelfoldError, match="a different fold table stands there"):
+    with pytest.raises(MelfoldError, match="a different fold table already exists"):
         write_folds(path, 1 - folds)
     assert (path.stat().st_mtime_ns, path.read_bytes()) == before
 
 
 ROWS = "".join(f"c000{i}.wav,{i % 2}\n" for i in range(8))
 REFUSED = {
-    "empty": ("", "is no fold table"),
+    "empty": ("", "is not a fold table"),
     "other columns": ("fname,split\n" + ROWS, "columns fname, split, not fname,fold"),
-    "a word": ("fname,fold\n" + ROWS.replace(",1", ",one", 1), "is no fold table"),
-    "a fraction": ("fname,fold\n" + ROWS.replace(",1", ",1.5", 1), "is no fold table"),
-    "no number": ("fname,fold\n" + ROWS.replace(",1", ",", 1), "is no fold table"),
+    "a word": ("fname,fold\n" + ROWS.replace(",1", ",one", 1), "is not a fold table"),
+    "a fraction": ("fname,fold\n" + ROWS.replace(",1", ",1.5", 1), "is not a fold table"),
+    "no number": ("fname,fold\n" + ROWS.replace(",1", ",", 1), "is not a fold table"),
     "a clip missing": ("fname,fold\n" + ROWS.replace("c0003.wav,1\n", ""), r"1 differ, first c0003\.wav"),
     "a clip of elsewhere": ("fname,fold\n" + ROWS + "x.wav,0\n", r"1 differ, first x\.wav"),
     "a clip twice": ("fname,fold\n" + ROWS + "c0003.wav,0\n", r"1 differ, first c0003\.wav"),
@@ -154,7 +180,7 @@ def test_a_table_that_does_not_fit_is_refused(problem: str, competition: Competi
         read_folds(tmp_path / "f.csv", competition)
 
 
-def test_a_missing_table_is_told_with_its_stage(competition: Competition, tmp_path: Path) -> None:
+def test_a_missing_table_is_reported_with_the_command_that_makes_it(competition: Competition, tmp_path: Path) -> None:
     with pytest.raises(MelfoldError, match="no fold table: .*Run `melfold folds`"):
         read_folds(tmp_path / "f.csv", competition)
 
@@ -162,3 +188,77 @@ def test_a_missing_table_is_told_with_its_stage(competition: Competition, tmp_pa
 def test_a_table_saved_by_a_spreadsheet_is_read(competition: Competition, tmp_path: Path) -> None:
     (tmp_path / "f.csv").write_bytes(b"\xef\xbb\xbf" + ("fname,fold\n" + ROWS).replace("\n", "\r\n").encode())
     assert list(read_folds(tmp_path / "f.csv", competition)["fold"]) == [0, 1] * 4
+
+
+CONFIG = FoldsConfig(n_folds=2, seed=0)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path / "home")
+
+
+def test_a_fold_table_is_made_once_with_a_stamp(competition: Competition, home: Home) -> None:
+    path, deviation = fold_table(competition, home, CONFIG)
+    assert path == home.folds / "tiny_curated_2fold_seed0.csv"
+    assert deviation == label_deviation(competition.targets(), read_folds(path, competition))
+    made = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in home.folds.iterdir()}
+    assert set(made) == {"tiny_curated_2fold_seed0.csv", "tiny_curated_2fold_seed0.json"}
+    stamp = read_json(path.with_suffix(".json"))
+    assert stamp["made_from"] == fold_inputs(competition.curated["labels"], CONFIG)
+    assert fold_table(competition, home, CONFIG) == (path, deviation)
+    assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in home.folds.iterdir()} == made
+
+
+def test_the_stamp_of_a_grouped_table_says_which_clips_stay_together(tiny_download: Maker, home: Home) -> None:
+    root = tiny_download()
+    shutil.copyfile(root / "train_curated/c0001.wav", root / "train_curated/c0005.wav")
+    competition = load_competition(root)
+    grouped = CONFIG.model_copy(update={"group_identical": True})
+    path, _ = fold_table(competition, home, grouped)
+    folds = read_folds(path, competition)["fold"]
+    assert folds["c0001.wav"] == folds["c0005.wav"]
+    inputs = fold_inputs(competition.curated["labels"], grouped, [["c0005.wav", "c0001.wav"]])
+    assert read_json(path.with_suffix(".json"))["made_from"] == inputs
+    assert inputs["groups"] not in ("", fold_inputs(competition.curated["labels"], grouped, [["c0001.wav"]])["groups"])
+
+
+def test_an_edited_table_is_refused_until_its_stamp_is_deleted(competition: Competition, home: Home) -> None:
+    path, _ = fold_table(competition, home, CONFIG)
+    text = path.read_text()
+    path.write_text(text.replace(",1", ",2").replace(",0", ",1").replace(",2", ",0"))
+    with pytest.raises(MelfoldError) as caught:
+        fold_table(competition, home, CONFIG)
+    (line,) = caught.value.lines
+    assert line == (
+        "fold table tiny_curated_2fold_seed0.csv is no longer as it was made: tiny_curated_2fold_seed0.csv was changed after it"
+        " was written. Delete it to make it again, or delete tiny_curated_2fold_seed0.json to keep it as your own"
+    )
+    path.with_suffix(".json").unlink()
+    assert fold_table(competition, home, CONFIG)[0] == path
+    assert not path.with_suffix(".json").exists(), "the user's own table gets no stamp"
+
+
+def test_a_table_of_other_labels_is_refused_and_a_deleted_one_is_made_again(tiny_download: Maker, home: Home) -> None:
+    root = tiny_download()
+    path, _ = fold_table(load_competition(root), home, CONFIG)
+    table = root / "train_curated.csv"
+    table.write_text(table.read_text().replace("c0000.wav,Bark", "c0000.wav,Tone"))
+    changed = load_competition(root)
+    with pytest.raises(MelfoldError, match="is no longer as it was made: curated_labels: [0-9a-f]{16} -> [0-9a-f]{16}. Delete"):
+        fold_table(changed, home, CONFIG)
+    path.unlink()
+    assert fold_table(changed, home, CONFIG)[0] == path
+    assert read_json(path.with_suffix(".json"))["made_from"] == fold_inputs(changed.curated["labels"], CONFIG)
+
+
+def test_the_order_of_rows_and_of_labels_does_not_matter(competition: Competition) -> None:
+    labels = competition.curated["labels"]
+    assert fold_inputs(labels[::-1].map(lambda own: own[::-1]), CONFIG) == fold_inputs(labels, CONFIG)
+
+
+def test_a_table_with_another_number_of_folds_is_refused(competition: Competition, home: Home) -> None:
+    path = fold_table_path(home, competition.name, CONFIG)
+    write_folds(path, make_folds(competition.targets(), 3, 0))
+    with pytest.raises(MelfoldError, match="tiny_curated_2fold_seed0.csv has 3 folds: the recipe wants 2"):
+        fold_table(competition, home, CONFIG)

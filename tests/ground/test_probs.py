@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from melfold.errors import MelfoldError
-from melfold.probs import MEANS, align, check_probs, is_current, make_probs, mean_probs, read_probs, write_current, write_probs
+from melfold.probs import MEANS, align, check_probs, make_probs, mean_probs, read_probs, write_probs
 
 UNIT = st.floats(0, 1, width=32)
 TABLES = hnp.array_shapes(min_dims=2, max_dims=2, max_side=6).flatmap(lambda s: hnp.arrays(np.float32, s, elements=UNIT))
@@ -125,20 +125,6 @@ def test_predictions_of_different_clips_are_never_averaged() -> None:
     for other in (make_probs(np.zeros((2, 1)), ["a", "c"], ["A"]), make_probs(np.zeros((1, 1)), ["a"], ["A"])):
         with pytest.raises(MelfoldError, match="clips"):
             mean_probs([a, other], "arithmetic")
-
-
-def one(value: float) -> pd.DataFrame:
-    return make_probs(np.full((1, 1), value), ["x.wav"], ["Bark"])
-
-
-def test_a_table_is_current_for_its_key_until_it_changes(tmp_path: Path) -> None:
-    path = tmp_path / "table.csv"
-    assert not is_current(path, ["a", 1])
-    write_current(path, one(0.25), ["a", 1])
-    assert is_current(path, ["a", 1])
-    assert not is_current(path, ["a", 2])
-    write_probs(path, one(0.5))
-    assert not is_current(path, ["a", 1])
 
 
 def test_logit_and_rank_means_by_hand() -> None:

@@ -1,4 +1,4 @@
-"""The small world that this floor's tests share."""
+"""The small world that these tests share."""
 
 from __future__ import annotations
 

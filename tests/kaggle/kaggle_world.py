@@ -1,7 +1,8 @@
-"""A finished run and its submission, small, and the means to call melfold on them with the real CLI and a local Kaggle."""
+"""A small finished run with its submission, and helpers to call melfold on them with the real CLI and a local Kaggle."""
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -17,7 +18,8 @@ from melfold.config import Recipe
 from melfold.data.competition import Competition, load_competition
 from melfold.data.demo import write_demo
 from melfold.files import Home
-from melfold.kaggle.kernels import Built, build_infer
+from melfold.kaggle.build import Target, build_infer
+from melfold.kaggle.built import Built
 from melfold.learn.devices import pick_device
 from melfold.recipes import load_recipe
 
@@ -61,7 +63,7 @@ class World:
         return self.data / "test_post_competition.csv"
 
     def copy(self, target: Path) -> World:
-        """A home of one's own; the cache is shared by hard links."""
+        """A home of its own; large files are shared by hard links."""
         shutil.copytree(self.home.root, target, copy_function=os.link)
         for path in target.joinpath("submissions").rglob("*.*"):
             content = path.read_bytes()
@@ -69,11 +71,11 @@ class World:
             path.write_bytes(content)
         return World(Home(target), self.data)
 
-    def build(self, **options: object) -> Built:
-        return build_infer(self.home, "tiny", "tester", SLUG, gpu=False, **options)  # type: ignore[arg-type]
+    def build(self, *, minutes: float | None = None, source: str = "") -> Built:
+        return build_infer(self.home, "tiny", Target("tester", SLUG, gpu=False, minutes=minutes), source=source)
 
 
-def melfold(*args: object, env: Mapping[str, str], home: Home, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def melfold(*args: object, env: Mapping[str, str], home: Home, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own."""
     return subprocess.run(
         command(*args, home=home), env=dict(env), capture_output=True, text=True, timeout=timeout, cwd=home.root.parent
@@ -82,12 +84,12 @@ def melfold(*args: object, env: Mapping[str, str], home: Home, timeout: float = 
 
 def command(*args: object, home: Home) -> list[str]:
     """`melfold ...` as a list."""
-    return [sys.executable, "-m", "melfold.cli", *map(str, args), "--home", str(home.root)]
+    return [sys.executable, "-m", "melfold", *map(str, args), "--home", str(home.root)]
 
 
 @contextmanager
 def environment(changes: Mapping[str, str]) -> Iterator[None]:
-    """This process under another environment, so that library calls meet the local server too."""
+    """Change the environment of this process, so that library calls reach the local server too."""
     before = dict(os.environ)
     os.environ.clear()
     os.environ.update(changes)
@@ -98,9 +100,23 @@ def environment(changes: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
+def restamp(built: Built) -> None:
+    """Accept the files of a built kernel as they are now, as if they had been built so."""
+    facts = built.facts
+    built.artefact.commit(facts["made_from"], **{k: v for k, v in facts.items() if k not in ("made_from", "files")})
+
+
 def rewrite(built: Built, code: str) -> None:
-    """Put another script in a built kernel's place."""
+    """Replace the script of a built kernel, as if it had been built so."""
     (built.kernel / "kernel.py").write_text(code)
+    restamp(built)
+
+
+def bundle_of(built: Built) -> dict:
+    """What the script of a built kernel is told to do."""
+    last = ast.parse((built.kernel / "kernel.py").read_text()).body[-1]
+    (call,) = (node for node in ast.walk(last) if isinstance(node, ast.Call))
+    return json.loads(ast.literal_eval(call.keywords[0].value))
 
 
 def record(folder: Path) -> dict:

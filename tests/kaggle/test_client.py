@@ -1,4 +1,4 @@
-"""The adapter, with the real CLI against the local Kaggle: each of the CLI's surprises that the kit can meet."""
+"""The adapter, with the real CLI against the local Kaggle: each surprise of the CLI that melfold may meet."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kaggle_world import SLUG, World, environment
+from kaggle_world import SLUG, World, environment, restamp
 
 from melfold.errors import MelfoldError
-from melfold.kaggle import kernels
+from melfold.kaggle import pack
+from melfold.kaggle.built import Built
 from melfold.kaggle.client import Kaggle, KaggleError, redact
-from melfold.kaggle.kernels import Built, push, wait_for_kernel
+from melfold.kaggle.push import push, wait_for_kernel
 from tests.fake_kaggle import FakeKaggle, Fault
 
 SECRET = "c0ffee5ecret0c0ffee5ecret0c0ffee"
@@ -29,9 +30,9 @@ def fake(kaggle_world: World, tmp_path: Path) -> Iterator[FakeKaggle]:
 
 @pytest.fixture
 def built(own: World) -> Built:
-    """A kernel that passes as rehearsed."""
+    """A kernel that counts as rehearsed."""
     made = own.build()
-    (made.folder / "rehearsal.json").write_text(json.dumps({"sha256": made.sha256, "blessed": True}))
+    made.rehearsal_stamp.commit(made.inputs, passed=True)
     return made
 
 
@@ -95,7 +96,7 @@ def test_a_submission_is_never_repeated_by_the_adapter(kind: str, outcome: str, 
     assert count(fake, "CreateSubmission") == 1
 
 
-def test_a_call_that_hangs_is_ended_and_is_in_doubt(fake: FakeKaggle, own: World) -> None:
+def test_a_call_that_hangs_is_ended_and_its_result_is_in_doubt(fake: FakeKaggle, own: World) -> None:
     fake.faults.append(Fault("CreateSubmission", "hang_after"))
     with pytest.raises(KaggleError, match="no answer") as caught:
         Kaggle(timeout=0.6).submit_file(own.home.submissions / "tiny" / "submission.csv", "one")
@@ -109,7 +110,7 @@ def test_what_changes_nothing_is_tried_again(kind: str, fake: FakeKaggle) -> Non
     assert count(fake, "ListSubmissions") == 3
 
 
-def test_but_not_for_ever(fake: FakeKaggle) -> None:
+def test_repeated_calls_end(fake: FakeKaggle) -> None:
     fake.faults.append(Fault("ListSubmissions", "500_before", times=99))
     with pytest.raises(KaggleError, match="500 Server Error"):
         Kaggle().submissions()
@@ -145,7 +146,7 @@ def test_a_kernel_push_that_kaggle_refuses_is_an_error_though_the_cli_exits_with
     fake.faults.append(Fault("SaveKernel", "reply_error"))
     with pytest.raises(KaggleError, match="Kernel push error"):
         push(Kaggle(), built)
-    assert built.noted("pushed.json") is None
+    assert built.pushed is None
 
 
 def test_a_hidden_reason_is_hinted_at(fake: FakeKaggle, built: Built) -> None:
@@ -158,9 +159,10 @@ def test_a_push_without_one_of_its_sources_is_an_error(fake: FakeKaggle, built: 
     path = built.kernel / "kernel-metadata.json"
     metadata = json.loads(path.read_text())
     path.write_text(json.dumps(metadata | {"competition_sources": ["some-other-competition"]}))
+    restamp(built)
     with pytest.raises(KaggleError, match="without its competition sources"):
         push(Kaggle(), built, unrehearsed=True)
-    assert built.noted("pushed.json") is None
+    assert built.pushed is None
 
 
 def test_the_pushed_kernel_is_private_and_offline_and_limited(fake: FakeKaggle, built: Built) -> None:
@@ -173,14 +175,14 @@ def test_the_pushed_kernel_is_private_and_offline_and_limited(fake: FakeKaggle, 
     assert list(fake.kernels) == [built.facts["kernel"].split("/")[1]] or list(fake.kernels) == [built.facts["kernel"]]
 
 
-def test_a_dataset_that_kaggle_has_whole_is_not_uploaded_again(fake: FakeKaggle, built: Built) -> None:
+def test_a_complete_dataset_is_not_uploaded_again(fake: FakeKaggle, built: Built) -> None:
     push(Kaggle(), built)
     uploads = count(fake, "PUT")
     assert push(Kaggle(), built) == 2
     assert count(fake, "PUT") == uploads
 
 
-def test_a_dataset_short_of_a_file_is_uploaded_anew(fake: FakeKaggle, built: Built) -> None:
+def test_an_incomplete_dataset_is_uploaded_again(fake: FakeKaggle, built: Built) -> None:
     fake.faults.append(Fault("PUT", "refuse_upload"))
     push(Kaggle(), built)
     (versions,) = fake.datasets.values()
@@ -204,7 +206,7 @@ def test_a_kernel_waits_for_a_dataset_that_is_still_processed(fake: FakeKaggle, 
     assert save.time - create.time > 1.5
 
 
-def test_a_kernel_that_fails_is_told_with_kaggles_message(fake: FakeKaggle, built: Built) -> None:
+def test_a_failed_kernel_is_reported_with_kaggles_message(fake: FakeKaggle, built: Built) -> None:
     push(Kaggle(), built)
     finish(fake, status="ERROR", failure="Your notebook ran out of memory", log="allocating\n")
     with pytest.raises(MelfoldError, match=r"ended with ERROR: Your notebook ran out of memory"):
@@ -214,7 +216,7 @@ def test_a_kernel_that_fails_is_told_with_kaggles_message(fake: FakeKaggle, buil
 def test_the_output_of_another_build_is_not_taken_for_ones_own(fake: FakeKaggle, built: Built) -> None:
     push(Kaggle(), built)
     finish(fake, outputs={"submission.csv": b"fname\n", "melfold.json": json.dumps({"build_id": "f" * 64}).encode()})
-    with pytest.raises(MelfoldError, match="output of another build"):
+    with pytest.raises(MelfoldError, match="belongs to another build"):
         wait_for_kernel(Kaggle(), built)
 
 
@@ -228,7 +230,7 @@ def test_a_name_that_the_cli_knows(fake: FakeKaggle) -> None:
 
 
 def test_without_a_clone_there_are_no_kernels(own: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(kernels, "_PACKAGE", tmp_path / "a" / "b" / "melfold")
+    monkeypatch.setattr(pack, "_PACKAGE", tmp_path / "a" / "b" / "melfold")
     with pytest.raises(MelfoldError, match="kernels' sources are missing"):
         own.build()
 

@@ -1,4 +1,4 @@
-"""The download: verified, unpacked, gone on with."""
+"""The download: verified, unpacked, continued."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def test_a_refused_download_leaves_nothing(fake: FakeKaggle, tmp_path: Path) -> 
     assert {p.name for p in tmp_path.iterdir()} == {"kaggle", "user"}
 
 
-def test_a_cut_download_goes_on(fake: FakeKaggle, tmp_path: Path) -> None:
+def test_an_interrupted_download_is_continued(fake: FakeKaggle, tmp_path: Path) -> None:
     fake.faults.append(Fault("GET", "cut"))
     assert len(load_competition(download(Kaggle(), tmp_path / "data")).test) == 60
 
 
-def test_unpacking_goes_on_where_it_was_stopped(fake: FakeKaggle, tmp_path: Path) -> None:
+def test_unpacking_continues_where_it_was_stopped(fake: FakeKaggle, tmp_path: Path) -> None:
     class Stop(Exception):
         pass
 
@@ -69,7 +69,7 @@ def test_unpacking_goes_on_where_it_was_stopped(fake: FakeKaggle, tmp_path: Path
     assert told[0] < 150 + 60 + 60
 
 
-def test_a_damaged_archive_is_told_and_removed(fake: FakeKaggle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_archive_is_reported_and_removed(fake: FakeKaggle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "data"
     whole = Kaggle.download
 

@@ -1,4 +1,4 @@
-"""Built kernels: what is in them, and what a rehearsal lets pass."""
+"""Built kernels: what is in them, and what passes a rehearsal."""
 
 from __future__ import annotations
 
@@ -6,30 +6,43 @@ import ast
 import json
 import shutil
 import sys
+import time
 import zipfile
 from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
-from kaggle_world import SETS, SLUG, World, record, rewrite
+from kaggle_world import SETS, SLUG, World, bundle_of, record, restamp, rewrite
 from slugify import slugify
 
 from melfold import pipeline
+from melfold.artefacts import Artefact
+from melfold.combine.ensemble import prior_of
 from melfold.combine.submission import build_submission
+from melfold.data.competition import load_competition
 from melfold.errors import MelfoldError
 from melfold.files import sha256_file
-from melfold.kaggle import kernels, sandbox
+from melfold.kaggle import pack, sandbox
+from melfold.kaggle.build import Target, build_infer, build_train
+from melfold.kaggle.built import Built, slug_of, title_for
 from melfold.kaggle.client import Kaggle
-from melfold.kaggle.kernels import Built, build_infer, build_train, fetch_run, pack_source, push, slug_of, title_for
-from melfold.kaggle.rehearsal import rehearse
+from melfold.kaggle.push import check_output, fetch_run, push
+from melfold.kaggle.rehearsal import link_inputs, mounts, rehearse
+from melfold.kernels.boot import Session
+from melfold.kernels.infer import infer
 from melfold.learn.devices import pick_device
+from melfold.learn.fetch import hub_file
 from melfold.learn.runs import open_run
+from melfold.learn.weights import save_weights
+from melfold.probs import read_probs
 from melfold.recipes import load_recipe
 
 ON_KAGGLE = {"joblib", "librosa", "numpy", "pandas", "pydantic", "safetensors", "scipy", "sklearn", "soundfile", "soxr"}
 ON_KAGGLE |= {"timm", "torch"}
-"""Of what the package imports, the distributions that Kaggle's image has."""
+"""The libraries that the package imports and Kaggle's image has."""
+
+CPU = Target("tester", SLUG, gpu=False)
 
 ISOLATIONS = [
     pytest.param("namespaces", marks=pytest.mark.skipif(not sandbox.available(), reason="no user namespaces here")),
@@ -51,11 +64,11 @@ def test_long_names_do_not_share_a_slug() -> None:
 
 
 def test_the_pack_imports_only_what_kaggles_image_has() -> None:
-    pack = zipfile.ZipFile(BytesIO(pack_source()))
-    sources = {name: pack.read(name).decode() for name in pack.namelist() if name.endswith(".py")}
-    sources |= {f"kernels/{kind}": kernels._main_source(kind) for kind in ("infer", "train")}
+    archive = zipfile.ZipFile(BytesIO(pack.pack_source()))
+    sources = {name: archive.read(name).decode() for name in archive.namelist() if name.endswith(".py")}
+    sources |= {f"kernels/{kind}": pack.read_source(kind, "kernel.py") for kind in ("infer", "train")}
     modules = {name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in sources}
-    asked: dict[str, set[str]] = {"": set()}
+    imported: dict[str, set[str]] = {}
     for name, text in sources.items():
         for node in ast.walk(ast.parse(text)):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
@@ -65,18 +78,28 @@ def test_the_pack_imports_only_what_kaggles_image_has() -> None:
                 if top == "melfold":
                     assert found in modules, f"{name} imports {found}, which is not packed"
                 elif top not in sys.stdlib_module_names:
-                    asked.setdefault(top, set()).add(name)
-    lazily = {
-        "iterstrat": {"melfold/data/folds.py"},  # folds are never made in a kernel: the table travels with it
-        "distributed": {"melfold/compute.py"},  # asked for by --engine dask alone
+                    imported.setdefault(top, set()).add(name)
+    never_called = {
+        "iterstrat": {"melfold/data/folds.py"},  # a kernel makes no folds: the table is part of its script
+        "distributed": {"melfold/compute.py"},  # only for --engine dask
     }
-    assert {k: v for k, v in asked.items() if k and k not in ON_KAGGLE} == lazily
+    assert {k: v for k, v in imported.items() if k not in ON_KAGGLE} == never_called
+    assert not any(name.startswith(("melfold/kaggle/", "melfold/report/", "melfold/cli")) for name in sources)
+
+
+@pytest.mark.parametrize("kind", ["infer", "train"])
+def test_a_kernels_folder_is_one_that_kaggle_knows(kind: str) -> None:
+    metadata = json.loads(pack.read_source(kind, "kernel-metadata.json"))
+    assert metadata["id"].split("/")[1] == slugify(metadata["title"]) == f"melfold-{kind}"
+    assert pack.read_source(kind, metadata["code_file"])
+    assert (metadata["enable_internet"], metadata["is_private"]) == (False, True)
 
 
 def test_a_build_is_private_offline_small_and_repeatable(own: World) -> None:
     built = own.build()
-    first = built.sha256
+    first = built.inputs
     metadata = json.loads((built.kernel / "kernel-metadata.json").read_text())
+    assert metadata["id"] == "tester/melfold-infer-tiny"
     assert metadata["enable_internet"] is False
     assert metadata["is_private"] is True
     assert metadata["competition_sources"] == [SLUG]
@@ -89,22 +112,77 @@ def test_a_build_is_private_offline_small_and_repeatable(own: World) -> None:
     manifest = json.loads((built.dataset / "manifest.json").read_text())
     assert manifest["files"] == {p.name: sha256_file(p) for p in built.dataset.glob("*.safetensors")}
     assert all(p.is_file() for p in built.dataset.iterdir()), "the CLI leaves folders out"
-    assert own.build().sha256 == first
     assert built.facts["limit_seconds"] == 240 * 60
+    shutil.rmtree(built.folder)
+    assert own.build().inputs == first
 
 
-def test_a_source_too_large_for_kaggle_is_refused(own: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "MOST_BYTES", 10_000)
+def test_the_script_is_the_file_in_the_repository_and_one_line(own: World) -> None:
+    script = (own.build().kernel / "kernel.py").read_text()
+    source = pack.read_source("infer", "kernel.py")
+    assert script.startswith(source)
+    (line,) = script.removeprefix(source).strip().splitlines()
+    assert line.startswith('if __name__ == "__main__": run(bundle=')
+
+
+def test_the_same_inputs_are_not_built_again_and_other_inputs_need_another_rehearsal(own: World) -> None:
+    built = own.build()
+    built.rehearsal_stamp.commit(built.inputs, passed=True)
+    (built.folder / "output").mkdir()
+    assert own.build().passed
+    assert (built.folder / "output").exists()
+    assert not own.build(minutes=30).passed
+    built.rehearsal_stamp.commit({"build": "0" * 64}, passed=True)
+    with pytest.raises(MelfoldError, match="not rehearsed since it was built: build: "):
+        push(Kaggle(SLUG), built)
+
+
+def test_what_was_built_by_another_version_is_built_again(own: World) -> None:
+    built = own.build()
+    (built.folder / "build.json").write_text(json.dumps({"kind": "infer"}))
+    with pytest.raises(MelfoldError, match="not written by this version of melfold"):
+        rehearse(built, own.competition, own.home)
+    assert own.build().facts["kind"] == "infer"
+
+
+@pytest.mark.parametrize("change", ["script", "weights", "another file", "a file less"])
+def test_a_kernel_that_was_changed_after_the_build_is_refused(change: str, own: World) -> None:
+    built = own.build()
+    path = next(built.dataset.glob("*fold0.safetensors"))
+    if change == "script":
+        with (built.kernel / "kernel.py").open("a") as file:
+            file.write("\n")
+    elif change == "another file":
+        (built.dataset / "more.txt").write_text("")
+    else:
+        content = path.read_bytes()
+        path.unlink()  # it is a hard link to the run's file
+        if change == "weights":
+            path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    for refuse in (lambda: rehearse(built, own.competition, own.home), lambda: push(Kaggle(SLUG), built, unrehearsed=True)):
+        with pytest.raises(MelfoldError, match=r"is missing|was changed after it was written") as caught:
+            refuse()
+        assert len(caught.value.lines) == 1
+    own.build().verify()
+
+
+def test_a_script_too_large_for_kaggle_is_refused(own: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pack, "MAX_BYTES", 10_000)
     with pytest.raises(MelfoldError, match="too large for Kaggle"):
         own.build()
     assert not (own.home.root / "build" / "kernels" / "melfold-infer-tiny").exists()
 
 
-def test_a_run_that_has_changed_is_not_built(own: World) -> None:
-    result = open_run(own.home, "tiny").fold(0).result
-    facts = json.loads(result.read_text()) | {"weights_sha256": "0" * 64}
-    result.unlink()
-    result.write_text(json.dumps(facts))
+@pytest.mark.parametrize("change", ["result", "weights"])
+def test_a_run_that_has_changed_is_not_built(change: str, own: World) -> None:
+    fold = open_run(own.home, "tiny").fold(0)
+    path = fold.result if change == "result" else fold.weights
+    content = path.read_bytes()
+    path.unlink()  # it is a hard link to the shared world's file
+    if change == "result":
+        path.write_text(json.dumps(json.loads(content) | {"weights_sha256": "0" * 64}))
+    else:
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(MelfoldError, match="has changed since"):
         own.build()
 
@@ -114,9 +192,9 @@ def test_a_weighted_ensemble_of_front_ends_and_views_gives_the_bytes_of_home(own
     device = pick_device("cpu", "off")
     runs = [open_run(own.home, "tiny"), pipeline.run_all(own.data, own.home, other, "other", device, jobs=1)[0]]
     build_submission(own.home, runs, own.competition, id="pair", mean="logit", weights=[3, 1])
-    built = build_infer(own.home, "pair", "tester", SLUG, gpu=False)
-    report = rehearse(built, own.competition, own.home)
-    assert (report.failures, report.equality) == ([], "the same bytes as at home")
+    built = build_infer(own.home, "pair", CPU)
+    found = rehearse(built, own.competition, own.home)
+    assert (found.failures, found.equality) == ([], "the same bytes as at home")
 
 
 @pytest.mark.parametrize("isolation", ISOLATIONS)
@@ -130,13 +208,9 @@ def test_a_rehearsal_gives_the_bytes_of_home(isolation: str, own: World, tmp_pat
     assert report.peak_mib > 50
     passes = record(tmp_path / "kept")["passes"]
     assert [(p["fold"], p["view"]) for p in passes] == [("0", 0), ("1", 0), ("0", 1), ("1", 1)]
-    assert (built.noted("rehearsal.json") or {})["blessed"]
+    assert built.passed
     assert {p.name for p in (tmp_path / "kept").iterdir()} == {"submission.csv", "melfold.json", "log.txt"}
-    assert own.build().noted("rehearsal.json"), "the same build again keeps its blessing"
-    with (built.kernel / "kernel.py").open("a") as file:
-        file.write("\n")
-    with pytest.raises(MelfoldError, match="not rehearsed since it was built"):
-        push(Kaggle(SLUG), built)
+    assert own.build().passed, "the same build still counts as rehearsed"
 
 
 @pytest.mark.parametrize("isolation", ISOLATIONS)
@@ -161,14 +235,14 @@ def test_a_kernel_that_misbehaves_fails_with_the_reason(code: str, why: str, iso
     built = own.build()
     rewrite(built, code)
     report = rehearse(built, own.competition, own.home, isolation=isolation)
-    assert not report.blessed
+    assert not report.passed
     assert why in report.failures[0]
-    with pytest.raises(MelfoldError, match="not rehearsed"):
+    with pytest.raises(MelfoldError, match=f"did not pass its rehearsal: .*{why}"):
         push(Kaggle(SLUG), built)
 
 
 @pytest.mark.skipif(not sandbox.available(), reason="no user namespaces here")
-def test_a_reach_for_the_network_past_python_is_seen_too(own: World) -> None:
+def test_use_of_the_network_outside_python_is_seen_too(own: World) -> None:
     built = own.build()
     code = "import subprocess\nsubprocess.run(['bash', '-c', 'echo x > /dev/udp/192.0.2.1/53'], stderr=subprocess.DEVNULL)\n"
     rewrite(built, code)
@@ -182,34 +256,37 @@ def test_a_kernel_over_its_limit_is_stopped(own: World) -> None:
     facts = built.facts | {"budget_minutes": {"cpu": -0.3}}
     (built.folder / "build.json").write_text(json.dumps(facts))
     report = rehearse(built, own.competition, own.home)
-    assert "overruns its limit" in report.failures[0]
+    assert "exceeds its time limit" in report.failures[0]
     assert report.seconds < 60
 
 
-def test_with_a_budget_far_too_small_the_file_is_whole_and_in_time(own: World, tmp_path: Path) -> None:
-    built = own.build(budget={"cpu": 0.01, "gpu": 0.01})
+def test_with_a_budget_far_too_small_the_file_is_complete_and_in_time(own: World, tmp_path: Path) -> None:
+    built = own.build(minutes=0.01)
+    (built.folder / "build.json").write_text(
+        json.dumps(built.facts | {"budget_minutes": {"cpu": 2}})
+    )  # Python's start takes longer
     report = rehearse(built, own.competition, own.home, keep=tmp_path / "kept")
-    assert "overruns its budget" in report.failures[0]
-    kernels.check_output(tmp_path / "kept", own.competition)
+    assert "exceeds its budget" in report.failures[0]
+    check_output(tmp_path / "kept", own.competition)
     assert record(tmp_path / "kept")["seconds"] < 30
 
 
-def test_a_budget_for_half_gives_first_passes_before_shifts(own: World, tmp_path: Path) -> None:
-    """The kernel's own clock is what it goes by: after the first pass it is told that the time is almost up."""
-    built = own.build()
-    script = (built.kernel / "kernel.py").read_text()
-    rewrite(built, script.replace("        write()\n        writing", "        write()\n        budget = 0.0\n        writing"))
-    rehearse(built, own.competition, own.home, keep=tmp_path / "kept")
-    done = [(p["fold"], p["done"]) for p in record(tmp_path / "kept")["passes"]]
+def test_when_time_is_up_after_the_first_pass_the_others_are_left_out(own: World, tmp_path: Path) -> None:
+    built, working = own.build(), tmp_path / "kaggle/working"
+    link_inputs(mounts(built, own.competition, own.home, tmp_path, "nested"), tmp_path)
+    working.mkdir(parents=True)
+
+    def clock() -> float:
+        done = (working / "melfold.json").exists() and any(p["done"] for p in record(working)["passes"])
+        return time.monotonic() + 1e6 * done
+
+    infer(Session(bundle_of(built), tmp_path, time.monotonic(), clock))
+    done = [(p["fold"], p["done"]) for p in record(working)["passes"]]
     assert done == [("0", True), ("1", False), ("0", False), ("1", False)]
-    kernels.check_output(tmp_path / "kept", own.competition)
+    check_output(working, own.competition)
 
 
 def test_a_test_clip_that_cannot_be_read_keeps_the_prior(own: World, tmp_path: Path) -> None:
-    from melfold.combine.ensemble import prior_of
-    from melfold.data.competition import load_competition
-    from melfold.probs import read_probs
-
     data = tmp_path / "broken"
     shutil.copytree(own.data, data)
     first, second, *_ = own.competition.test.index
@@ -236,13 +313,13 @@ def test_weights_may_come_from_a_training_kernels_output(own: World) -> None:
     assert report.equality == "the same bytes as at home"
 
 
-def test_damaged_weights_are_refused(own: World) -> None:
+def test_weights_that_are_damaged_on_the_way_are_refused(own: World) -> None:
     built = own.build()
     path = next(built.dataset.glob("*fold0.safetensors"))
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
+    content = path.read_bytes()
     path.unlink()
-    path.write_bytes(content)
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    restamp(built)
     report = rehearse(built, own.competition, own.home)
     assert "missing or damaged" in report.failures[0]
 
@@ -250,9 +327,7 @@ def test_damaged_weights_are_refused(own: World) -> None:
 def build_training(world: World, *sets: str, session: int = 1, folds: list[int | str]) -> Built:
     recipe = load_recipe("demo", [*SETS, *sets])
     table, _ = pipeline.folds(world.competition, world.home, recipe)
-    return build_train(
-        world.home, recipe, "far", table, world.competition, "tester", SLUG, folds=folds, session=session, minutes=60, gpu=False
-    )
+    return build_train(world.home, recipe, "far", table, world.competition, CPU, folds=folds, session=session)
 
 
 def test_a_training_kernel_brings_its_run_home(own: World) -> None:
@@ -266,8 +341,8 @@ def test_a_training_kernel_brings_its_run_home(own: World) -> None:
 
 
 @pytest.mark.soak
-def test_training_stops_in_time_and_goes_on_in_a_second_session(own: World) -> None:
-    """The first session gets more time until it has trained at all; the second must go on from where that one stopped."""
+def test_training_stops_in_time_and_continues_in_a_second_session(own: World) -> None:
+    """The first session gets more time until it has trained at all; the second must continue where that one stopped."""
     steps = []
     for session in (1, 2):
         built = build_training(own, "train.epochs=5000", session=session, folds=[0])
@@ -276,20 +351,28 @@ def test_training_stops_in_time_and_goes_on_in_a_second_session(own: World) -> N
             if "nothing was trained" not in "".join(report.failures):
                 break
         assert report.failures == [], report.log
-        assert record(built.folder / "output")["folds"] == {"0": "saved, to be gone on with"}, report.log
+        assert record(built.folder / "output")["folds"] == {"0": "saved, not finished"}, report.log
         state = torch.load(built.folder / "output/runs/far/fold0/checkpoint.pt", weights_only=True)
         steps.append(state["step"])
     assert f"going on at step {steps[0]} of" in report.log
     assert 0 < steps[0] < steps[1]
 
 
-def test_a_training_kernel_needs_its_weights_as_a_file(own: World) -> None:
+def test_a_training_kernel_takes_weights_of_the_hub_from_the_home(own: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     recipe = load_recipe("demo", [*SETS, "model.weights=hub"])
     table, _ = pipeline.folds(own.competition, own.home, recipe)
-    with pytest.raises(MelfoldError, match="no network to download weights"):
-        build_train(own.home, recipe, "hub", table, own.competition, "tester", SLUG, folds=[0])
+    with pytest.raises(MelfoldError, match="melfold weights fetch"):
+        build_train(own.home, recipe, "hub", table, own.competition, CPU, folds=[0])
+    file = hub_file(recipe.model)
+    save_weights(file.path(own.home), {"stem.0.bias": torch.ones(1)})
+    Artefact.of(file.path(own.home)).commit({"source": str(file)}, licence="mit")
+    built = build_train(own.home, recipe, "hub", table, own.competition, CPU, folds=[0])
+    name = str(file).replace("/", "--")
+    assert (built.dataset / name).read_bytes() == file.path(own.home).read_bytes()
+    assert f"file:{name}" in (built.kernel / "kernel.py").read_text()
 
 
 def test_no_such_submission(own: World) -> None:
     with pytest.raises(MelfoldError, match="no such submission: nosuch"):
-        build_infer(own.home, "nosuch", "tester", SLUG)
+        build_infer(own.home, "nosuch", CPU)

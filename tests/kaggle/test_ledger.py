@@ -43,7 +43,7 @@ def test_writers_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["id,other\n1,2\n", f"{','.join(COLUMNS)}\n{'x,' * 15}lost,\n"])
-def test_a_table_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
+def test_a_table_that_is_no_ledger_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "ledger.csv"
     path.write_text(text)
     with pytest.raises(MelfoldError, match="ledger.csv"):

@@ -43,7 +43,7 @@ def test_a_submission_is_scored_and_recorded_with_its_provenance(fake: FakeKaggl
     assert all((row.time, row.weights, row.recipes, row.folds))
 
 
-def test_what_kaggle_has_is_not_submitted_again_unless_told(fake: FakeKaggle, own: World) -> None:
+def test_what_kaggle_has_is_submitted_again_only_on_request(fake: FakeKaggle, own: World) -> None:
     first = submit(Kaggle(), own.home, "tiny")
     assert submit(Kaggle(), own.home, "tiny").tag == first.tag
     assert len(fake.submissions) == 1
@@ -61,7 +61,7 @@ def test_scores_stay_empty_until_there_are_any(fake: FakeKaggle, own: World) -> 
     assert Ledger.of(own.home).rows() == [row]
 
 
-def test_no_submissions_left_is_told_before_one_is_tried(fake: FakeKaggle, own: World) -> None:
+def test_no_submissions_left_is_reported_before_one_is_tried(fake: FakeKaggle, own: World) -> None:
     fake.daily_limit = 0
     with pytest.raises(MelfoldError, match="no submissions left today"):
         submit(Kaggle(), own.home, "tiny")
@@ -70,7 +70,7 @@ def test_no_submissions_left_is_told_before_one_is_tried(fake: FakeKaggle, own: 
 
 
 def test_a_kernel_is_submitted_only_when_it_is_complete(fake: FakeKaggle, own: World) -> None:
-    from melfold.kaggle.kernels import push
+    from melfold.kaggle.push import push
 
     version = push(Kaggle(), own.build(), unrehearsed=True)
     form = Kernel("tester/melfold-infer-tiny", version)
@@ -103,7 +103,7 @@ def test_a_lost_answer_is_settled_by_looking_the_tag_up(kind: str, fake: FakeKag
     assert len(fake.submissions) == 1
 
 
-def test_what_cannot_be_found_is_unknown_and_never_repeated_by_itself(fake: FakeKaggle, own: World) -> None:
+def test_what_cannot_be_found_is_unknown_and_not_repeated(fake: FakeKaggle, own: World) -> None:
     fake.faults.append(Fault("CreateSubmission", "drop_before"))
     for _ in range(2):
         with pytest.raises(MelfoldError, match=r"unknown.*--again"):

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from melfold import pipeline
+from melfold import stages
 from melfold.config import Recipe
+from melfold.data.cache import cache_folder
 from melfold.data.clips import ClipStore
 from melfold.data.competition import Competition
-from melfold.data.logmel import cache_folder
 from melfold.files import Home
 from melfold.learn.devices import Device
-from melfold.learn.runs import Run, start_run
+from melfold.learn.runs import Run
+from melfold.learn.start import start_run
 from melfold.recipes import load_recipe
 
 TINY = (
@@ -49,7 +50,7 @@ class World:
     @property
     def folds(self) -> Path:
         """The fold table."""
-        return pipeline.folds_path(self.home, self.competition, self.recipe())
+        return stages.folds_path(self.home, self.competition, self.recipe())
 
     def start(self, root: Path, *sets: str, name: str = "tiny") -> Run:
         """An untrained run in a home of its own."""

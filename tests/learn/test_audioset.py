@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn import functional
 
 from melfold.config import ModelConfig
-from melfold.data.logmel import log_mel_of, make_clip, npy_path
+from melfold.data.cache import make_clip, npy_path
+from melfold.data.logmel import log_mel_of
 from melfold.learn.model import Tagger, build_model
 from melfold.learn.provenance import freesound_warning, licence_of, seen_data
 from melfold.recipes import load_recipe

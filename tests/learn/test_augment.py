@@ -13,7 +13,7 @@ from melfold.learn.augment import AugmentDraw, apply_augment, draw_augment
 from melfold.learn.devices import pick_device
 
 CPU = pick_device("cpu", "off")
-FILL = -50.0
+FILL = torch.tensor(-50.0)
 ALL = {"mixup_prob": 0.5, "freq_masks": 2, "time_masks": 2, "gain_db": 3, "resize_prob": 0.5, "concat_prob": 0.5}
 
 

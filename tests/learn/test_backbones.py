@@ -9,9 +9,9 @@ import torch
 from timm.optim import create_optimizer_v2
 
 from melfold.config import LogMelConfig, ModelConfig, PredictConfig, Recipe, TrainConfig
+from melfold.data.cache import build_cache
 from melfold.data.clips import ClipStore
 from melfold.data.competition import load_competition
-from melfold.data.logmel import build_cache
 from melfold.errors import MelfoldError
 from melfold.files import Home
 from melfold.learn.batches import Phase, train_batches

@@ -18,7 +18,7 @@ from melfold.files import sha256_file
 
 pytest.importorskip("distributed", reason="the optional extra `dask` is not installed")
 
-MELFOLD = [sys.executable, "-m", "melfold.cli"]
+MELFOLD = [sys.executable, "-m", "melfold"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 SETS = (
     "train.epochs=60",

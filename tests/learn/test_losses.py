@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from melfold.config import TrainConfig
-from melfold.learn.losses import bootstrapped, loss_named, lsep
+from melfold.errors import MelfoldError
+from melfold.learn.losses import LOSSES, bootstrapped, loss_named, lsep
 
 NAMES = get_args(TrainConfig.model_fields["loss"].annotation)
 
@@ -57,19 +58,61 @@ def test_lsep_wants_present_labels_above_absent_ones() -> None:
     assert (logits.grad[both][targets[both] == 0] > 0).all()
 
 
-@pytest.mark.parametrize(("name", "negative", "positive", "clip"), [("focal", 2, 2, 0), ("asl", 4, 1, 0.05)])
-def test_focal_and_asymmetric_loss_by_their_formula(name: str, negative: int, positive: int, clip: float) -> None:
+@pytest.mark.parametrize(
+    ("name", "kwargs", "negative", "positive", "clip"),
+    [
+        ("focal", {}, 2, 2, 0),
+        ("focal", {"gamma": 1}, 1, 1, 0),
+        ("focal", {"gamma": 3.5}, 3.5, 3.5, 0),
+        ("asl", {}, 4, 1, 0.05),
+        ("asl", {"gamma_neg": 2, "clip": 0.2}, 2, 1, 0.2),
+    ],
+)
+def test_focal_and_asymmetric_loss_by_their_formula(
+    name: str, kwargs: dict[str, float], negative: float, positive: float, clip: float
+) -> None:
     logits, targets = (t.float() for t in sample())
     p = torch.sigmoid(logits)
     shifted = (p - clip).clamp(min=0)
     by_hand = -targets * (1 - p) ** positive * p.log() - (1 - targets) * shifted**negative * (1 - shifted).log()
-    assert float(loss_named(name)(logits, targets)) == pytest.approx(float(by_hand.mean()), rel=1e-4)
+    assert float(loss_named(name, kwargs)(logits, targets)) == pytest.approx(float(by_hand.mean()), rel=1e-4)
 
 
-def test_lsep_bce_is_their_sum_over_labels() -> None:
+@pytest.mark.parametrize("kwargs", [{}, {"bce_weight": 0.5}, {"bce_weight": 0}])
+def test_lsep_bce_is_their_sum_over_labels(kwargs: dict[str, float]) -> None:
     logits, targets = sample()
-    expected = lsep(logits, targets) + loss_named("bce")(logits, targets) * 5
-    assert float(loss_named("lsep_bce")(logits, targets)) == pytest.approx(float(expected))
+    expected = lsep(logits, targets) + kwargs.get("bce_weight", 1) * loss_named("bce")(logits, targets) * 5
+    assert float(loss_named("lsep_bce", kwargs)(logits, targets)) == pytest.approx(float(expected))
+
+
+def test_focal_without_gamma_is_bce() -> None:
+    logits, targets = (t.float() for t in sample())
+    assert float(loss_named("focal", {"gamma": 0})(logits, targets)) == pytest.approx(
+        float(loss_named("bce")(logits, targets)), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "said"),
+    [
+        ("focal", {"gama": 1.0}, "loss focal has no argument gama: it takes gamma. Fix train.loss_kwargs"),
+        ("bce", {"gamma": 1.0}, "loss bce has no argument gamma: it takes none. Fix train.loss_kwargs"),
+        (
+            "asl",
+            {"b": 1.0, "a": 1.0},
+            "loss asl has no argument a, b: it takes gamma_neg, gamma_pos, clip. Fix train.loss_kwargs",
+        ),
+        ("lsep_bce", {"logits": 1.0}, "loss lsep_bce has no argument logits: it takes bce_weight. Fix train.loss_kwargs"),
+    ],
+)
+def test_an_unknown_argument_is_one_line_that_names_the_known(name: str, kwargs: dict[str, float], said: str) -> None:
+    with pytest.raises(MelfoldError) as caught:
+        loss_named(name, kwargs)
+    assert str(caught.value) == said
+
+
+def test_every_name_a_recipe_may_have_is_in_the_table() -> None:
+    assert set(NAMES) == set(LOSSES)
 
 
 def test_bootstrapping_mixes_in_the_models_own_view_of_noisy_clips_alone() -> None:

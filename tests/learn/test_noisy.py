@@ -13,15 +13,19 @@ import pytest
 from learn_world import World
 from safetensors.torch import load_file
 
+from melfold import stages
+from melfold.compute import Compute
 from melfold.config import NoisyConfig
+from melfold.data.cache import build_cache
 from melfold.data.competition import Competition
-from melfold.data.logmel import build_cache
 from melfold.errors import MelfoldError
 from melfold.files import Home
-from melfold.learn import train
+from melfold.learn import fold_data, launch
 from melfold.learn.model import build_model
-from melfold.learn.noisy import doubtful, select_noisy, teach
-from melfold.learn.runs import FULL, open_run, start_run
+from melfold.learn.noisy import make_pseudo_labels, select_noisy
+from melfold.learn.predictions import write_current
+from melfold.learn.runs import FULL, open_run
+from melfold.learn.start import start_run
 from melfold.learn.train import load_fold, train_fold
 from melfold.probs import make_probs, read_probs, write_probs
 
@@ -61,45 +65,17 @@ def test_of_equals_the_first_names_are_kept() -> None:
     assert chosen(targets.iloc[::-1], named([[0.5] * 3] * 4), top=2, per_label=0) == ["n0.wav", "n1.wav"]
 
 
-def test_wrong_and_missing_labels_are_found() -> None:
-    rng = np.random.default_rng(1)
-    truth = np.eye(4)[rng.integers(0, 4, 200)]
-    # A good model: high where the truth is, low elsewhere.
-    oof = named(np.clip(np.where(truth > 0, 0.8, 0.05) + rng.normal(0, 0.02, truth.shape), 0, 1), "ABCD")
-    labels = truth.copy()
-    wrong, lacking = 3, 7
-    labels[wrong] = np.roll(truth[wrong], 1)  # the true label replaced
-    labels[lacking] = np.roll(truth[lacking], 1) + truth[lacking]
-    both = oof.copy()
-    both.iloc[lacking] = np.where(labels[lacking] > 0, 0.9, 0.05).astype(np.float32)
-    labels[lacking] = truth[lacking]  # two sounds are heard, one is labelled
-    found = doubtful(named(labels, "ABCD"), both)
-    rows = found.loc[["n3.wav", "n7.wav"]]
-    assert list(rows["suggested"]) == [
-        tuple(np.array(list("ABCD"))[truth[wrong] > 0]),
-        tuple(np.array(list("ABCD"))[both.iloc[lacking].to_numpy() > 0.5]),
-    ]
-    assert rows.loc["n3.wav", "wrong"] == tuple(np.array(list("ABCD"))[labels[wrong] > 0])
-    assert rows.loc["n7.wav", "wrong"] == ()
-    assert set(found.index[:1]) <= {"n3.wav", "n7.wav"}
-    assert found["doubt"].is_monotonic_decreasing
-
-
-def test_a_label_that_no_clip_has_is_never_missing() -> None:
-    assert doubtful(named([[1, 0], [1, 0]], "AB"), named([[0.9, 0.99], [0.9, 0.99]], "AB")).empty
-
-
 def shown(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The clips of each batch that is trained on from now on."""
     seen: list[list[str]] = []
-    batches = train.train_batches
+    batches = fold_data.train_batches
 
     def spy(store: object, *args: object, **kwargs: object) -> Iterator[object]:
         for batch in batches(store, *args, **kwargs):
             seen.append([store.fnames[row] for row in batch.rows])
             yield batch
 
-    monkeypatch.setattr(train, "train_batches", spy)
+    monkeypatch.setattr(fold_data, "train_batches", spy)
     return seen
 
 
@@ -162,53 +138,55 @@ def relabelled(competition: Competition, fnames: list[str]) -> Competition:
     return replace(competition, curated=curated)
 
 
-def taught(world: World, root: Path, competition: Competition, fold: int) -> tuple[bytes, bytes, bytes]:
-    """A teacher's and a student's weights of a fold, and the lesson between them."""
+def learned(world: World, root: Path, competition: Competition, fold: int) -> tuple[bytes, bytes, bytes]:
+    """A teacher's and a student's weights of a fold, and the pseudo labels between them."""
     home = Home(root)
     teacher = start_run(home, "teacher", world.recipe(*JOINT), competition, world.folds)
     train_fold(teacher, fold, world.cache, world.device)
     student = start_run(home, "student", world.recipe(*STUDENT), competition, world.folds)
-    teach(student, teacher, fold, world.cache, world.device)
+    make_pseudo_labels(student, teacher, fold, world.cache, world.device)
     train_fold(student, fold, world.cache, world.device)
-    return tuple(p.read_bytes() for p in (teacher.fold(fold).weights, student.fold(fold).lesson, student.fold(fold).weights))
+    return tuple(
+        p.read_bytes() for p in (teacher.fold(fold).weights, student.fold(fold).pseudo_labels, student.fold(fold).weights)
+    )
 
 
 def test_no_curated_clips_label_reaches_the_model_that_scores_it(world: World, tmp_path: Path) -> None:
     run = world.start(tmp_path / "look", "noisy.use=true")
-    before = taught(world, tmp_path / "a", world.competition, 1)
-    # Every label of the clips that fold 1 is scored on is another one: teacher, lesson and student are the same to the byte.
-    assert taught(world, tmp_path / "b", relabelled(world.competition, run.held_out(1)), 1) == before
+    before = learned(world, tmp_path / "a", world.competition, 1)
+    # Every label of the clips that fold 1 is scored on is another one: all three are the same to the byte.
+    assert learned(world, tmp_path / "b", relabelled(world.competition, run.held_out(1)), 1) == before
     # Those of the clips it learns from change all three: the test can tell.
-    after = taught(world, tmp_path / "c", relabelled(world.competition, run.trained_on(1)), 1)
+    after = learned(world, tmp_path / "c", relabelled(world.competition, run.trained_on(1)), 1)
     assert all(a != b for a, b in zip(before, after, strict=True))
 
 
-def test_without_a_head_of_its_own_no_tensor_stands_twice(world: World) -> None:
+def test_without_a_head_of_its_own_no_tensor_is_shared(world: World) -> None:
     # Else the moving average would take two steps at a time for it.
     recipe = world.recipe()
     model = build_model(recipe.model, 10, recipe.logmel.n_mels, recipe.crop_frames)
-    model.add_noisy(own_head=False, mean=-40.0, std=10.0)
+    model.normalise.set_noisy(-40.0, 10.0)
     state = [value for value in model.state_dict().values() if value.numel() > 1]
     assert len({value.data_ptr() for value in state}) == len(state)
 
 
-def test_a_teacher_may_hear_otherwise(world: World, tmp_path: Path) -> None:
+def test_a_teacher_may_have_another_front_end(world: World, tmp_path: Path) -> None:
     home = Home(tmp_path)
     recipe = world.recipe("logmel.n_mels=40", "logmel.hop_length=400", "train.crop_seconds=0.8")
-    folder = build_cache(world.competition, recipe.logmel, home, splits=["curated", "noisy"], jobs=1)
+    folder = build_cache(world.competition, recipe.logmel, home, splits=["curated", "noisy"], compute=Compute(jobs=1))
     teacher = start_run(home, "teacher", recipe, world.competition, world.folds)
     train_fold(teacher, 0, folder, world.device)
     student = start_run(home, "student", world.recipe(*STUDENT), world.competition, world.folds)
-    teach(student, teacher, 0, folder, world.device)
+    make_pseudo_labels(student, teacher, 0, folder, world.device)
     assert train_fold(student, 0, world.cache, world.device).done
-    assert len(read_probs(teacher.fold(0).noisy)) == len(world.competition.noisy)
+    assert len(read_probs(teacher.fold(0).teacher_probs)) == len(world.competition.noisy)
 
 
-def test_a_student_does_not_go_on_under_another_lesson(world: World, tmp_path: Path) -> None:
+def test_a_student_does_not_continue_under_other_pseudo_labels(world: World, tmp_path: Path) -> None:
     teacher = start_run(Home(tmp_path), "teacher", world.recipe(), world.competition, world.folds)
     train_fold(teacher, 0, world.cache, world.device)
     student = world.start(tmp_path, *STUDENT, "train.checkpoint_minutes=0", name="student")
-    teach(student, teacher, 0, world.cache, world.device)
+    make_pseudo_labels(student, teacher, 0, world.cache, world.device)
 
     def stop(done: int, total: int, text: str) -> None:
         if done == 3:
@@ -216,25 +194,30 @@ def test_a_student_does_not_go_on_under_another_lesson(world: World, tmp_path: P
 
     with pytest.raises(KeyboardInterrupt):
         train_fold(student, 0, world.cache, world.device, progress=stop)
-    before = student.fold(0).lesson.stat().st_mtime_ns
-    teach(student, teacher, 0, world.cache, world.device)
-    assert student.fold(0).lesson.stat().st_mtime_ns == before, "the same lesson is not given twice"
-    lesson = read_probs(student.fold(0).lesson)
-    write_probs(student.fold(0).lesson, lesson.iloc[1:])
-    with pytest.raises(MelfoldError, match="a checkpoint is from other data, folds, recipe or lesson"):
+    before = student.fold(0).pseudo_labels.stat().st_mtime_ns
+    make_pseudo_labels(student, teacher, 0, world.cache, world.device)
+    assert student.fold(0).pseudo_labels.stat().st_mtime_ns == before, "the same pseudo labels are not made again"
+    labels = read_probs(student.fold(0).pseudo_labels)
+    write_probs(student.fold(0).pseudo_labels, labels.iloc[1:])
+    with pytest.raises(MelfoldError, match="pseudo_labels.csv was changed after it was written") as caught:
         train_fold(student, 0, world.cache, world.device)
+    assert len(caught.value.lines) == 1
+    write_current(student.fold(0).pseudo_labels, labels.iloc[1:], {})
+    with pytest.raises(MelfoldError, match="was saved under different conditions: pseudo_labels: ") as caught:
+        train_fold(student, 0, world.cache, world.device)
+    assert len(caught.value.lines) == 1
 
 
-def test_a_lesson_holds_the_chosen_clips_and_soft_targets(world: World, tmp_path: Path) -> None:
-    taught(world, tmp_path, world.competition, 0)
+def test_pseudo_labels_hold_the_chosen_clips_and_soft_targets(world: World, tmp_path: Path) -> None:
+    learned(world, tmp_path, world.competition, 0)
     student, teacher = (open_run(Home(tmp_path), name) for name in ("student", "teacher"))
-    lesson = read_probs(student.fold(0).lesson)
-    assert len(lesson) <= 6
-    table = world.competition.targets("noisy").loc[lesson.index]
+    labels = read_probs(student.fold(0).pseudo_labels)
+    assert len(labels) <= 6
+    table = world.competition.targets("noisy").loc[labels.index]
     assert table.sum().max() <= 2
-    judged = read_probs(teacher.fold(0).noisy).loc[lesson.index]
-    np.testing.assert_allclose(lesson, (table + judged) / 2, atol=1e-6)
-    assert set(read_probs(teacher.fold(0).noisy).index) == set(world.competition.noisy.index)
+    judged = read_probs(teacher.fold(0).teacher_probs).loc[labels.index]
+    np.testing.assert_allclose(labels, (table + judged) / 2, atol=1e-6)
+    assert set(read_probs(teacher.fold(0).teacher_probs).index) == set(world.competition.noisy.index)
 
 
 def test_a_teacher_must_have_the_same_folds(world: World, tmp_path: Path) -> None:
@@ -257,18 +240,19 @@ def test_a_student_is_no_stricter_than_its_teacher(world: World, tmp_path: Path,
 
 
 def test_a_full_student_may_learn_from_the_mean_of_the_folds(world: World, tmp_path: Path) -> None:
-    taught(world, tmp_path, world.competition, 0)
+    learned(world, tmp_path, world.competition, 0)
     student, teacher = open_run(Home(tmp_path), "student"), open_run(Home(tmp_path), "teacher")
-    teach(student, teacher, FULL, world.cache, world.device)
-    assert len(read_probs(student.fold(FULL).lesson))
+    make_pseudo_labels(student, teacher, FULL, world.cache, world.device)
+    assert len(read_probs(student.fold(FULL).pseudo_labels))
     with pytest.raises(MelfoldError, match="fold 2 of teacher teacher is not trained"):
-        teach(student, teacher, 2, world.cache, world.device)
+        make_pseudo_labels(student, teacher, 2, world.cache, world.device)
 
 
 def test_without_noisy_clips_a_recipe_that_wants_them_is_refused(world: World, tmp_path: Path) -> None:
     without = replace(world.competition, noisy=world.competition.noisy.iloc[:0])
     with pytest.raises(MelfoldError, match="this download has no noisy clips"):
-        start_run(Home(tmp_path), "tiny", world.recipe("noisy.use=true"), without, world.folds)
+        stages.start(without, Home(tmp_path), world.recipe("noisy.use=true"), "tiny", [0])
+    assert not list(tmp_path.iterdir())
 
 
 def test_corrections_are_learnt_from_and_not_scored_by(world: World, tmp_path: Path) -> None:
@@ -278,13 +262,56 @@ def test_corrections_are_learnt_from_and_not_scored_by(world: World, tmp_path: P
     (tmp_path / "corrections.csv").write_text(f"fname,labels,why\n{fname},{label},heard it\n")
     corrected = world.start(tmp_path, f"data.corrections={tmp_path / 'corrections.csv'}")
     assert corrected.recipe.fingerprint() != run.recipe.fingerprint()
-    assert list(corrected.taught([fname]).columns[corrected.taught([fname]).iloc[0] > 0]) == [label]
+    assert list(corrected.train_targets([fname]).columns[corrected.train_targets([fname]).iloc[0] > 0]) == [label]
     pd.testing.assert_frame_equal(corrected.targets([fname]), run.targets([fname]))
-    pd.testing.assert_frame_equal(corrected.taught(run.trained_on(0)[1:]), run.targets(run.trained_on(0)[1:]))
+    pd.testing.assert_frame_equal(corrected.train_targets(run.trained_on(0)[1:]), run.targets(run.trained_on(0)[1:]))
     (tmp_path / "corrections.csv").write_text("fname,labels,why\nnosuch.wav,Nothing,\n")
+    recipe = world.recipe(f"data.corrections={tmp_path / 'corrections.csv'}")
     with pytest.raises(MelfoldError) as caught:
-        world.start(tmp_path, f"data.corrections={tmp_path / 'corrections.csv'}", name="bad")
+        stages.start(world.competition, Home(tmp_path), recipe, "bad", [0])
     assert [line.split(". ")[0] for line in caught.value.lines] == [
-        "a correction is about no curated clip: nosuch.wav",
+        "a correction names no curated clip: nosuch.wav",
         "a correction has an unknown label: nosuch.wav: 'Nothing'",
     ]
+
+
+def test_changed_pseudo_labels_are_made_again_by_the_next_training_job(world: World, tmp_path: Path) -> None:
+    learned(world, tmp_path, world.competition, 0)
+    student, teacher = (open_run(Home(tmp_path), name) for name in ("student", "teacher"))
+    student.fold(0).artefact.remove()
+    path = student.fold(0).pseudo_labels
+    before = path.read_bytes()
+    write_probs(path, read_probs(path).iloc[1:])
+    make_pseudo_labels(student, teacher, 0, world.cache, world.device)
+    assert path.read_bytes() == before
+    write_probs(teacher.fold(0).teacher_probs, read_probs(teacher.fold(0).teacher_probs) / 2)
+    path.unlink()
+    make_pseudo_labels(student, teacher, 0, world.cache, world.device)
+    assert path.read_bytes() == before, "edited predictions of the teacher are not used"
+
+
+def test_a_student_without_pseudo_labels_is_not_trained(world: World, tmp_path: Path) -> None:
+    start_run(Home(tmp_path), "teacher", world.recipe(), world.competition, world.folds)
+    student = world.start(tmp_path, *STUDENT, name="student")
+    with pytest.raises(MelfoldError, match="fold 0 of student has no pseudo labels: .*`melfold train` makes them"):
+        train_fold(student, 0, world.cache, world.device)
+
+
+def test_an_edited_list_of_noisy_clips_is_found(world: World, tmp_path: Path) -> None:
+    run = world.start(tmp_path, "noisy.use=true")
+    path = run.folder / "noisy.csv"
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
+    with pytest.raises(MelfoldError, match="noisy.csv was changed after it was written") as caught:
+        open_run(Home(tmp_path), "tiny")
+    assert len(caught.value.lines) == 1
+
+
+def test_the_launcher_makes_pseudo_labels_where_it_trains(world: World, tmp_path: Path) -> None:
+    home, sets = Home(tmp_path / "a"), "train.amp=off"
+    start_run(home, "teacher", world.recipe(*JOINT, sets), world.competition, world.folds)
+    launch.train_folds(open_run(home, "teacher"), [0], world.cache, Compute(devices=("cpu",)))
+    student = start_run(home, "student", world.recipe(*STUDENT, sets), world.competition, world.folds)
+    launch.train_folds(student, [0], world.cache, Compute(devices=("cpu",)), teacher_cache=world.cache)
+    assert student.done_folds() == ["0"]
+    by_hand = learned(world, tmp_path / "b", world.competition, 0)[1]
+    assert student.fold(0).pseudo_labels.read_bytes() == by_hand

@@ -18,8 +18,7 @@ def tagger(world: World) -> Tagger:
     torch.manual_seed(0)
     recipe = world.recipe()
     model = build_model(recipe.model, len(world.competition.labels), recipe.logmel.n_mels, recipe.window_frames)
-    model.mean.fill_(-40)
-    model.std.fill_(20)
+    model.normalise.set(-40, 20)
     torch.nn.init.normal_(model.head.weight)  # timm's small initial head would make any two windows look alike
     return model
 

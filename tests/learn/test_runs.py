@@ -1,4 +1,4 @@
-"""Run folders: what may go on in one, and how they are found."""
+"""Run folders: what may be trained in one, how they are found, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from learn_world import World
 
 from melfold.data.folds import make_folds, write_folds
 from melfold.errors import MelfoldError
-from melfold.files import Home, write_json
-from melfold.learn.runs import FULL, Run, default_run_name, open_run, start_run
+from melfold.files import Home, read_json, write_json
+from melfold.learn.runs import FULL, Run, open_run
+from melfold.learn.start import default_run_name, start_run
 
 
 def test_a_run_is_opened_again_as_it_was_started(world: World, tmp_path: Path) -> None:
@@ -24,28 +25,32 @@ def test_a_run_is_opened_again_as_it_was_started(world: World, tmp_path: Path) -
 
 
 def begin(run: Run) -> None:
-    """What training leaves first."""
+    """What training leaves first that is worth keeping."""
     run.fold(0).path.mkdir()
-    run.fold(0).log.touch()
+    run.fold(0).checkpoint.touch()
 
 
-def test_a_run_of_which_no_fold_was_begun_gives_way_to_a_mended_recipe(world: World, tmp_path: Path) -> None:
+def test_a_run_without_a_checkpoint_or_trained_fold_is_replaced_by_a_fixed_recipe(world: World, tmp_path: Path) -> None:
     world.start(tmp_path, "train.optimizer=nosuch")
-    mended = world.start(tmp_path)
-    assert open_run(Home(tmp_path), "tiny").recipe == mended.recipe == world.recipe()
+    fixed = world.start(tmp_path)
+    assert open_run(Home(tmp_path), "tiny").recipe == fixed.recipe == world.recipe()
 
 
 def test_a_run_of_another_melfold_is_refused_in_one_line(world: World, tmp_path: Path) -> None:
     run = world.start(tmp_path)
-    write_json(run.folder / "run.json", {"competition": "x", "nosuch": 1})
-    with pytest.raises(MelfoldError, match="not of this melfold") as caught:
-        open_run(Home(tmp_path), "tiny")
-    assert len(caught.value.lines) == 1
+    current = read_json(run.folder / "run.json")
+    newer = current | {"info": current["info"] | {"nosuch": 1}}
+    for content in ({"competition": "x", "nosuch": 1}, newer, current | {"made_from": None}, []):
+        write_json(run.folder / "run.json", content)
+        with pytest.raises(MelfoldError, match="run tiny was made by another version of melfold") as caught:
+            open_run(Home(tmp_path), "tiny")
+        assert len(caught.value.lines) == 1
+        assert str(caught.value).endswith("Use that version to read it, or train again under another name")
 
 
 def test_another_recipe_is_refused_naming_the_keys(world: World, tmp_path: Path) -> None:
     begin(world.start(tmp_path))
-    with pytest.raises(MelfoldError, match="run tiny rests on something else") as caught:
+    with pytest.raises(MelfoldError, match="run tiny exists and was trained with different settings") as caught:
         world.start(tmp_path, "train.lr=0.5", "seed=3")
     message = str(caught.value)
     assert "train.lr: 0.002 -> 0.5" in message
@@ -54,16 +59,46 @@ def test_another_recipe_is_refused_naming_the_keys(world: World, tmp_path: Path)
     assert "--run NAME" in message
 
 
+FREE = ("train.checkpoint_minutes=9", "train.validate_every=0.5")
+
+
+def test_what_changes_no_weight_does_not_name_a_run(world: World) -> None:
+    recipe = world.recipe()
+    for sets in (FREE, ("predict.overlap=0.25", "predict.shift_seconds=[0.0, 0.1]"), ("predict.fold_mean=rank",)):
+        assert world.recipe(*sets) != recipe
+        assert world.recipe(*sets).fingerprint() == recipe.fingerprint()
+        assert world.recipe(*sets).training() == recipe.training()
+    for sets in ("seed=1", "train.crop_seconds=0.5", "train.amp=off", "noisy.per_label=3", "logmel.top_db=70.0"):
+        assert world.recipe(sets).fingerprint() != recipe.fingerprint()
+
+
+def test_a_run_is_continued_with_other_settings_of_checkpoints_and_validation(world: World, tmp_path: Path) -> None:
+    begin(world.start(tmp_path))
+    again = world.start(tmp_path, *FREE)
+    assert again.recipe.train.checkpoint_minutes == 9
+    assert open_run(Home(tmp_path), "tiny").recipe == again.recipe
+    assert again.fold(0).checkpoint.exists()
+
+
+def test_other_settings_of_prediction_are_sent_to_a_prediction_of_that_name(world: World, tmp_path: Path) -> None:
+    begin(world.start(tmp_path))
+    with pytest.raises(MelfoldError, match="run tiny exists and predicts with different settings: predict.overlap") as caught:
+        world.start(tmp_path, "predict.overlap=0.25")
+    assert "melfold predict tiny --data DATA" in str(caught.value)
+    assert len(caught.value.lines) == 1
+    assert open_run(Home(tmp_path), "tiny").recipe.predict.overlap == 0.5
+
+
 def test_other_labels_are_refused(world: World, tmp_path: Path) -> None:
     begin(world.start(tmp_path))
     competition = world.competition
     fname = competition.curated.index[0]
     curated = competition.curated.copy()
     curated.at[fname, "labels"] = tuple(label for label in competition.labels if label not in curated.at[fname, "labels"])[:1]
-    with pytest.raises(MelfoldError, match="clips_sha256") as caught:
+    with pytest.raises(MelfoldError, match="clips: ") as caught:
         start_run(Home(tmp_path), "tiny", world.recipe(), replace(competition, curated=curated), world.folds)
-    assert "folds_sha256" not in str(caught.value)
-    with pytest.raises(MelfoldError, match="labels"):
+    assert "fold_table" not in str(caught.value)
+    with pytest.raises(MelfoldError, match="labels: "):
         start_run(Home(tmp_path), "tiny", world.recipe(), replace(competition, labels=(*competition.labels, "New")), world.folds)
 
 
@@ -71,7 +106,7 @@ def test_another_fold_table_is_refused(world: World, tmp_path: Path) -> None:
     begin(world.start(tmp_path))
     table = tmp_path / "other.csv"
     write_folds(table, make_folds(world.competition.targets(), 3, 43))
-    with pytest.raises(MelfoldError, match="folds_sha256"):
+    with pytest.raises(MelfoldError, match="fold_table: "):
         start_run(Home(tmp_path), "tiny", world.recipe(), world.competition, table)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import itertools
 import json
 import math
@@ -20,28 +22,34 @@ import torch
 from learn_world import TINY, World
 from safetensors.torch import load_file
 
-from melfold.data.logmel import npy_path
+from melfold.data.cache import npy_path
 from melfold.errors import MelfoldError
-from melfold.files import Home
-from melfold.learn import train
+from melfold.files import Home, atomic_path
+from melfold.learn import fold_data, state
 from melfold.learn.predict import predict_probs
+from melfold.learn.predictions import own_prediction
 from melfold.learn.runs import FULL, FoldFolder, Run, open_run
 from melfold.learn.train import load_fold, train_fold
 from melfold.metrics import lwlrap
-from melfold.probs import read_probs, write_probs
+from melfold.probs import Probs, write_probs
 
 ALWAYS = "train.checkpoint_minutes=0"  # a checkpoint after every step
 STEPS = 6
-LEFT = {".lock", "log.jsonl", "oof.csv", "result.json", "weights.safetensors"}
+LEFT = {".lock", "log.jsonl", "oof.csv", "oof.json", "result.json", "weights.safetensors"}
 
 
 def go(world: World, run: Run, fold: int | str = 0, **kwargs: object) -> FoldFolder:
     return train_fold(run, fold, world.cache, world.device, **kwargs)
 
 
+def oof_of(run: Run, fold: int | str) -> Probs:
+    """The held-out clips' probabilities that training left."""
+    return own_prediction(run).read_fold_oof(fold)
+
+
 def contents(folder: FoldFolder) -> dict[str, bytes]:
     """What must be the same to the byte."""
-    return {path.name: path.read_bytes() for path in (folder.weights, folder.oof) if path.exists()}
+    return {path.name: path.read_bytes() for path in (folder.weights, folder.path / "oof.csv") if path.exists()}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +66,7 @@ def whole(world: World, tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def spawn() -> Iterator[Callable[..., BaseProcess]]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["melfold.learn.train", "melfold.pipeline", "melfold.cli"])
+    context.set_forkserver_preload(["melfold.learn.train", "melfold.stages", "melfold.cli.main"])
     started: list[BaseProcess] = []
 
     def start(target: Callable[..., None], *args: object) -> BaseProcess:
@@ -83,17 +91,21 @@ def train_until(root: Path, cache: Path, moment: str) -> None:
     steps = itertools.count(1)
     kind, _, number = moment.partition(" ")
     if kind == "saving":
-        save = torch.save
 
-        def half(state: object, path: Path) -> None:
-            save(state, path)
-            if next(steps) == int(number):
-                os.truncate(path, path.stat().st_size // 2)
+        def half(path: Path, content: bytes) -> None:
+            if next(steps) < int(number):
+                return write(path, content)
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(content[: len(content) // 2])
                 die()
 
-        torch.save = half
-    elif kind == "before":
-        setattr(train, number, die)
+        write, state.write_bytes = state.write_bytes, half
+    elif kind == "call":
+        count, _, name = number.partition(" ")
+        owner, name = name.rsplit(".", 1)
+        module = importlib.import_module(f"melfold.{owner}")
+        called = getattr(module, name)
+        setattr(module, name, lambda *args: die() if next(steps) == int(count) else called(*args))
 
     def progress(done: int, total: int, text: str) -> None:
         if kind == "step" and next(steps) == int(number):
@@ -117,11 +129,16 @@ def train_and_wait(root: Path, cache: Path) -> None:
 
 def command_line(stderr: Path, *args: str) -> None:
     """`melfold ARGS`, stderr into a file."""
-    from melfold.cli import main
+    from melfold.cli.main import main
 
     sys.argv = ["melfold", *args]
     with stderr.open("w", buffering=1) as sys.stderr:
         main()
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step a checkpoint was saved at; its first 32 bytes are the SHA-256 of the rest."""
+    return torch.load(io.BytesIO(checkpoint.read_bytes()[32:]), weights_only=True)["step"]
 
 
 def wait_for(path: Path, process: BaseProcess) -> None:
@@ -134,9 +151,9 @@ def wait_for(path: Path, process: BaseProcess) -> None:
 def test_exactly_these_files_are_left(world: World, whole: Run) -> None:
     folder = whole.fold(0)
     assert {p.name for p in folder.path.iterdir()} == LEFT
-    result = json.loads(folder.result.read_text())
+    result = folder.verify()
     clips = len(whole.trained_on(0)), len(whole.held_out(0))
-    assert (result["fold"], result["steps"], result["clips"], result["held_out_clips"]) == ("0", STEPS, *clips)
+    assert (result["made_from"]["fold"], result["steps"], result["clips"], result["held_out_clips"]) == ("0", STEPS, *clips)
     rows = [json.loads(line) for line in folder.log.read_text().splitlines()]
     assert [row["step"] for row in rows] == [STEPS, STEPS]
     assert math.isfinite(rows[0]["loss"])
@@ -155,11 +172,16 @@ def test_a_fold_that_is_done_is_left_alone(world: World, whole: Run) -> None:
     [
         ["step 1", "step 3", "step 1"],  # each counted from where the one before had got
         ["saving 1", "saving 2"],
-        ["before save_weights", "before write_probs", "before write_json"],
+        [
+            "call 1 learn.train.save_weights",
+            "call 1 learn.train.write_current",
+            "call 1 artefacts.write_json",
+            "call 2 artefacts.write_json",
+        ],
     ],
     ids=["in steps", "while a checkpoint is written", "at the end"],
 )
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
+def test_killed_at_any_moment_it_continues_to_the_same_bytes(
     moments: list[str], world: World, whole: Run, tmp_path: Path, spawn: Callable[..., BaseProcess]
 ) -> None:
     run = world.start(tmp_path, ALWAYS)
@@ -179,7 +201,7 @@ def test_two_processes_never_train_one_fold(world: World, whole: Run, tmp_path: 
     run = world.start(tmp_path, ALWAYS)
     process = spawn(train_and_wait, tmp_path, world.cache)
     wait_for(tmp_path / "waiting", process)
-    with pytest.raises(MelfoldError, match="another melfold trains this fold"):
+    with pytest.raises(MelfoldError, match="another melfold is training this fold"):
         go(world, run)
     process.kill()
     process.join()
@@ -187,7 +209,7 @@ def test_two_processes_never_train_one_fold(world: World, whole: Run, tmp_path: 
     assert contents(run.fold(0)) == contents(whole.fold(0))
 
 
-def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(
+def test_ctrl_c_ends_cleanly_and_the_same_command_continues(
     world: World, tmp_path: Path, spawn: Callable[..., BaseProcess], capfd: pytest.CaptureFixture
 ) -> None:
     sets = [*TINY, "train.epochs=4000"]
@@ -197,23 +219,23 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(
     steps = []
     for number in (1, 2):
         stderr = tmp_path / f"stderr{number}.txt"
-        begun = len(folder.log.read_text().splitlines()) if number > 1 else 0
+        before = len(folder.log.read_text().splitlines()) if number > 1 else 0
         process = spawn(command_line, stderr, *args)
         wait_for(folder.log, process)
-        while len(folder.log.read_text().splitlines()) <= begun:
+        while len(folder.log.read_text().splitlines()) <= before:
             process.join(0.02)
             assert process.exitcode is None
         os.kill(process.pid, signal.SIGINT)
         process.join()
         assert process.exitcode == 130
-        assert stderr.read_text().splitlines()[-1] == "melfold: stopped. The same command goes on from here."
+        assert stderr.read_text().splitlines()[-1].startswith("melfold: stopped. The same command ")
         assert "Traceback" not in stderr.read_text()
         assert folder.checkpoint.exists()
         assert not folder.done
         assert not list(folder.path.glob("*.tmp")) + list(folder.path.glob(".*.tmp"))
-        steps.append(torch.load(folder.checkpoint, weights_only=True)["step"])
+        steps.append(step_of(folder.checkpoint))
     assert 0 < steps[0] < steps[1]
-    assert f"going on at step {steps[0]} of" in stderr.read_text()
+    assert f"continuing at step {steps[0]} of" in stderr.read_text()
 
 
 class Stop(Exception):
@@ -247,23 +269,23 @@ def test_folds_see_different_clips(world: World, whole: Run, tmp_path: Path) -> 
     run = world.start(tmp_path, ALWAYS)
     weights = contents(go(world, run, 1))["weights.safetensors"]
     assert weights != contents(whole.fold(0))["weights.safetensors"]
-    assert set(read_probs(run.fold(1).oof).index) == set(run.held_out(1))
+    assert set(oof_of(run, 1).index) == set(run.held_out(1))
 
 
 def test_no_held_out_clip_is_ever_in_a_training_batch(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = world.start(tmp_path, "train.epochs=2")
     shown: set[str] = set()
-    batches = train.train_batches
+    batches = fold_data.train_batches
 
     def spy(store: object, *args: object, **kwargs: object) -> Iterator[object]:
         for batch in batches(store, *args, **kwargs):
             shown.update(store.fnames[row] for row in batch.rows)
             yield batch
 
-    monkeypatch.setattr(train, "train_batches", spy)
-    folder = go(world, run, 2)
+    monkeypatch.setattr(fold_data, "train_batches", spy)
+    go(world, run, 2)
     assert shown == set(run.trained_on(2))
-    assert set(read_probs(folder.oof).index) == set(run.held_out(2))
+    assert set(oof_of(run, 2).index) == set(run.held_out(2))
     assert not shown & set(run.held_out(2))
 
 
@@ -272,7 +294,7 @@ def test_the_score_is_that_of_the_kept_weights(world: World, whole: Run, tmp_pat
     held_out = whole.held_out(0)
     probs = predict_probs(model, world.store(held_out), whole.info.labels, whole.recipe, world.device)
     write_probs(tmp_path / "oof.csv", probs)
-    assert (tmp_path / "oof.csv").read_bytes() == whole.fold(0).oof.read_bytes()
+    assert (tmp_path / "oof.csv").read_bytes() == own_prediction(whole).fold_oof(0).read_bytes()
     result = json.loads(whole.fold(0).result.read_text())
     assert result["lwlrap"] == lwlrap(whole.targets(held_out), probs)
 
@@ -287,7 +309,7 @@ def test_the_moving_average_leaves_the_initial_weights(world: World, tmp_path: P
     averaged = weights("averaged", "train.ema_decay=0.999")
 
     def distance(a: dict[str, torch.Tensor]) -> float:
-        return math.sqrt(sum(float((a[k] - v).square().sum()) for k, v in initial.items() if k not in ("mean", "std")))
+        return math.sqrt(sum(float((a[k] - v).square().sum()) for k, v in initial.items() if not k.startswith("normalise.")))
 
     assert distance(last) > 0.1
     assert distance(averaged) > 0.2 * distance(last)
@@ -297,11 +319,11 @@ def test_the_moving_average_leaves_the_initial_weights(world: World, tmp_path: P
 def test_statistics_of_the_training_clips_are_in_the_weights(world: World, whole: Run) -> None:
     values = np.concatenate([np.load(npy_path(world.cache, f)).astype(np.float64).ravel() for f in whole.trained_on(0)])
     weights = load_file(whole.fold(0).weights)
-    assert float(weights["mean"]) == pytest.approx(values.mean(), abs=1e-3)
-    assert float(weights["std"]) == pytest.approx(values.std(), abs=1e-3)
+    assert float(weights["normalise.mean"]) == pytest.approx(values.mean(), abs=1e-3)
+    assert float(weights["normalise.std"]) == pytest.approx(values.std(), abs=1e-3)
 
 
-def test_a_loss_that_is_not_finite_names_the_clips_and_can_be_mended(world: World, whole: Run, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_names_the_clips_and_can_be_fixed(world: World, whole: Run, tmp_path: Path) -> None:
     run = world.start(tmp_path, ALWAYS)
     poisoned = run.trained_on(0)[7]
     cache = tmp_path / "cache"
@@ -332,9 +354,10 @@ def test_a_checkpoint_of_something_else_is_refused(world: World, tmp_path: Path)
     for folder in (run.fold(1), other.fold(0)):
         folder.path.mkdir(parents=True)
         shutil.copy(run.fold(0).checkpoint, folder.checkpoint)
-    for fold, its_run in ((1, run), (0, other)):
-        with pytest.raises(MelfoldError, match="a checkpoint is from other data, folds, recipe or lesson"):
+    for fold, its_run, what in ((1, run, "fold"), (0, other, "recipe")):
+        with pytest.raises(MelfoldError, match=f"was saved under different conditions: {what}: ") as caught:
             go(world, its_run, fold)
+        assert len(caught.value.lines) == 1
         assert not its_run.fold(fold).done
 
 
@@ -342,19 +365,21 @@ def test_a_broken_checkpoint_is_named(world: World, tmp_path: Path) -> None:
     run = world.start(tmp_path)
     run.fold(0).path.mkdir()
     run.fold(0).checkpoint.write_bytes(b"junk")
-    with pytest.raises(MelfoldError, match="broken checkpoint: .*checkpoint.pt. Delete it to train anew"):
+    with pytest.raises(
+        MelfoldError, match="damaged checkpoint: .*checkpoint.pt. Delete it to train this fold again from the start"
+    ):
         go(world, run)
 
 
 def test_an_unknown_optimizer_is_told(world: World, tmp_path: Path) -> None:
-    with pytest.raises(MelfoldError, match="timm refuses optimizer adammm: .*Mend train.optimizer"):
+    with pytest.raises(MelfoldError, match="timm refuses optimizer adammm: .*Check train.optimizer"):
         go(world, world.start(tmp_path, "train.optimizer=adammm"))
 
 
 def test_full_trains_on_every_clip_and_has_no_oof(world: World, tmp_path: Path) -> None:
     run = world.start(tmp_path)
     folder = go(world, run, FULL)
-    assert {p.name for p in folder.path.iterdir()} == LEFT - {"oof.csv"}
+    assert {p.name for p in folder.path.iterdir()} == LEFT - {"oof.csv", "oof.json"}
     result = json.loads(folder.result.read_text())
     assert result["clips"] == len(world.competition.curated)
     assert "lwlrap" not in result

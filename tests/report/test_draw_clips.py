@@ -6,13 +6,17 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import librosa
+import numpy as np
 import pytest
 
-from melfold.config import Recipe
+from melfold.config import LogMelConfig, Recipe
 from melfold.data.competition import Competition, load_competition
+from melfold.data.logmel import build_cache, npy_path
 from melfold.errors import MelfoldError
+from melfold.files import Home
 from melfold.recipes import load_recipe
-from melfold.report.clips import draw_clips
+from melfold.report.clips import band_of, draw_clips
 
 
 @pytest.fixture
@@ -50,6 +54,30 @@ def test_another_sound_is_another_picture(competition: Competition, recipe: Reci
     draw_clips(competition, [competition.curated.index[0]], recipe, tmp_path / "again.png")
     assert (tmp_path / "0.png").read_bytes() == (tmp_path / "again.png").read_bytes()
     assert (tmp_path / "0.png").read_bytes() != (tmp_path / "1.png").read_bytes()
+
+
+def test_a_cached_log_mel_is_drawn_unless_its_audio_changed(competition: Competition, recipe: Recipe, tmp_path: Path) -> None:
+    home, fname = Home(tmp_path / "home"), competition.curated.index[0]
+    array = npy_path(build_cache(competition, recipe.logmel, home, jobs=1), fname)
+    pictures = []
+
+    def draw() -> bytes:
+        path = tmp_path / f"{len(pictures)}.png"
+        draw_clips(competition, [fname], recipe, path, home)
+        pictures.append(path.read_bytes())
+        return pictures[-1]
+
+    first = draw()
+    np.save(array, np.full_like(np.load(array), -30))
+    assert draw() != first
+    competition.curated.at[fname, "path"].touch()
+    assert draw() not in pictures[1:-1]
+
+
+@pytest.mark.parametrize("config", [LogMelConfig(), LogMelConfig(sr=16_000, fmin=300, fmax=8000, n_mels=40, htk=True)])
+def test_frequencies_are_at_the_centres_of_librosas_bands(config: LogMelConfig) -> None:
+    centres = librosa.mel_frequencies(config.n_mels + 2, fmin=config.fmin, fmax=config.fmax, htk=config.htk)[1:-1]
+    np.testing.assert_allclose([band_of(hz, config) for hz in centres], np.arange(config.n_mels), atol=1e-6)
 
 
 def test_an_unknown_or_unreadable_clip_is_refused_and_nothing_is_written(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+
 from melfold.cli.options import HomeOpt, JsonOpt
 from melfold.cli.output import bar, command, note, print_json
-
 from melfold.errors import MelfoldError
 from melfold.files import Home
 

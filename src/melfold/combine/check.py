@@ -11,6 +11,7 @@ import pandas as pd
 
 from melfold.data.competition import Competition
 from melfold.errors import MelfoldError
+from melfold.facts import split_labels
 from melfold.metrics import interval_of, lwlrap
 from melfold.probs import Probs, read_probs
 
@@ -18,12 +19,14 @@ log = logging.getLogger(__name__)
 
 
 def check_submission(path: Path, competition: Competition) -> Probs:
-    """Hold any CSV against what the competition takes.
+    """Check any CSV against what the competition accepts.
 
     Raises:
         MelfoldError: with a line for each problem: columns, rows, their order, duplicates, values that are not finite
             numbers in 0..1, or rows in which all labels tie.
     """
+    if not path.is_file():
+        raise MelfoldError("no such file", str(path), "Give the path of a CSV")
     problems: list[MelfoldError] = []
     try:
         with path.open(newline="") as file:
@@ -40,7 +43,7 @@ def check_submission(path: Path, competition: Competition) -> Probs:
     rows, asked = list(table["fname"]), list(competition.test.index)
     if len(set(rows)) < len(rows):
         problems.append(
-            MelfoldError(f"{path.name}: clips stand twice", f"{len(rows) - len(set(rows))}, first {_first_twice(rows)}")
+            MelfoldError(f"{path.name}: duplicate clips", f"{len(rows) - len(set(rows))}, first {_first_twice(rows)}")
         )
     for what, odd in (("clips missing", set(asked) - set(rows)), ("unknown clips", set(rows) - set(asked))):
         if odd:
@@ -84,10 +87,12 @@ def score_submission(path: Path, truth: Path) -> pd.DataFrame:
     try:
         table = pd.read_csv(truth, dtype=str, encoding="utf-8-sig", keep_default_na=False)
         table = table.set_index("fname", verify_integrity=True)
-        usage, labels = table["usage"], table["labels"].str.split(",")
-    except (OSError, KeyError, ValueError) as error:
+        usage, labels = table["usage"], table["labels"].map(split_labels)
+    except OSError as error:
+        raise MelfoldError("cannot read the truth", f"{truth} ({error.strerror})", "Give the published table: --truth") from None
+    except (KeyError, ValueError) as error:
         raise MelfoldError(f"{truth} is no truth table", str(error), "It needs fname, labels and usage") from None
-    unknown = {label for own in labels for label in own} - set(probs.columns)
+    unknown = {label for own in labels for label in own or ("",)} - set(probs.columns)  # a clip without labels is refused too
     if unknown:
         raise MelfoldError(f"{truth} has labels that {path} lacks", ", ".join(sorted(unknown)[:5]))
     rows = []

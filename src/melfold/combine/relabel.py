@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from melfold.errors import MelfoldError
+from melfold.facts import join_labels
 from melfold.files import write_text
 from melfold.learn.predictions import Prediction
 from melfold.probs import Probs, align
@@ -76,7 +77,7 @@ def write_corrections(path: Path, doubts: pd.DataFrame, run: str) -> None:
     if path.exists():
         raise MelfoldError("the file exists already", str(path), "It may hold your own work: choose another name")
     rows = [
-        (fname, ",".join(row.suggested or row.labels), f"{run}: {_why(row)}, doubt {row.doubt:.1f}")
+        (fname, join_labels(row.suggested or row.labels), f"{run}: {_why(row)}, doubt {row.doubt:.1f}")
         for fname, row in zip(doubts.index, doubts.itertuples(), strict=True)
     ]
     table = pd.DataFrame(rows, columns=["fname", "labels", "why"])

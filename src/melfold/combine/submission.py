@@ -13,6 +13,7 @@ from melfold.artefacts import Artefact, differences, listed, summary
 from melfold.combine.check import check_submission
 from melfold.data.competition import Competition
 from melfold.errors import MelfoldError
+from melfold.facts import facts_of
 from melfold.files import Home, digest, sha256_file
 from melfold.learn.predictions import Prediction
 from melfold.learn.runs import FULL, Run
@@ -173,9 +174,10 @@ def standing_of(runs: Sequence[Run]) -> Standing:
     track = "open" if any(info.track == "open" for info in infos) else "scratch"
     licences = sorted({part for info in infos for part in info.licence.split(", ") if part})
     breaks = []
-    if track == "open":
+    rules = facts_of(runs[0].info.labels)
+    if track == "open" and not rules.external_data:
         theirs = ", ".join(run.name for run in runs if run.info.track == "open")
-        breaks.append(f"no pretrained models and no external data ({theirs})")
+        breaks.append(f"{rules.external_data_rule} ({theirs})")
     if "unknown" in licences:
         breaks.append("the licence of its first weights is not known: name it with --set model.licence=…")
     if bound := [licence for licence in licences if re.search(r"(?i)\bnc\b|non-?commercial", licence)]:

@@ -1,4 +1,4 @@
-"""Stretches of cached log-mels: random crops and evaluation windows start here."""
+"""Parts of cached log-mels, and where evaluation windows start."""
 
 from __future__ import annotations
 
@@ -10,14 +10,23 @@ from typing import Literal
 
 import numpy as np
 
-from melfold.data.logmel import NPY_HEADER, npy_path, read_manifest
+from melfold.data.cache import NPY_HEADER, npy_path, read_manifest
 from melfold.errors import MelfoldError
 
 Pad = Literal["wrap", "floor"]
 
 
 class ClipStore:
-    """Reads stretches of cached log-mels, each with one contiguous read; holds none of them in memory."""
+    """Reads parts of cached log-mels, each with one contiguous read, and keeps none of them in memory.
+
+    Args:
+        folder: of the cache.
+        fnames: the clips; a row number stands for a position in this list.
+        top_db: how far below its peak a clip's floor is, in dB; None for a floor of -100 dB.
+
+    Raises:
+        MelfoldError: clips that are not in the cache.
+    """
 
     def __init__(self, folder: Path, fnames: Sequence[str], n_mels: int, top_db: float | None) -> None:
         manifest = read_manifest(folder)
@@ -34,11 +43,11 @@ class ClipStore:
         self._mean_square = table["mean_square_db"].to_numpy(np.float64)
 
     def head(self, count: int) -> ClipStore:
-        """The first clips alone."""
+        """Only the first clips."""
         return self._part(slice(count))
 
     def tail(self, count: int) -> ClipStore:
-        """The last clips alone."""
+        """Only the last clips."""
         return self._part(slice(len(self.fnames) - count, None))
 
     def _part(self, part: slice) -> ClipStore:
@@ -54,7 +63,7 @@ class ClipStore:
         return mean, float(np.sqrt(max(share @ self._mean_square - mean**2, 1e-6)))
 
     def read(self, row: int, start: int, out: np.ndarray, pad: Pad) -> None:
-        """Fill `out`, float16 `(frames, n_mels)`, with a clip from `start`; what lies outside the clip is padded."""
+        """Fill `out`, float16 `(frames, n_mels)`, with a clip from frame `start` on; what is outside the clip is padded."""
         frames, length = int(self.frames[row]), len(out)
         if start >= 0 and start + length <= frames:
             self._read(row, start, out)
@@ -79,7 +88,7 @@ class ClipStore:
 
 
 def tile(log_mel: np.ndarray, length: int, pad: Pad, top_db: float | None) -> np.ndarray:
-    """The first evaluation window of a log-mel in memory, as `ClipStore.read` gives it: `(length, n_mels)`."""
+    """The first evaluation window `(length, n_mels)` of a log-mel in memory, the same as `ClipStore.read` gives."""
     frames = len(log_mel)
     (start, *_) = window_starts(frames, length, 0.0, 0, pad)
     if pad == "wrap" or frames >= length:
@@ -89,7 +98,7 @@ def tile(log_mel: np.ndarray, length: int, pad: Pad, top_db: float | None) -> np
 
 
 def window_starts(frames: int, length: int, overlap: float, shift: int, pad: Pad) -> list[int]:
-    """Where evaluation windows begin, spread evenly from a clip's begin to its end, all moved by `shift` frames."""
+    """Start frames of the evaluation windows, spread evenly over a clip, all moved by `shift` frames."""
     spare = frames - length
     if spare <= 0:
         return [shift % frames] if pad == "wrap" else [min(max(spare // 2 + shift, spare), 0)]

@@ -1,12 +1,11 @@
-"""The competition's download: its tables, validated at the door, and where each clip's audio is."""
+"""A competition's download: its tables, validated when they are read, and where each clip's audio is."""
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,14 +13,13 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from melfold.config import Recipe
 from melfold.errors import MelfoldError
+from melfold.facts import Facts, facts_of, join_labels, split_labels
 
 Split = Literal["curated", "noisy", "test"]
 SPLITS: tuple[Split, ...] = ("curated", "noisy", "test")
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg")
-
-_FAT2019_LABELS = "15715fa5"
-"""The start of the SHA-256 of FAT2019's 80 labels, one a line: its caches and folds carry its name wherever it lies."""
 
 _KAGGLE = {"curated": "train_curated", "noisy": "train_noisy", "test": "test"}
 
@@ -30,8 +28,8 @@ _KAGGLE = {"curated": "train_curated", "noisy": "train_noisy", "test": "test"}
 class Competition:
     """A validated download.
 
-    `curated`, `noisy` and `test` are indexed by `fname`, with `labels` (a tuple of names; not for `test`) and `path`.
-    `noisy` is empty where the download has none. `test` is in the submission's order.
+    `curated`, `noisy` and `test` are indexed by `fname`, with the columns `labels` (a tuple of names; not in `test`) and `path`.
+    `noisy` is empty if the download has no noisy clips. `test` is in the order of the submission.
     """
 
     name: str
@@ -41,8 +39,13 @@ class Competition:
     noisy: pd.DataFrame
     test: pd.DataFrame
 
+    @property
+    def facts(self) -> Facts:
+        """What is known of this competition, which is recognised by its labels."""
+        return facts_of(self.labels)
+
     def split(self, name: Split) -> pd.DataFrame:
-        """The table of a split by its name."""
+        """The table of a split."""
         return {"curated": self.curated, "noisy": self.noisy, "test": self.test}[name]
 
     def targets(self, name: Literal["curated", "noisy"] = "curated") -> pd.DataFrame:
@@ -51,7 +54,7 @@ class Competition:
 
 
 def multi_hot(labels_of: pd.Series, labels: Sequence[str]) -> pd.DataFrame:
-    """Tuples of label names by clip -> float32 `(clips, labels)` of 0 and 1."""
+    """Float32 `(clips, labels)` of 0 and 1, from each clip's tuple of label names."""
     column = {label: i for i, label in enumerate(labels)}
     values = np.zeros((len(labels_of), len(labels)), np.float32)
     for row, own in enumerate(labels_of):
@@ -59,11 +62,23 @@ def multi_hot(labels_of: pd.Series, labels: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(values, index=labels_of.index, columns=list(labels))
 
 
+def with_bad_clips(recipe: Recipe, competition: Competition) -> Recipe:
+    """A recipe that also leaves out the known bad clips of a competition, as far as its tables hold them.
+
+    A reason that the recipe itself gives for a clip is kept.
+    """
+    bad = {f: why for f, why in competition.facts.bad_clips.items() if f in competition.curated.index}
+    exclude = bad | recipe.data.exclude
+    if exclude == recipe.data.exclude:
+        return recipe
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"exclude": exclude})})
+
+
 def load_competition(root: Path) -> Competition:
     """Read and validate a download in Kaggle's or Zenodo's layout.
 
     Raises:
-        MelfoldError: with one line for each problem found in the tables and folders.
+        MelfoldError: one line for each problem in the tables and folders.
     """
     layout = _Layout.find(root)
     problems: list[MelfoldError] = []
@@ -71,7 +86,7 @@ def load_competition(root: Path) -> Competition:
     tables: dict[str, pd.DataFrame] = {}
     for split in SPLITS:
         if split == "noisy" and not layout.tables[split].exists() and not _audio_folder(layout.audio[split]).exists():
-            tables[split] = pd.DataFrame({"labels": [], "path": []}, index=pd.Index([], name="fname", dtype=str))
+            tables[split] = _no_clips()
             continue
         rows = _read_rows(layout.tables[split], split != "test", problems)
         if rows is None:
@@ -87,9 +102,9 @@ def load_competition(root: Path) -> Competition:
 
 
 def read_test(root: Path) -> Competition:
-    """Labels and test rows of a download alone, for where a submission must come out whatever is missing.
+    """Only the labels and test rows of a download, for a submission that must be made whatever else is missing.
 
-    The training tables are empty and a clip without a file has the path None.
+    The training tables are empty. The path of a clip without a file is None.
 
     Raises:
         MelfoldError: a sample submission or test table that cannot be used.
@@ -104,8 +119,12 @@ def read_test(root: Path) -> Competition:
         raise MelfoldError.many(problems)
     paths = _find_audio(rows.index, layout.audio["test"], "", [])
     test = rows.assign(path=pd.Series([paths.get(f) for f in rows.index], index=rows.index, dtype=object))
-    empty = pd.DataFrame({"labels": [], "path": []}, index=pd.Index([], name="fname", dtype=str))
-    return Competition(_name(root, labels), root, labels, empty, empty, test if layout.sample else test.sort_index())
+    test = test if layout.sample else test.sort_index()
+    return Competition(_name(root, labels), root, labels, _no_clips(), _no_clips(), test)
+
+
+def _no_clips() -> pd.DataFrame:
+    return pd.DataFrame({"labels": [], "path": []}, index=pd.Index([], name="fname", dtype=str))
 
 
 @dataclass(frozen=True)
@@ -114,14 +133,14 @@ class _Layout:
     audio: dict[str, Path]
     vocabulary: Path
     sample: bool
-    """Whether labels and test rows come from `sample_submission.csv`."""
+    """Whether the labels and test rows come from `sample_submission.csv`."""
 
     @classmethod
     def find(cls, root: Path) -> _Layout:
         if root.is_file():
-            raise MelfoldError("a file is no data folder", str(root), "Unpack it, and give the folder")
+            raise MelfoldError("not a folder", str(root), "Unpack it and give the folder")
         if not root.is_dir():
-            raise MelfoldError("no such data folder", str(root), "Give the folder that holds the competition's download")
+            raise MelfoldError("no such data folder", str(root), "Give the folder of the competition's download")
         if (meta := root / "FSDKaggle2019.meta").is_dir():
             return cls(
                 {s: meta / f"{n}_post_competition.csv" for s, n in _KAGGLE.items()},
@@ -132,7 +151,7 @@ class _Layout:
         sample = root / "sample_submission.csv"
         if not sample.exists():
             raise MelfoldError(
-                f"{root} is no competition download",
+                f"{root} is not a competition download",
                 "neither sample_submission.csv (Kaggle's layout) nor FSDKaggle2019.meta/ (Zenodo's)",
                 "Give the folder that holds one of them",
             )
@@ -140,10 +159,8 @@ class _Layout:
         return cls(tables, {s: root / n for s, n in _KAGGLE.items()}, sample, sample=True)
 
 
-def _name(root: Path, labels: Iterable[str]) -> str:
-    if hashlib.sha256("\n".join(labels).encode()).hexdigest().startswith(_FAT2019_LABELS):
-        return "fat2019"
-    return re.sub(r"[^a-z0-9]+", "_", root.resolve().name.lower()).strip("_") or "competition"
+def _name(root: Path, labels: Sequence[str]) -> str:
+    return facts_of(labels).name or re.sub(r"[^a-z0-9]+", "_", root.resolve().name.lower()).strip("_") or "competition"
 
 
 def _read_vocabulary(layout: _Layout, problems: list[MelfoldError]) -> tuple[str, ...]:
@@ -173,10 +190,10 @@ def _read_vocabulary(layout: _Layout, problems: list[MelfoldError]) -> tuple[str
 
 
 def _read_rows(path: Path, labelled: bool, problems: list[MelfoldError]) -> pd.DataFrame | None:
-    """`fname` (and `labels`) of a table, or None with the problem noted."""
+    """`fname` (and `labels`) of a table, or None with a problem added."""
     columns = ["fname", "labels"] if labelled else ["fname"]
     try:
-        # Of the test tables only `fname` is read: the truth after the competition is for scoring alone.
+        # Only `fname` is read from a test table: the labels published after the competition are for scoring only.
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
             missing = [c for c in columns if c not in (reader.fieldnames or [])]
@@ -201,14 +218,14 @@ def _read_rows(path: Path, labelled: bool, problems: list[MelfoldError]) -> pd.D
         return None
     table = pd.DataFrame(rows, columns=columns).set_index("fname")
     if labelled:
-        table["labels"] = [tuple(text.split(",")) if text else () for text in table["labels"]]
+        table["labels"] = [split_labels(text) for text in table["labels"]]
     return table
 
 
 def _check_rows(table: pd.DataFrame, name: str, labels: set[str] | None, problems: list[MelfoldError]) -> None:
     for fname, count in Counter(table.index).items():
         if count > 1:
-            problems.append(MelfoldError(f"{name}: duplicated fname", f"{fname} ({count} rows)"))
+            problems.append(MelfoldError(f"{name}: duplicate fname", f"{fname} ({count} rows)"))
         if not fname or "/" in fname or "\\" in fname or fname.startswith("."):
             problems.append(MelfoldError(f"{name}: fname must be a plain file name", repr(fname)))
         elif not fname.lower().endswith(AUDIO_SUFFIXES):
@@ -219,14 +236,14 @@ def _check_rows(table: pd.DataFrame, name: str, labels: set[str] | None, problem
         if not own:
             problems.append(MelfoldError(f"{name}: no labels", str(fname)))
         elif len(set(own)) < len(own):
-            problems.append(MelfoldError(f"{name}: a label stands twice", f"{fname}: {','.join(own)}"))
+            problems.append(MelfoldError(f"{name}: duplicate label", f"{fname}: {join_labels(own)}"))
         for label in own:
             if labels and label not in labels:
                 problems.append(MelfoldError(f"{name}: unknown label", f"{label!r} of {fname}"))
 
 
 def _audio_folder(folder: Path) -> Path:
-    """Some mounts nest a folder in itself."""
+    """The folder, or the one of the same name inside it, as in some mounts."""
     nested = folder / folder.name
     return nested if nested.is_dir() else folder
 
@@ -246,11 +263,11 @@ def _find_audio(fnames: pd.Index, folder: Path, table: str, problems: list[Melfo
 
 
 def _check_across(tables: dict[str, pd.DataFrame], problems: list[MelfoldError]) -> None:
-    """Cached arrays are named by stem, so that one may stand only once."""
+    """Cached arrays are named by stem, so a stem must be unique."""
     seen: dict[str, str] = {}
     for split, table in tables.items():
         for fname in dict.fromkeys(table.index):
             stem = fname.rsplit(".", 1)[0]
             if stem in seen:
-                problems.append(MelfoldError("two clips share a name", f"{fname} in {split}, {seen[stem]}"))
+                problems.append(MelfoldError("two clips have the same name", f"{fname} in {split}, {seen[stem]}"))
             seen[stem] = f"{fname} in {split}"

@@ -1,4 +1,4 @@
-"""A synthetic competition, small enough to try the whole road in minutes: the same layout, tables and traits as the real one."""
+"""A synthetic competition, small enough to try every stage in minutes. Layout, tables and quirks are as in the real one."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import numpy as np
 import scipy.signal
 
 from melfold.errors import MelfoldError
+from melfold.facts import join_labels
 from melfold.files import atomic_path, write_text
 
 SR = 16_000
 CURATED, NOISY, TEST = 150, 60, 60
-_DONE = "README.txt"
+_DONE = "README.txt"  # written last
 
 Sound = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 """(times in seconds, generator) -> samples of about unit power."""
@@ -84,7 +85,7 @@ SOUNDS: dict[str, Sound] = {
 def write_demo(root: Path, seed: int = 0) -> Path:
     """Write the synthetic competition in Kaggle's layout: the same bytes for the same seed.
 
-    `test_post_competition.csv` holds the truth of the test clips, for scoring alone. A folder that is complete is left.
+    `test_post_competition.csv` holds the labels of the test clips, for scoring only. A complete folder is left as it is.
 
     Raises:
         MelfoldError: the folder holds something else.
@@ -92,7 +93,7 @@ def write_demo(root: Path, seed: int = 0) -> Path:
     if (root / _DONE).exists():
         return root
     if root.exists() and any(root.iterdir()) and not (root / "sample_submission.csv").exists():
-        raise MelfoldError("the demo's folder holds something else", str(root), "Give another --home")
+        raise MelfoldError("the folder for the demo holds something else", str(root), "Choose another --home")
     rng = np.random.default_rng(seed)
     names = [f"{n:08x}.wav" for n in rng.choice(2**32, CURATED + NOISY + TEST, replace=False)]
     curated = [(name, _draw_labels(i, rng, 0.15)) for i, name in enumerate(names[:CURATED])]
@@ -102,9 +103,9 @@ def write_demo(root: Path, seed: int = 0) -> Path:
         for name, labels in rows:
             _write_wav(root / folder / name, _mix(labels, rng, dull=folder == "train_noisy"))
     wrong = [(name, labels if rng.random() < 0.6 else _draw_labels(int(rng.integers(99)), rng, 0)) for name, labels in noisy]
-    _write_table(root / "train_curated.csv", ["fname", "labels"], [(n, ",".join(ls)) for n, ls in curated])
-    _write_table(root / "train_noisy.csv", ["fname", "labels"], [(n, ",".join(ls)) for n, ls in wrong])
-    truth = [(n, ",".join(ls), "Public" if rng.random() < 0.25 else "Private") for n, ls in test]
+    _write_table(root / "train_curated.csv", ["fname", "labels"], [(n, join_labels(ls)) for n, ls in curated])
+    _write_table(root / "train_noisy.csv", ["fname", "labels"], [(n, join_labels(ls)) for n, ls in wrong])
+    truth = [(n, join_labels(ls), "Public" if rng.random() < 0.25 else "Private") for n, ls in test]
     _write_table(root / "test_post_competition.csv", ["fname", "labels", "usage"], truth)
     _write_table(root / "sample_submission.csv", ["fname", *SOUNDS], [(n, *[0] * len(SOUNDS)) for n, _ in test])
     write_text(root / _DONE, "A synthetic competition made by `melfold demo`: not real recordings.\n")

@@ -1,4 +1,4 @@
-"""The kaggle CLI as a subprocess: the only room that calls it.
+"""The kaggle CLI as a subprocess: the only module that calls it.
 
 Success is decided by the exit code *and* by what the CLI printed, since it exits with 0 on many failures. Every call has a
 timeout, since the CLI has none. Only calls that change nothing are repeated.
@@ -24,15 +24,16 @@ from pathlib import Path
 from typing import Literal
 
 from melfold.errors import MelfoldError
+from melfold.facts import DEFAULT, facts_of
 
-COMPETITION = "freesound-audio-tagging-2019"
+COMPETITION = facts_of(DEFAULT).slug
 
 Outcome = Literal["refused", "doubtful"]
-"""What a failed call left behind: nothing, or nobody knows."""
+"""What a failed call left behind: nothing, or something unknown."""
 
 
 class KaggleError(MelfoldError):
-    """A failed call. `outcome`: whether it may have taken effect all the same."""
+    """A failed call. `outcome`: whether it may have taken effect anyway."""
 
     def __init__(self, what: str, found: str = "", fix: str = "", *, outcome: Outcome = "refused", code: int = 0) -> None:
         super().__init__(what, found, fix)
@@ -59,7 +60,7 @@ class Kaggle:
 
     Args:
         timeout: seconds for a call that moves little; uploads get more.
-        pace: all waits between calls are multiplied by this: tests are in a hurry.
+        pace: all waits between calls are multiplied by this; tests use less than 1.
     """
 
     competition: str = COMPETITION
@@ -114,14 +115,14 @@ class Kaggle:
         return next((s for s in self.submissions() if tag in s.description), None)
 
     def submit_file(self, path: Path, message: str) -> None:
-        """Spend a submission on a file."""
+        """Submit a file."""
         out = self._run(
             ["competitions", "submit", self.competition, "-f", str(path), "-m", message, "-q"], timeout=5 * self.timeout
         )
         self._submitted(out)
 
     def submit_kernel(self, kernel: str, version: int, file_name: str, message: str) -> None:
-        """Spend a submission on a kernel version's output."""
+        """Submit the output of a kernel version."""
         args = ["-k", kernel, "-v", str(version), "-f", file_name, "-m", message, "-q"]
         self._submitted(self._run(["competitions", "submit", self.competition, *args]))
 
@@ -134,7 +135,7 @@ class Kaggle:
             raise KaggleError("kaggle: neither success nor failure", _last_line(out) or "no output", outcome="doubtful")
 
     def download(self, folder: Path, *, stall: float = 600) -> Path:
-        """The competition's files as one archive in `folder`; a partial one is gone on with.
+        """The competition's files as one archive in `folder`; a partial download is continued.
 
         Args:
             stall: seconds without a new byte after which the CLI is started again.
@@ -147,7 +148,7 @@ class Kaggle:
         self._run(args, safe=True, timeout=stall, growing=folder)
         found = sorted(folder.glob("*.zip"))
         if partial := sorted(folder.glob("*.kaggle-partial")):
-            raise KaggleError("kaggle: the download is not whole", partial[0].stem, "Run the command again: it goes on")
+            raise KaggleError("kaggle: the download is incomplete", partial[0].stem, "Run the command again to continue it")
         if not found:
             raise KaggleError("kaggle: nothing was downloaded", ", ".join(p.name for p in folder.iterdir()) or "an empty folder")
         return found[0]
@@ -177,7 +178,7 @@ class Kaggle:
         self._published(self._run(["datasets", "create", "-p", str(folder)], timeout=30 * self.timeout))
 
     def version_dataset(self, folder: Path, notes: str) -> None:
-        """A new version, which replaces all files of the one before."""
+        """A new version, which replaces all files of the previous one."""
         self._published(self._run(["datasets", "version", "-p", str(folder), "-m", notes], timeout=30 * self.timeout))
 
     def _published(self, out: str) -> None:
@@ -199,7 +200,7 @@ class Kaggle:
         if not version:
             raise KaggleError("kaggle: the kernel was not pushed", _last_line(out) or "no output", _KERNEL_HINT)
         if "does not resolve to the specified id" in out:
-            raise KaggleError("kaggle: the kernel's title does not give its slug", str(folder), "Build it anew")
+            raise KaggleError("kaggle: the kernel's title does not give its slug", str(folder), "Build it again")
         return int(version[1])
 
     def kernel_status(self, kernel: str) -> tuple[str, str]:
@@ -223,7 +224,7 @@ class Kaggle:
         """Run the CLI. Returns: what it printed.
 
         Args:
-            safe: repeating changes nothing, so a doubtful failure is tried again, four times in all.
+            safe: repeating changes nothing, so a doubtful failure is repeated, up to four calls in all.
             growing: the timeout counts from the last new byte in this folder.
         """
         for attempt in range(4):
@@ -239,7 +240,7 @@ class Kaggle:
     def _once(self, args: Sequence[str], timeout: float, growing: Path | None) -> str:
         what = f"kaggle {' '.join(args[:2])}"
         command = [_executable(), "-W", *args]
-        # The CLI remembers half-finished uploads below TMPDIR, and drops a file in silence where Kaggle has forgotten it.
+        # The CLI remembers half-finished uploads below TMPDIR, and silently leaves a file out if Kaggle has forgotten it.
         with tempfile.TemporaryDirectory(prefix="melfold-kaggle-") as scratch:
             return self._call(what, command, timeout, growing, os.environ | {"TMPDIR": scratch, "PYTHONWARNINGS": "ignore"})
 
@@ -250,7 +251,7 @@ class Kaggle:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,  # a Ctrl-C for melfold must not cut a call in two
+            start_new_session=True,  # Ctrl-C must not interrupt a call
         )
         try:
             out = _communicate(process, timeout, growing)
@@ -357,10 +358,10 @@ def _secrets() -> set[str]:
 def wait_until(
     client: Kaggle, look: Callable[[], bool], *, minutes: float, first: float = 5, most: float = 60, tell: Callable[[], None]
 ) -> bool:
-    """Look again and again, less and less often. Returns: whether it came true in time."""
-    begun, pause = time.monotonic(), first
+    """Call `look` until it returns true, less and less often. Returns: whether it did so in time."""
+    started, pause = time.monotonic(), first
     while not look():
-        if time.monotonic() - begun > 60 * minutes:
+        if time.monotonic() - started > 60 * minutes:
             return False
         tell()
         client.wait(pause)

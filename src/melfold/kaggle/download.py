@@ -1,4 +1,4 @@
-"""The competition's files: downloaded, verified, unpacked; every step goes on where it was stopped."""
+"""The competition's files: downloaded, verified, unpacked; every step continues where it was stopped."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _DONE = ".melfold-downloaded"
 def download(client: Kaggle, target: Path, *, progress: Progress = silent) -> Path:
     """Download a competition into a folder, in Kaggle's layout. A folder that is complete is left as it is.
 
-    The archive's checksums are held against every file that is unpacked; an archive within it is unpacked into a folder of its
-    name, and both are removed when all is there.
+    Every unpacked file is checked against the archive's checksum. An archive within it is unpacked into a folder of its name;
+    both are removed at the end.
 
     Returns:
         The folder.
 
     Raises:
-        MelfoldError: no credentials, rules not accepted, a broken archive, too little room.
+        MelfoldError: no credentials, rules not accepted, a broken archive, too little disk space.
     """
     if (target / _DONE).exists():
         return target
-    parts = target.with_name(f".{target.name}.download")  # beside it, so that a refused download leaves no empty competition
+    parts = target.with_name(f".{target.name}.download")  # beside it, so that a refused download leaves no empty folder
     with locked(parts / ".lock", lambda: log.warning("waiting for another download into %s", target)):
         if (target / _DONE).exists():
             return target
@@ -56,10 +56,12 @@ def _unpack(archive: Path, target: Path, progress: Progress) -> None:
         with zipfile.ZipFile(archive) as pack:
             members = [m for m in pack.infolist() if not m.is_dir()]
             todo = [m for m in members if not _there(target, m)]
-            room, wanted = shutil.disk_usage(archive.parent).free, sum(m.file_size for m in todo)
-            if wanted > room:
+            free, wanted = shutil.disk_usage(archive.parent).free, sum(m.file_size for m in todo)
+            if wanted > free:
                 raise MelfoldError(
-                    f"no room to unpack {archive.name}", f"{wanted / 1e9:.1f} GB wanted, {room / 1e9:.1f} GB free", "Make room"
+                    f"not enough disk space to unpack {archive.name}",
+                    f"{wanted / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free",
+                    "Free some",
                 )
             for number, member in enumerate(todo):
                 path = _place(target, member)
@@ -67,11 +69,11 @@ def _unpack(archive: Path, target: Path, progress: Progress) -> None:
                 if number == 0 or path.parent != _place(target, todo[number - 1]).parent:
                     remove_leftovers(path.parent)
                 with pack.open(member) as source, atomic_path(path, durable=False) as temporary, temporary.open("wb") as out:
-                    shutil.copyfileobj(source, out, 1 << 20)  # the last read holds the checksum against the archive's
+                    shutil.copyfileobj(source, out, 1 << 20)  # the last read checks the checksum
                 progress(number + 1, len(todo), f"unpacking {archive.name}")
     except zipfile.BadZipFile as error:
         archive.unlink()
-        raise MelfoldError("a broken download, which is removed", f"{archive.name}: {error}", "Run the command again") from None
+        raise MelfoldError("a broken download was removed", f"{archive.name}: {error}", "Run the command again") from None
 
 
 def _place(target: Path, member: zipfile.ZipInfo) -> Path:

@@ -1,4 +1,4 @@
-"""The record of submissions: one row each, written before Kaggle is called and settled after."""
+"""The record of submissions: one row each, written before Kaggle is called and completed afterwards."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from melfold.files import Home, locked, write_text
 from melfold.kaggle.client import Submission
 
 STATUSES = ("pending", "submitted", "complete", "error", "refused", "unknown")
-"""`pending`: Kaggle is being called. `submitted`: it has it, no score yet. `complete`: scored. `error`: it could not score it.
-`refused`: it did not take it. `unknown`: nobody knows whether it took it; looked for again at every sync, never repeated."""
+"""`pending`: Kaggle is being called. `submitted`: accepted, no score yet. `complete`: scored. `error`: could not be scored.
+`refused`: not accepted. `unknown`: accepted or not; every sync looks for it again, and it is never repeated."""
 
 SPENT = ("submitted", "complete", "error")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A submission as text, just as `ledger.csv` holds it; what is not known is empty."""
+    """A row of `ledger.csv`, as text; unknown values are empty."""
 
     tag: str
     id: str
@@ -62,14 +62,14 @@ class Ledger:
         """All rows, oldest first.
 
         Raises:
-            MelfoldError: a table of other columns, or a status that is none.
+            MelfoldError: a table with other columns, or an unknown status.
         """
         if not self.path.exists():
             return []
         with self.path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             if reader.fieldnames != COLUMNS:
-                raise MelfoldError(f"{self.path} has other columns", ", ".join(reader.fieldnames or []), "Mend it by hand")
+                raise MelfoldError(f"{self.path} has other columns", ", ".join(reader.fieldnames or []), "Fix the header by hand")
             rows = [Row(**row) for row in reader]
         for row in rows:
             if row.status not in STATUSES:
@@ -93,7 +93,7 @@ class Ledger:
         return next(row for row in rows if row.tag == tag)
 
     def settle(self, tag: str, found: Submission) -> Row:
-        """Write down what Kaggle says of a submission."""
+        """Record what Kaggle says about a submission."""
         status = {"COMPLETE": "complete", "ERROR": "error"}.get(found.status, "submitted")
         return self.update(
             tag, ref=found.ref, status=status, public_score=_text(found.public_score), private_score=_text(found.private_score)

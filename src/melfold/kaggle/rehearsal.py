@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,31 +21,33 @@ import numpy as np
 from melfold.combine.check import check_submission
 from melfold.data.competition import Competition
 from melfold.errors import MelfoldError
+from melfold.facts import DEFAULT, facts_of
 from melfold.files import Home, read_json, write_json, write_text
 from melfold.kaggle import sandbox
-from melfold.kaggle.kernels import Built
+from melfold.kaggle.built import Built
+from melfold.kernels.boot import NOT_STARTED
 from melfold.probs import read_probs
 
 log = logging.getLogger(__name__)
 
 Layout = Literal["nested", "flat"]
 LAYOUTS: tuple[Layout, ...] = ("nested", "flat")
-"""How Kaggle mounts inputs: below `competitions/`, `datasets/<owner>/`, `notebooks/<owner>/`, or all side by side."""
+"""How Kaggle mounts inputs: in `competitions/`, `datasets/<owner>/` and `notebooks/<owner>/`, or all side by side."""
 
-REAL_SECONDS = 12.9 * 3600 / 4481
+REAL_SECONDS = facts_of(DEFAULT).mean_test_seconds
 """The mean length of a FAT2019 test clip."""
 
-REAL_CLIPS = (1120, 3361)
+REAL_CLIPS = facts_of(DEFAULT).test_clips
 """Test clips of the two stages."""
 
-CLOSE = 1e-5
+MAX_DIFFERENCE = 1e-5
+"""Between a kernel's probabilities and those predicted at home."""
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a rehearsal found. `failures` empty: blessed."""
+class Rehearsal:
+    """What a rehearsal found."""
 
-    sha256: str
     isolation: str
     failures: list[str]
     seconds: float
@@ -54,7 +57,7 @@ class Report:
     log: str = ""
 
     @property
-    def blessed(self) -> bool:
+    def passed(self) -> bool:
         return not self.failures
 
 
@@ -67,55 +70,58 @@ def rehearse(
     isolation: str = "auto",
     keep: Path | None = None,
     python: Path | None = None,
-) -> Report:
-    """Run a kernel on a competition's real inputs in a fresh process and file tree, without a network.
+) -> Rehearsal:
+    """Run a kernel on a competition's real inputs in a new process and file tree, without a network.
 
-    The inference kernel runs whole in the newer mount layout and, up to its first submission, in the older one.
+    The inference kernel runs to its end in the nested mount layout, and up to its first submission in the flat one.
 
     Args:
-        competition: the download that is mounted; the truth of its test clips is not.
-        minutes: how long a training kernel is let run before it must save.
-        isolation: `namespaces`, `prefix` (a path prefix and an audit hook), or `auto`: namespaces where the system has them.
+        competition: the download that is mounted, without the truth of its test clips.
+        minutes: how long a training kernel may run before it must save.
+        isolation: `namespaces`, `prefix` (a path prefix and an audit hook), or `auto`: namespaces if the system has them.
+        keep: a folder for the kernel's output and log; without it, they are deleted.
         python: the interpreter of another environment, such as one with the versions of Kaggle's image.
-        keep: a folder for the kernel's working folder and log; without, they are thrown away.
 
     Returns:
-        The report, also left as `rehearsal.json` beside the kernel.
+        What was found; it is also written to `rehearsal.json` beside the kernel.
+
+    Raises:
+        MelfoldError: no built kernel, one that was changed after the build, or an input that is missing here.
     """
-    facts = built.facts
+    facts = built.verify()
+    training = facts["kind"] == "train"
+    limit = 60 * (minutes if training else max(facts["budget_minutes"].values()))
     if isolation == "auto":
         isolation = "namespaces" if sandbox.available() else "prefix"
-    failures: list[str] = []
+    equality, predicted = "", {}
     with tempfile.TemporaryDirectory(prefix="melfold-rehearsal-") as folder:
-        first = _Stage(built, competition, home, Path(folder) / "nested", "nested", isolation, python)
-        limit = 60 * minutes if facts["kind"] == "train" else 60 * max(facts["budget_minutes"].values())
-        done = first.run(limit, {"MELFOLD_MINUTES": str(minutes)} if facts["kind"] == "train" else {})
-        failures += done.failures
-        equality, predicted = "", {}
-        if not failures and facts["kind"] == "infer":
-            more, equality, predicted = _judge_infer(first.working, facts, competition, home)
-            failures += more
+        stages = (_Stage(built, competition, home, Path(folder) / layout, layout, isolation, python) for layout in LAYOUTS)
+        stage = next(stages)
+        run = stage.run(limit, {"MELFOLD_MINUTES": str(minutes)} if training else {})
+        failures = run.failures
+        if not failures and training:
+            failures = _judge_train(stage.working)
         elif not failures:
-            failures += _judge_train(first.working)
-        if not failures and facts["kind"] == "infer":
-            second = _Stage(built, competition, home, Path(folder) / "flat", "flat", isolation, python)
-            again = second.run(limit, {"MELFOLD_STOP_AFTER_SETUP": "1"})
-            failures += [f"in the flat layout: {failure}" for failure in again.failures]
-            if not again.failures and not (second.working / "submission.csv").exists():
-                failures.append("in the flat layout: no submission.csv")
+            failures, equality, predicted = _judge_infer(stage.working, facts, competition, home)
+            failures += _try_set_up(next(stages), limit) if not failures else []
         if keep:
             shutil.rmtree(keep, ignore_errors=True)
-            shutil.copytree(first.working, keep)
-            write_text(keep / "log.txt", done.log)
-    report = Report(
-        built.sha256, isolation, failures, round(done.seconds, 1), round(done.peak_mib), equality, predicted, done.log
-    )
-    write_json(built.folder / "rehearsal.json", asdict(report) | {"blessed": report.blessed})
-    return report
+            shutil.copytree(stage.working, keep)
+            write_text(keep / "log.txt", run.log)
+    found = Rehearsal(isolation, failures, round(run.seconds, 1), round(run.peak_mib), equality, predicted, run.log)
+    built.rehearsal_stamp.commit(built.inputs, passed=found.passed, **asdict(found))
+    return found
+
+
+def _try_set_up(stage: _Stage, limit: float) -> list[str]:
+    """Failures of a kernel that runs up to its first submission."""
+    run = stage.run(limit, {"MELFOLD_STOP_AFTER_SETUP": "1"})
+    failures = run.failures or ([] if (stage.working / "submission.csv").exists() else ["no submission.csv"])
+    return [f"in the {stage.layout} layout: {failure}" for failure in failures]
 
 
 @dataclass(frozen=True)
-class _Done:
+class _Run:
     failures: list[str]
     seconds: float
     peak_mib: float
@@ -135,14 +141,15 @@ class _Stage:
             path.mkdir(parents=True)
         write_text(self.watch / "sitecustomize.py", sandbox.WATCH)
         shutil.copy2(built.kernel / "kernel.py", root / "kaggle/src/script.py")
-        self.inputs = _inputs(built, competition, home, root, layout)
+        self.record = self.watch / "record.txt"
+        self.inputs = mounts(built, competition, home, root, layout)
 
-    def run(self, limit: float, extra: dict[str, str]) -> _Done:
-        """Run the script; kill it when it is over its limit."""
+    def run(self, limit: float, extra: dict[str, str]) -> _Run:
+        """Run the script; kill it when it exceeds its limit."""
         before = _state(self.inputs.values())
-        command, environment, notes = self._command(extra)
+        command, environment = self._command(extra)
         out = self.root / "log.txt"
-        begun = time.monotonic()
+        started = time.monotonic()
         with out.open("wb") as file:
             process = subprocess.Popen(
                 command,
@@ -154,34 +161,36 @@ class _Stage:
                 start_new_session=True,
             )
             try:
-                peak, late = _watch_process(process, 1.05 * limit + 20)
+                peak, late = sandbox.wait(process, 1.05 * limit + 20)
             finally:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
-        seconds = time.monotonic() - begun
+        seconds = time.monotonic() - started
         text = out.read_text(errors="replace")
         failures = []
         if late:
-            failures.append(f"it overruns its limit: still running after {seconds:.0f} s of {limit:.0f} s")
+            failures.append(f"it exceeds its time limit: still running after {seconds:.0f} s of {limit:.0f} s")
         elif process.returncode:
             tail = [line for line in text.splitlines() if line.strip()][-1:] or ["no output"]
             failures.append(f"it fails with exit code {process.returncode}: {tail[0][:300]}")
-        lines = sorted(set(notes.read_text().splitlines())) if notes.exists() else []
+        return _Run(failures + self._violations(before), seconds, peak, text)
+
+    def _violations(self, before: list[tuple[str, int, int]]) -> list[str]:
+        """Uses of the network and writes to the inputs, whose state was `before`."""
+        lines = sorted(set(self.record.read_text().splitlines())) if self.record.exists() else []
         network = [line.removeprefix("network: ") for line in lines if line.startswith("network: ")]
         counters = self.root / "counters"
         if not network and counters.exists() and int(counters.read_text() or 0):
             network = ["packets for which there was no route"]
-        if network:
-            failures.append(f"it reaches for the network: {network[0]}")
-        wrote = [line.removeprefix("inputs: ") for line in lines if line.startswith("inputs: ")]
-        if not wrote and _state(self.inputs.values()) != before:
-            wrote = ["files have changed"]
-        if wrote:
-            failures.append(f"it writes to its inputs: {wrote[0]}")
-        return _Done(failures, seconds, peak, text)
+        writes = [line.removeprefix("inputs: ") for line in lines if line.startswith("inputs: ")]
+        if not writes and _state(self.inputs.values()) != before:
+            writes = ["files have changed"]
+        found = [f"it uses the network: {network[0]}"] if network else []
+        return found + ([f"it writes to its inputs: {writes[0]}"] if writes else [])
 
-    def _command(self, extra: dict[str, str]) -> tuple[list[str], dict[str, str], Path]:
+    def _command(self, extra: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+        """The command, and its environment."""
         kept = ("PATH", "LANG", "LC_ALL", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "LD_LIBRARY_PATH")
         environment = {name: os.environ[name] for name in kept if name in os.environ} | extra
         spaces = self.isolation == "namespaces"
@@ -191,22 +200,19 @@ class _Stage:
             "TMPDIR": str(place / "tmp"),
             "PYTHONPATH": str(place / "watch"),
             "PYTHONDONTWRITEBYTECODE": "1",
-            "MELFOLD_WATCH": str(place / "watch/notes.txt"),
+            "MELFOLD_WATCH": str(place / "watch" / self.record.name),
             "MELFOLD_KERNEL_ROOT": str(place),
         }
         if not spaces:
-            for target, source in self.inputs.items():
-                path = self.root / target
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.symlink_to(source)
+            link_inputs(self.inputs, self.root)
             tops = [self.root / "kaggle/input", *self.inputs.values()]
             environment |= {"MELFOLD_REFUSE": "1", "MELFOLD_INPUTS": os.pathsep.join(map(str, tops))}
-            return [str(self.python), str(self.root / "kaggle/src/script.py")], environment, self.watch / "notes.txt"
+            return [str(self.python), str(self.root / "kaggle/src/script.py")], environment
         environment["MELFOLD_INPUTS"] = "/kaggle/input"
         prefixes = sorted({str(self.python.parents[1]), str(self.python.resolve().parents[1]), sys.base_prefix})
         binds = [
             [str(self.tmp), "/tmp", False],
-            # An interpreter below /tmp has to stay visible.
+            # An interpreter below /tmp must stay visible.
             *([prefix, prefix, True] for prefix in prefixes if Path(prefix).is_relative_to("/tmp")),
             [str(self.working), "/kaggle/working", False],
             [str(self.root / "kaggle/src"), "/kaggle/src", True],
@@ -223,14 +229,27 @@ class _Stage:
         }
         write_json(self.root / "spec.json", spec)
         command = [*sandbox.UNSHARE, sys.executable, sandbox.__file__, str(self.root / "spec.json")]
-        return command, os.environ.copy(), self.watch / "notes.txt"
+        return command, os.environ.copy()
 
 
-def _inputs(built: Built, competition: Competition, home: Home, root: Path, layout: Layout) -> dict[str, Path]:
-    """Mount point -> what is there: the competition without its test truth, the dataset, an earlier kernel's output."""
-    facts = built.facts
-    metadata = read_json(built.kernel / "kernel-metadata.json")
-    slug = facts["competition_slug"]
+def link_inputs(inputs: dict[str, Path], root: Path) -> None:
+    """Lay out the inputs of a kernel below `root`, as symbolic links."""
+    for target, source in inputs.items():
+        path = root / target
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(source)
+
+
+def mounts(built: Built, competition: Competition, home: Home, root: Path, layout: Layout) -> dict[str, Path]:
+    """Mount point -> what is mounted: the competition without its test truth, the dataset, an earlier kernel's output.
+
+    Args:
+        root: a folder for files that the competition lacks.
+
+    Raises:
+        MelfoldError: an earlier kernel's output that was not fetched.
+    """
+    metadata, slug = read_json(built.kernel / "kernel-metadata.json"), built.facts["competition_slug"]
     base = f"kaggle/input/competitions/{slug}" if layout == "nested" else f"kaggle/input/{slug}"
     found: dict[str, Path] = {}
     sample = competition.root / "sample_submission.csv"
@@ -260,44 +279,16 @@ def _inputs(built: Built, competition: Competition, home: Home, root: Path, layo
     return found
 
 
-def _state(paths: Any) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of all that is mounted."""
+def _state(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of all files that are mounted."""
     files = [p for path in paths for p in ([path] if path.is_file() else sorted(path.rglob("*")))]
     return [(str(p), (s := p.stat()).st_size, s.st_mtime_ns) for p in files]
-
-
-def _watch_process(process: subprocess.Popen[bytes], limit: float) -> tuple[float, bool]:
-    """Wait for a process. Returns: the peak memory of it and its descendants, MiB; whether it was over its limit."""
-    begun, peak = time.monotonic(), 0.0
-    while process.poll() is None:
-        peak = max(peak, _memory_mib(process.pid))
-        if time.monotonic() - begun > limit:
-            return peak, True
-        time.sleep(0.2)
-    return peak, False
-
-
-def _memory_mib(pid: int) -> float:
-    parents: dict[int, int] = {}
-    pages: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                stat = (entry / "stat").read_text().rsplit(")", 1)[1].split()
-                pages[int(entry.name)] = int((entry / "statm").read_text().split()[1])
-            except (OSError, IndexError):
-                continue
-            parents[int(entry.name)] = int(stat[1])
-    ours = {pid}
-    while more := {p for p, parent in parents.items() if parent in ours and p not in ours}:
-        ours |= more
-    return sum(pages.get(p, 0) for p in ours) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def _judge_infer(
     working: Path, facts: dict[str, Any], competition: Competition, home: Home
 ) -> tuple[list[str], str, dict[str, float]]:
-    """Failures, how near it is to the submission made at home, and the expected seconds at the real sizes."""
+    """Failures, how close it is to the submission made at home, and the expected seconds for the real numbers of clips."""
     path = working / "submission.csv"
     try:
         check_submission(path, competition)
@@ -309,7 +300,7 @@ def _judge_infer(
     skipped = [p for p in passes if not p["done"]]
     if skipped or not passes:
         budget = record["budget_s"]
-        failures.append(f"it overruns its budget: {len(skipped)} of {len(passes)} passes do not fit into {budget:.0f} s")
+        failures.append(f"it exceeds its budget: {len(skipped)} of {len(passes)} passes do not fit into {budget:.0f} s")
     equality = ""
     at_home = home.submissions / facts["id"] / "submission.csv"
     if not at_home.exists():
@@ -321,16 +312,18 @@ def _judge_infer(
         same = list(ours.index) == list(theirs.index)
         apart = float(np.abs(ours.to_numpy() - theirs.to_numpy()).max()) if same else float("inf")
         equality = f"within {apart:.1e} of what was predicted at home"
-        if apart > CLOSE and not skipped:
-            failures.append(f"its probabilities differ by {apart:.1e} from those predicted at home, more than {CLOSE:.0e}")
+        if apart > MAX_DIFFERENCE and not skipped:
+            failures.append(
+                f"its probabilities differ by {apart:.1e} from those predicted at home; {MAX_DIFFERENCE:.0e} is allowed"
+            )
     longer = max(1.0, REAL_SECONDS / max(record.get("audio_s", 0) / record["clips"], 1e-9)) if record.get("audio_s") else 1.0
     steady = record["cache_s"] - record["cache_start_s"] + sum(p.get("seconds", 0) for p in passes)
     start = record["setup_s"] + record["cache_start_s"]
     predicted = {str(clips): round(start + longer * steady * clips / record["clips"], 1) for clips in REAL_CLIPS}
-    elsewhere = facts["gpu"] and record["device"] == "cpu"  # what a GPU will take cannot be told here
-    if predicted[str(REAL_CLIPS[1])] > record["budget_s"] and not skipped and not elsewhere:
+    unknown = facts["gpu"] and record["device"] == "cpu"  # a CPU does not tell how long a GPU will take
+    if predicted[str(REAL_CLIPS[1])] > record["budget_s"] and not skipped and not unknown:
         failures.append(
-            f"it would overrun its budget: {predicted[str(REAL_CLIPS[1])]:.0f} s expected for {REAL_CLIPS[1]:,} clips,"
+            f"it would exceed its budget: {predicted[str(REAL_CLIPS[1])]:.0f} s expected for {REAL_CLIPS[1]:,} clips,"
             f" {record['budget_s']:.0f} s allowed on {record['device']}"
         )
     return failures, equality, predicted
@@ -341,4 +334,4 @@ def _judge_train(working: Path) -> list[str]:
         state = read_json(working / "melfold.json")["folds"]
     except MelfoldError as error:
         return list(error.lines)
-    return [] if any(value != "not begun" for value in state.values()) else [f"nothing was trained: {json.dumps(state)}"]
+    return [] if any(value != NOT_STARTED for value in state.values()) else [f"nothing was trained: {json.dumps(state)}"]

@@ -1,4 +1,4 @@
-"""What stands between a rehearsed kernel and this machine: its own file tree, no network, and a watch over both.
+"""The isolation of a rehearsed kernel: its own file tree, no network, and a watch over both.
 
 Run as a script inside fresh user, network and mount namespaces; `WATCH` is the `sitecustomize.py` of the kernel's Python.
 """
@@ -14,10 +14,11 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 from functools import lru_cache
 from pathlib import Path
 
-WATCH = '''"""Notes every reach for the network and every write to the inputs, in this Python and in those it starts."""
+WATCH = '''"""Records every use of the network and every write to the inputs, in this Python and in those it starts."""
 import os
 import socket
 import sys
@@ -29,7 +30,7 @@ _LOCAL = {None, "", "localhost", "127.0.0.1", "::1", b"localhost", socket.gethos
 _CHANGES = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod", "os.link", "os.symlink", "os.utime"}
 
 
-def _note(text):
+def _record(text):
     file = os.open(_LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(file, (text + "\\n").encode())
     os.close(file)
@@ -54,7 +55,7 @@ def _watch(event, args):
     else:
         return
     if not local:
-        _note(f"network: {event} {where}")
+        _record(f"network: {event} {where}")
         if _REFUSE:
             raise OSError(101, "Network is unreachable")
 
@@ -62,7 +63,7 @@ def _watch(event, args):
 def _inside(path, what):
     full = os.path.abspath(os.fsdecode(path))
     if any(full == top or full.startswith(top + os.sep) for top in _INPUTS):
-        _note(f"inputs: {full} ({what})")
+        _record(f"inputs: {full} ({what})")
         if _REFUSE:
             raise OSError(30, "Read-only file system", full)
 
@@ -74,10 +75,10 @@ _RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _NOATIME, _BIND, _REC, _RELATIME = 
 
 
 def run_inside(spec: dict) -> int:
-    """Lay out the tree of `spec` and run its command there. Returns: the command's exit code.
+    """Build the file tree of `spec` and run its command there. Returns: the command's exit code.
 
     `spec`: `root` (an empty folder), `binds` ([source, target, read-only]), `argv`, `env`, `cwd`, `counters` (a file for
-    how many packets found no route: an attempt that even a swallowed error cannot hide).
+    the number of packets without a route: a kernel cannot hide them by ignoring the error).
     """
     root = Path(spec["root"])
     _mount("tmpfs", root, "tmpfs", 0)
@@ -100,7 +101,7 @@ def run_inside(spec: dict) -> int:
 
 @lru_cache(maxsize=1)
 def available() -> bool:
-    """Whether this system lets a user do all of this: tried once, with a command that does nothing."""
+    """Whether this system allows all of this to a user. Tried once, with a command that does nothing."""
     with tempfile.TemporaryDirectory(prefix="melfold-sandbox-") as folder:
         place = Path(folder)
         (place / "new").mkdir()
@@ -112,6 +113,34 @@ def available() -> bool:
         except (OSError, subprocess.SubprocessError):
             return False
         return done.returncode == 0
+
+
+def wait(process: subprocess.Popen[bytes], limit: float) -> tuple[float, bool]:
+    """Wait for a process. Returns: the peak memory of it and its descendants, MiB; whether it exceeded its limit."""
+    started, peak = time.monotonic(), 0.0
+    while process.poll() is None:
+        peak = max(peak, _memory_mib(process.pid))
+        if time.monotonic() - started > limit:
+            return peak, True
+        time.sleep(0.2)
+    return peak, False
+
+
+def _memory_mib(pid: int) -> float:
+    parents: dict[int, int] = {}
+    pages: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+                pages[int(entry.name)] = int((entry / "statm").read_text().split()[1])
+            except (OSError, IndexError):
+                continue
+            parents[int(entry.name)] = int(stat[1])
+    ours = {pid}
+    while more := {p for p, parent in parents.items() if parent in ours and p not in ours}:
+        ours |= more
+    return sum(pages.get(p, 0) for p in ours) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 UNSHARE = ["unshare", "--map-root-user", "--net", "--mount", "--propagation", "private"]

@@ -1,4 +1,4 @@
-"""Submit once: a tag in every message, a ledger row before every call, and no second try while the first is in doubt."""
+"""Submit once: a tag in every message, a ledger row before every call, and no second call while the first is in doubt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from melfold.learn.provenance import current_commit
 log = logging.getLogger(__name__)
 
 LOOKS = (0, 5, 20, 60)
-"""Seconds before each look for a tag after a doubtful call: a slow server may list a submission late."""
+"""Seconds before each look for a tag after a doubtful call: Kaggle may list a submission late."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Kernel:
 def submit(client: Kaggle, home: Home, id: str, *, kernel: Kernel | None = None, again: bool = False) -> Row:
     """Submit `submissions/<id>/submission.csv`, or the output of a kernel version that gave it, once.
 
-    What an earlier call left in doubt is settled first; a submission that Kaggle has is not made again.
+    An earlier call with an unknown result is looked up first. A submission that Kaggle has is not made again.
 
     Args:
         kernel: the code form; without, the file form.
-        again: submit although Kaggle has, or may have, this one already.
+        again: submit even if Kaggle has, or may have, this one.
 
     Returns:
         The ledger's row.
@@ -65,7 +65,7 @@ def submit(client: Kaggle, home: Home, id: str, *, kernel: Kernel | None = None,
                 if row.status == "unknown":
                     raise _unknown(row)
         if client.remaining() < 1:
-            raise MelfoldError("no submissions left today", client.competition, "The count starts anew at 00:00 UTC")
+            raise MelfoldError("no submissions left today", client.competition, "The count restarts at 00:00 UTC")
         if kernel:
             status, message = client.kernel_status(kernel.slug)
             if status != "COMPLETE":
@@ -97,14 +97,14 @@ def _call(client: Kaggle, ledger: Ledger, row: Row, path: Path, kernel: Kernel |
         log.warning("%s; looking for the submission", error)
         row = settle(client, ledger, row.tag, error.lines[0])
     else:
-        row = settle(client, ledger, row.tag, "Kaggle said yes, but does not list it")
+        row = settle(client, ledger, row.tag, "Kaggle accepted it, but does not list it")
     if row.status == "unknown":
         raise _unknown(row)
     return row
 
 
 def settle(client: Kaggle, ledger: Ledger, tag: str, why: str) -> Row:
-    """Look a tag up, more than once and with time between, and write down what was found, else `unknown` with a reason."""
+    """Look a tag up several times, and record what was found, or `unknown` with a reason."""
     found = _look(client, tag, LOOKS)
     return ledger.settle(tag, found) if found else ledger.update(tag, status="unknown", note=why)
 

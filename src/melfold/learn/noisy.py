@@ -14,9 +14,9 @@ import pandas as pd
 
 from melfold.artefacts import Artefact
 from melfold.config import NoisyConfig
+from melfold.data.cache import read_manifest
 from melfold.data.clips import ClipStore
 from melfold.data.competition import multi_hot
-from melfold.data.logmel import read_manifest
 from melfold.errors import MelfoldError
 from melfold.learn.devices import Device
 from melfold.learn.normalise import statistics

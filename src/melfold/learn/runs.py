@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from melfold.artefacts import Artefact, differences, listed, summary
 from melfold.config import Recipe
 from melfold.data.competition import multi_hot
 from melfold.errors import MelfoldError
+from melfold.facts import split_labels
 from melfold.files import Home, digest, locked, read_json
 from melfold.probs import align, read_probs
 from melfold.recipes import parse_recipe
@@ -61,10 +62,16 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class FoldFolder:
-    """The files of one fold's model; `fold` is a number or `full`."""
+    """The files of one fold's model.
+
+    Args:
+        fold: a number or `full`.
+        made_from: the run's part of what its weights must have been made from; not checked if not given.
+    """
 
     path: Path
     fold: str
+    made_from: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def weights(self) -> Path:
@@ -106,7 +113,7 @@ class FoldFolder:
         """The recorded hash of the weights.
 
         Raises:
-            MelfoldError: a result that cannot be read, or that belongs to another fold.
+            MelfoldError: a result that cannot be read, or that belongs to another fold or run.
         """
         return self._checked(self.artefact.read())
 
@@ -114,16 +121,17 @@ class FoldFolder:
         """The result, after checking the weights against it.
 
         Raises:
-            MelfoldError: weights that are missing, damaged, or of another fold.
+            MelfoldError: weights that are missing, damaged, or of another fold or run.
         """
         content = self.artefact.verify()
         self._checked(content)
         return content
 
     def _checked(self, content: dict[str, Any]) -> str:
-        if content["made_from"].get("fold") != self.fold:
-            found = f"fold {content['made_from'].get('fold')}"
-            raise MelfoldError(f"{self.result} belongs to another fold", found, f"Delete {self.path} and train it again")
+        wanted = {"fold": self.fold, **self.made_from}
+        if changes := differences({key: content["made_from"].get(key) for key in wanted}, wanted):
+            fix = f"Delete {self.path} and train it again"
+            raise MelfoldError(f"{self.result} belongs to another fold or recipe", listed(changes), fix)
         return content["files"][self.weights.name]
 
     def lock(self) -> AbstractContextManager[None]:
@@ -157,7 +165,12 @@ class Run:
 
     def fold(self, fold: int | str) -> FoldFolder:
         """The folder of a fold by its number, or of `full`."""
-        return FoldFolder(self.folder / (FULL if fold == FULL else f"fold{fold}"), str(fold))
+        return FoldFolder(self.folder / (FULL if fold == FULL else f"fold{fold}"), str(fold), self.made_from)
+
+    @cached_property
+    def made_from(self) -> dict[str, str]:
+        """What the weights of all folds are made from, and each fold's result must say."""
+        return {"recipe": self.recipe.fingerprint(), "clips": self.info.clips_sha256, "noisy_clips": self.info.noisy_sha256}
 
     @cached_property
     def clips(self) -> pd.DataFrame:
@@ -235,7 +248,7 @@ class Run:
 
 def _read_clips(path: Path) -> pd.DataFrame:
     table = pd.read_csv(path, index_col="fname", dtype=str, keep_default_na=False)
-    table["labels"] = pd.Series([tuple(text.split(",")) for text in table["labels"]], index=table.index, dtype=object)
+    table["labels"] = pd.Series([split_labels(text) for text in table["labels"]], index=table.index, dtype=object)
     return table
 
 
@@ -256,7 +269,7 @@ def open_run(home: Home, name: str | Path) -> Run:
         fix = f"Known: {', '.join(known)}" if known else "Give the right --home, or run `melfold train` first"
         raise MelfoldError("no such run", f"{name} in {home.runs}", fix)
     content = read_json(folder / "run.json")
-    known = {field.name for field in fields(RunInfo)}
+    known = {each.name for each in fields(RunInfo)}
     info = content.get("info") if isinstance(content, dict) else None
     if not isinstance(info, dict) or set(info) != known or not isinstance(content.get("made_from"), dict):
         fix = "Use that version to read it, or train again under another name"

@@ -12,6 +12,7 @@ from melfold.config import Recipe
 from melfold.data.competition import Competition
 from melfold.data.folds import read_folds
 from melfold.errors import MelfoldError
+from melfold.facts import join_labels
 from melfold.files import Home, sha256_file, write_json, write_text
 from melfold.learn.fetch import first_weights_sha256
 from melfold.learn.provenance import current_commit, join_licences, licence_of
@@ -55,10 +56,12 @@ def start_run(home: Home, name: str, recipe: Recipe, competition: Competition, f
         raise MelfoldError("a run's name is letters, digits, dots, dashes", repr(name), "Use --run NAME")
     folder = home.runs / name
     folds = read_folds(folds_path, competition).sort_index()
-    clips = folds.assign(labels=[",".join(competition.curated.at[f, "labels"]) for f in folds.index]).to_csv(lineterminator="\n")
+    clips = folds.assign(labels=[join_labels(competition.curated.at[f, "labels"]) for f in folds.index]).to_csv(
+        lineterminator="\n"
+    )
     noisy = ""
     if recipe.noisy.use:
-        noisy = competition.noisy[["labels"]].sort_index()["labels"].str.join(",").to_csv(lineterminator="\n")
+        noisy = competition.noisy[["labels"]].sort_index()["labels"].map(join_labels).to_csv(lineterminator="\n")
     info = _info(home, recipe, competition, folds_path, clips, noisy)
     if (folder / "run.json").exists() and (run := open_run(home, name)).has_data():
         refuse_changes(run, recipe, info)

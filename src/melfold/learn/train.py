@@ -111,13 +111,7 @@ def _train(run: Run, folder: FoldFolder, data: FoldData, device: Device, progres
 def _inputs(run: Run, folder: FoldFolder) -> dict[str, str]:
     """What a fold's weights are made from."""
     pseudo = sha256_file(folder.pseudo_labels) if run.recipe.noisy.teacher and folder.pseudo_labels.exists() else ""
-    return {
-        "fold": folder.fold,
-        "recipe": run.recipe.fingerprint(),
-        "clips": run.info.clips_sha256,
-        "noisy_clips": run.info.noisy_sha256,
-        "pseudo_labels": pseudo,
-    }
+    return {"fold": folder.fold, **run.made_from, "pseudo_labels": pseudo}
 
 
 def _start(run: Run, folder: FoldFolder, data: FoldData, device: Device) -> TrainState:

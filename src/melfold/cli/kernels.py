@@ -1,0 +1,222 @@
+"""Commands about Kaggle kernels, and the one that does everything from a submission to its score."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from melfold.cli.ledger import AgainOpt, CompetitionOpt, print_row
+from melfold.cli.options import FoldsOpt, HomeOpt, IdArg, RecipeOpt, RunOpt, SetOpt, resolve_recipe, resolve_run_name
+from melfold.cli.output import command
+from melfold.errors import MelfoldError
+from melfold.files import Home
+from melfold.kaggle.client import COMPETITION
+
+if TYPE_CHECKING:
+    from melfold.data.competition import Competition
+    from melfold.kaggle.built import Built
+    from melfold.kaggle.rehearsal import Rehearsal
+
+app = typer.Typer()
+kernel_app = typer.Typer(help="Offline Kaggle kernels: build, rehearse, push.", no_args_is_help=True)
+build_app = typer.Typer(help="Build a kernel: infer or train.", no_args_is_help=True)
+app.add_typer(kernel_app, name="kernel")
+kernel_app.add_typer(build_app, name="build")
+
+DirArg = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `kernel build` made.")]
+DownloadOpt = Annotated[
+    Path | None, typer.Option("--data", help="The competition's download (default: where `download` put it).")
+]
+OwnerOpt = Annotated[str | None, typer.Option("--owner", help="Your Kaggle user name (default: the kaggle command is asked).")]
+GpuOpt = Annotated[bool, typer.Option("--gpu/--cpu", help="Ask Kaggle for two T4s, or for none.")]
+BudgetOpt = Annotated[
+    float | None, typer.Option("--budget", help="Minutes the kernel may take (default: 60 with a GPU, 240 without).")
+]
+WaitOpt = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for Kaggle.")]
+
+ISOLATION = {
+    "namespaces": "in user, network and mount namespaces: no network, inputs read-only",
+    "prefix": "under a path prefix, with an audit hook that refuses the network and writes to the inputs",
+}
+
+
+@command(app, "ship", "melfold ship open", continues=True)
+def ship(
+    id: IdArg,
+    data: DownloadOpt = None,
+    file: Annotated[bool, typer.Option("--file", help="Submit the file itself, without a kernel.")] = False,
+    gpu: GpuOpt = True,
+    budget: BudgetOpt = None,
+    again: AgainOpt = False,
+    owner: OwnerOpt = None,
+    competition: CompetitionOpt = COMPETITION,
+    home: HomeOpt = None,
+) -> None:
+    """Build, rehearse and push a kernel, submit its output, wait for the score and record it."""
+    from melfold.combine.submission import open_submission
+    from melfold.kaggle.client import Kaggle
+    from melfold.kaggle.push import check_output, push, wait_for_kernel
+    from melfold.kaggle.submit import Kernel, submit, wait_for_score
+
+    client, place, form = Kaggle(competition), Home.find(home), None
+    open_submission(place, id)
+    if not file:
+        built = _build_infer(place, id, owner, competition, gpu=gpu, budget=budget)
+        typer.echo(f"1/5 built {built.folder}")
+        download = _download(place, built, data)
+        if not built.passed:
+            _print_rehearsal(_rehearse(built, download, place), built)
+        typer.echo("2/5 rehearsed")
+        pushed = built.pushed
+        version = pushed["version"] if pushed else push(client, built)
+        typer.echo(f"3/5 pushed {built.facts['kernel']} version {version}")
+        check_output(wait_for_kernel(client, built), download)
+        typer.echo("4/5 the kernel is complete and its output is a valid submission")
+        form = Kernel(built.facts["kernel"], version)
+    row = submit(client, place, id, kernel=form, again=again)
+    if row.status == "submitted":
+        row = wait_for_score(client, place, row.tag)
+    typer.echo("5/5 submitted and scored" if not file else "submitted and scored")
+    print_row(row)
+
+
+@command(build_app, "infer", "melfold kernel build infer --submission open")
+def kernel_build_infer(
+    submission: Annotated[str, typer.Option("--submission", metavar="ID", help="A submission's name in submissions/.")],
+    weights_from: Annotated[
+        str, typer.Option("--weights-from", metavar="OWNER/KERNEL", help="Take the weights from a training kernel's output.")
+    ] = "",
+    gpu: GpuOpt = True,
+    budget: BudgetOpt = None,
+    owner: OwnerOpt = None,
+    competition: CompetitionOpt = COMPETITION,
+    home: HomeOpt = None,
+) -> None:
+    """Build a kernel that makes a submission again from its weights, within a time budget."""
+    built = _build_infer(Home.find(home), submission, owner, competition, gpu=gpu, budget=budget, weights_from=weights_from)
+    typer.echo(f"{built.folder}\nNext: melfold kernel rehearse {built.folder}")
+
+
+def _build_infer(
+    home: Home, id: str, owner: str | None, competition: str, *, gpu: bool, budget: float | None, weights_from: str = ""
+) -> Built:
+    from melfold.combine.submission import open_submission
+    from melfold.kaggle.build import Target, build_infer
+    from melfold.kaggle.client import Kaggle
+
+    open_submission(home, id)  # before the account's name is asked for
+    target = Target(owner or Kaggle(competition).username(), competition, gpu, budget)
+    return build_infer(home, id, target, source=weights_from)
+
+
+@command(build_app, "train", "melfold kernel build train --recipe scratch")
+def kernel_build_train(
+    data: Annotated[
+        Path | None, typer.Argument(metavar="[DATA]", help="The competition's download (default: where `download` put it).")
+    ] = None,
+    recipe: RecipeOpt = "open",
+    folds: FoldsOpt = "all",
+    run: RunOpt = None,
+    session: Annotated[int, typer.Option("--session", min=1, help="2 continues from the output of session 1, and so on.")] = 1,
+    minutes: Annotated[int, typer.Option("--minutes", min=1, help="Length of the session; it saves in time.")] = 660,
+    gpu: GpuOpt = True,
+    owner: OwnerOpt = None,
+    competition: CompetitionOpt = COMPETITION,
+    home: HomeOpt = None,
+    set_: SetOpt = None,
+) -> None:
+    """Build a kernel that trains folds, one per GPU. The next session continues it."""
+    from melfold import stages
+    from melfold.data.competition import load_competition
+    from melfold.kaggle.build import Target, build_train
+    from melfold.kaggle.client import Kaggle
+    from melfold.learn.start import parse_folds
+
+    place = Home.find(home)
+    resolved = resolve_recipe(recipe, set_, place)
+    which, name = parse_folds(folds, resolved), resolve_run_name(run, recipe, resolved, place)
+    data = data or place.data / competition
+    download = load_competition(data)
+    table, _ = stages.folds(download, place, resolved)
+    target = Target(owner or Kaggle(competition).username(), competition, gpu, minutes)
+    built = build_train(place, resolved, name, table, download, target, folds=which, session=session)
+    typer.echo(f"{built.folder}\nNext: melfold kernel rehearse {built.folder} --data {data}")
+
+
+@command(kernel_app, "rehearse", "melfold kernel rehearse build/kernels/melfold-infer-open")
+def kernel_rehearse(
+    folder: DirArg,
+    data: DownloadOpt = None,
+    minutes: Annotated[float, typer.Option("--minutes", help="How long a training kernel may run before it must save.")] = 5,
+    isolation: Annotated[str, typer.Option("--isolation", help="auto, namespaces or prefix.")] = "auto",
+    python: Annotated[
+        Path | None, typer.Option("--python", help="The python of another environment, such as one with Kaggle's versions.")
+    ] = None,
+    keep: Annotated[Path | None, typer.Option("--keep", help="Keep the kernel's working folder and log here.")] = None,
+    home: HomeOpt = None,
+) -> None:
+    """Run a built kernel as Kaggle would, without a network. Only a kernel that passed may be pushed."""
+    from melfold.kaggle.built import Built
+
+    place, built = Home.find(home), Built(folder.resolve())
+    download = _download(place, built, data)
+    found = _rehearse(built, download, place, minutes=minutes, isolation=isolation, keep=keep, python=python)
+    _print_rehearsal(found, built)
+    typer.echo(f"Next: melfold kernel push {folder}")
+
+
+@command(kernel_app, "push", "melfold kernel push build/kernels/melfold-infer-open --wait", continues=True)
+def kernel_push(
+    folder: DirArg,
+    wait: WaitOpt = False,
+    unrehearsed: Annotated[bool, typer.Option("--unrehearsed", help="Push a kernel that was not rehearsed.")] = False,
+    competition: CompetitionOpt = COMPETITION,
+    home: HomeOpt = None,
+) -> None:
+    """Upload the weights, once, and push the kernel. With --wait fetch its log and output."""
+    from melfold.kaggle.built import Built
+    from melfold.kaggle.client import Kaggle
+    from melfold.kaggle.push import fetch_run, push, wait_for_kernel
+
+    client, built = Kaggle(competition), Built(folder.resolve())
+    pushed = built.pushed
+    version = pushed["version"] if pushed and wait else push(client, built, unrehearsed=unrehearsed)
+    typer.echo(f"{built.facts['kernel']} version {version}")
+    if wait:
+        output = wait_for_kernel(client, built)
+        typer.echo(output)
+        if built.facts["kind"] == "train":
+            typer.echo(f"{fetch_run(built, output, Home.find(home))}\nNext: melfold oof {built.facts['id']}")
+
+
+def _download(home: Home, built: Built, data: Path | None) -> Competition:
+    from melfold.data.competition import load_competition
+
+    facts = built.facts
+    places = [data] if data else [home.data / facts["competition_slug"], home.data / facts["competition"]]
+    found = next((place for place in places if place.exists()), None)
+    if not found:
+        raise MelfoldError("where is the competition's download?", f"not at {places[0]}", "Give its folder: --data DATA")
+    return load_competition(found)
+
+
+def _rehearse(built: Built, competition: Competition, home: Home, **options: object) -> Rehearsal:
+    from melfold.kaggle.rehearsal import rehearse
+
+    typer.echo("melfold: rehearsing; this takes as long as the kernel does", err=True)
+    return rehearse(built, competition, home, **options)  # type: ignore[arg-type]
+
+
+def _print_rehearsal(found: Rehearsal, built: Built) -> None:
+    typer.echo(f"rehearsed {ISOLATION[found.isolation]}")
+    typer.echo(f"{found.seconds:.0f} s, at most {found.peak_mib:.0f} MiB of memory")
+    if found.equality:
+        typer.echo(found.equality)
+    for clips, seconds in found.predicted_seconds.items():
+        typer.echo(f"expected for {int(clips):,} clips of the real length on this machine: {seconds:.0f} s")
+    if found.failures:
+        raise MelfoldError.many(
+            MelfoldError("the rehearsal failed", failure, f"Its report is in {built.folder}") for failure in found.failures
+        )

@@ -1,0 +1,42 @@
+"""The program `melfold`: every command in one place."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from melfold import __version__
+from melfold.cli import clean, data, kernels, ledger, recipes, runs, scores, submissions, training, weights
+
+app = typer.Typer(
+    name="melfold",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for group in (data, training, runs, scores, submissions, kernels, ledger, clean):
+    app.add_typer(group.app)
+app.add_typer(recipes.app, name="recipe")
+app.add_typer(weights.app, name="weights")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"melfold {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def melfold(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """From the Freesound Audio Tagging 2019 download to a scored Kaggle submission."""
+
+
+def main() -> None:
+    """The console script."""
+    app()

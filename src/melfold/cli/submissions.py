@@ -1,0 +1,203 @@
+"""Commands that predict, and build, check and score submissions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from melfold.cli.options import (
+    DataOpt,
+    DevicesOpt,
+    EngineOpt,
+    HomeOpt,
+    IdArg,
+    JobsOpt,
+    JsonOpt,
+    PredictionArg,
+    RunDataOpt,
+    SchedulerOpt,
+    resolve_compute,
+)
+from melfold.cli.output import command, print_json, print_table, rows_of
+from melfold.errors import MelfoldError
+from melfold.files import Home, write_text
+from melfold.recipes import toml_value
+
+if TYPE_CHECKING:
+    from melfold.data.competition import Competition
+    from melfold.learn.predictions import Prediction
+    from melfold.learn.runs import Run
+
+app = typer.Typer()
+submission_app = typer.Typer(help="Submissions: build, check and score a submission.csv.", no_args_is_help=True)
+app.add_typer(submission_app, name="submission")
+
+
+@command(app, "predict", "melfold predict open --set predict.shift_seconds='[0,0.25]' --name tta", continues=True)
+def predict(
+    run: PredictionArg,
+    data: RunDataOpt = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Make another prediction of the same weights, called RUN@NAME, with --set.")
+    ] = None,
+    device: DevicesOpt = "auto",
+    jobs: JobsOpt = -1,
+    engine: EngineOpt = "joblib",
+    scheduler: SchedulerOpt = "",
+    home: HomeOpt = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="predict.KEY=VALUE", help="Change a setting of prediction; repeatable; needs --name."),
+    ] = None,
+) -> None:
+    """Predict the test clips with the trained folds of a run; with --name also the held-out clips."""
+    from melfold import stages
+
+    place, compute = Home.find(home), resolve_compute(device, jobs, engine, scheduler)
+    prediction = _open_or_start(place, run, name, set_ or [])
+    competition = _competition(data, prediction.run)
+    with compute.connected(place.root):
+        typer.echo(stages.predict(prediction, competition, place, compute).test)
+
+
+def _open_or_start(home: Home, label: str, name: str | None, sets: list[str]) -> Prediction:
+    from melfold.learn.predictions import open_prediction, start_prediction
+    from melfold.recipes import change_recipe, parse_set
+
+    if sets and not name:
+        fix = f"Add --name NAME; it makes the prediction {label.partition('@')[0]}@NAME"
+        raise MelfoldError("other settings are another prediction, which needs a name", f"--set {' '.join(sets)}", fix)
+    if odd := [item for item in sets if not parse_set(item)[0].startswith("predict.")]:
+        raise MelfoldError("only predict.* can be changed after training", odd[0], "Train another run for other settings")
+    opened = open_prediction(home, label)
+    if not name:
+        return opened
+    if opened.name or not sets:
+        fix = f"To use an existing prediction give {opened.run.name}@{name}"
+        raise MelfoldError("--name makes a new prediction of a run and needs --set", f"{label} --name {name}", fix)
+    return start_prediction(opened.run, name, change_recipe(opened.run.recipe, sets).predict)
+
+
+def _competition(data: Path | None, run: Run) -> Competition:
+    """The download that is given, or the one a run was trained on."""
+    from melfold.data.competition import load_competition
+
+    folder = data or Path(run.info.data_folder)
+    if not data and not folder.is_dir():
+        raise MelfoldError(f"the download of run {run.name} is gone", str(folder), "Give its folder: --data DATA")
+    return load_competition(folder.resolve())
+
+
+@command(submission_app, "build", "melfold submission build open small --mean logit --weights 2,1")
+def submission_build(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="One run or RUN@NAME, or several to combine.")],
+    data: RunDataOpt = None,
+    id: Annotated[str | None, typer.Option("--id", help="The submission's name (default: the runs').")] = None,
+    mean: Annotated[str, typer.Option("--mean", help="Of several runs: arithmetic, geometric, logit or rank.")] = "geometric",
+    weights: Annotated[str | None, typer.Option("--weights", help="One per run, as in 3,1 (default: equal).")] = None,
+    home: HomeOpt = None,
+) -> None:
+    """Combine runs into submissions/<id>/submission.csv, checked, with a manifest that says what it is made of."""
+    from melfold.combine.submission import build_submission, open_submission
+    from melfold.learn.predictions import open_predictions
+
+    place = Home.find(home)
+    opened, shares = open_predictions(place, runs), _numbers(weights)
+    id = id or "+".join(prediction.label.replace("@", "-") for prediction in opened)
+    path = build_submission(place, opened, _competition(data, opened[0].run), id=id, mean=mean, weights=shares)
+    manifest = open_submission(place, id)
+    licences = f" Licences of initial weights: {', '.join(manifest['licences'])}." if manifest["licences"] else ""
+    typer.echo(f"{path}\nTrack: {manifest['track']}. Data: {'; '.join(manifest['data'])}.{licences}")
+    for rule in manifest["breaks"]:
+        typer.secho(f"BREAKS: {rule}", fg="yellow")
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise MelfoldError("--weights needs numbers", repr(text), "For example --weights 3,1") from None
+
+
+@command(submission_app, "rebuild", "melfold submission rebuild open --data data/fat2019")
+def submission_rebuild(id: IdArg, data: DataOpt, home: HomeOpt = None) -> None:
+    """Make a submission.csv again from its manifest, such as a colleague's; or print the commands that make what is missing."""
+    from melfold.combine.submission import build_submission, submission_artefact
+    from melfold.data.competition import load_competition
+    from melfold.learn.predictions import open_predictions
+
+    place = Home.find(home)
+    artefact = submission_artefact(place, id)
+    if not artefact.stamp.exists():
+        known = ", ".join(sorted(path.parent.name for path in place.submissions.glob("*/manifest.json"))) or "none"
+        raise MelfoldError("no such submission", f"{id} in {place.submissions}", f"Known: {known}")
+    manifest = artefact.read()
+    commands = [line for part in manifest["runs"] for line in _what_is_missing(place, id, part, data)]
+    if commands:
+        typer.echo("\n".join(["Something is missing. These commands make it:", *commands]))
+        typer.echo(f"melfold submission rebuild {id} --data {data}")
+        raise typer.Exit(1)
+    members = open_predictions(place, [_label(part) for part in manifest["runs"]])
+    shares = [part["share"] for part in manifest["runs"]]
+    path = build_submission(place, members, load_competition(data), id=id, mean=manifest["mean"], weights=shares)
+    same = manifest["files"] == artefact.read()["files"]
+    typer.echo(f"{path}\nThe bytes are {'those' if same else 'NOT those'} of the manifest.")
+
+
+def _label(part: dict[str, Any]) -> str:
+    return f"{part['name']}@{part['prediction']}" if part["prediction"] else part["name"]
+
+
+def _what_is_missing(home: Home, id: str, part: dict[str, Any], data: Path) -> list[str]:
+    """The commands that make one member of a submission, as far as it does not exist."""
+    from melfold.learn.predictions import open_prediction
+    from melfold.learn.runs import open_run
+    from melfold.recipes import parse_recipe, recipe_toml
+
+    name, folds = part["name"], list(part["weights_sha256"])
+    recipe = parse_recipe(part["recipe"], f"the manifest of {id}")
+    changed = [f"--set predict.{key}='{toml_value(value)}'" for key, value in recipe.predict.model_dump().items()]
+    named = f" {' '.join(changed)} --name {part['prediction']}" if part["prediction"] else ""
+    predict = f"melfold predict {name} --data {data}{named}"
+    if not (home.runs / name / "run.json").exists():
+        path = home.root / "build" / "rebuild" / id / f"{name}.toml"
+        write_text(path, recipe_toml(recipe, {}))
+        return [f"melfold train {data} --recipe {path} --run {name} --folds {','.join(folds)}", predict]
+    run = open_run(home, name)
+    if left := [fold for fold in folds if not run.fold(fold).done]:
+        return [f"melfold train {data} --recipe {name} --run {name} --folds {','.join(left)}", predict]
+    try:
+        open_prediction(home, _label(part)).read_test()
+    except MelfoldError:
+        return [predict]
+    return []
+
+
+@command(submission_app, "check", "melfold submission check submission.csv --data data/fat2019")
+def submission_check(file: Annotated[Path, typer.Argument(metavar="FILE", help="Any CSV.")], data: DataOpt) -> None:
+    """Would the competition accept this file?"""
+    from melfold.combine.check import check_submission
+    from melfold.data.competition import load_competition
+
+    probs = check_submission(file, load_competition(data))
+    typer.echo(f"{file}: {len(probs)} clips, {len(probs.columns)} labels, in order.")
+
+
+@command(submission_app, "score", "melfold submission score submission.csv --truth test_post_competition.csv")
+def submission_score(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A submission, rows in any order.")],
+    truth: Annotated[Path, typer.Option("--truth", help="fname,labels,usage as published after the competition.")],
+    json: JsonOpt = False,
+) -> None:
+    """Score a file as the leaderboard does, Public and Private separately. For scoring only: never choose by it."""
+    from melfold.combine.check import score_submission
+
+    scores = score_submission(file, truth)
+    if json:
+        print_json(rows_of(scores, "usage"))
+        return
+    print_table(rows_of(scores, "usage"))
+    for half in {"Public", "Private"} - set(scores.index):
+        typer.echo(f"The {half} half is not covered by this file or this table.")

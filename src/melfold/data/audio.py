@@ -1,0 +1,97 @@
+"""Reading waveforms: any format that libsndfile reads, as mono float32 at one rate."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from melfold.errors import MelfoldError
+
+if TYPE_CHECKING:
+    import soundfile
+
+READ_BLOCK_SAMPLES = 1 << 20
+"""Samples per block: a clip of an hour needs no more memory than one of half a minute."""
+
+
+def read_waveform(path: Path, sr: int) -> tuple[np.ndarray, list[str]]:
+    """A clip's samples, and how they were converted.
+
+    Args:
+        sr: the wanted sampling rate in Hz.
+
+    Returns:
+        Float32 `(samples,)`, mono, at `sr`; and those of the flags `downmixed` and `resampled` that apply.
+
+    Raises:
+        MelfoldError: a file that cannot be read, has no samples, or has samples that are not finite.
+    """
+    blocks, flags = open_waveform(path, sr)
+    return np.concatenate(list(blocks)), flags
+
+
+def open_waveform(path: Path, sr: int) -> tuple[Iterator[np.ndarray], list[str]]:
+    """Like `read_waveform`, in blocks of about 24 s. Errors may also come while the blocks are read."""
+    import soundfile
+
+    try:
+        file = soundfile.SoundFile(path)
+    except (soundfile.SoundFileError, OSError) as error:
+        raise _unreadable(path, str(error).strip()) from None
+    flags = (["downmixed"] if file.channels > 1 else []) + (["resampled"] if file.samplerate != sr else [])
+    return _waveform_blocks(file, path, sr), flags
+
+
+def _waveform_blocks(file: soundfile.SoundFile, path: Path, sr: int) -> Iterator[np.ndarray]:
+    import soundfile
+
+    with file:
+        if cut := cut_short(path):
+            raise _unreadable(path, cut)
+        resampler = None
+        if file.samplerate != sr:
+            import soxr
+
+            resampler = soxr.ResampleStream(file.samplerate, sr, 1, dtype="float32", quality="HQ")
+        read = given = 0
+        last = False
+        while not last:
+            try:
+                samples = file.read(min(READ_BLOCK_SAMPLES, file.frames - read), dtype="float32", always_2d=True)
+            except (soundfile.SoundFileError, OSError) as error:
+                raise _unreadable(path, str(error).strip()) from None
+            read += len(samples)
+            last = len(samples) < READ_BLOCK_SAMPLES or read == file.frames
+            if not np.isfinite(samples).all():
+                raise _unreadable(path, "samples that are not finite")
+            block = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
+            if resampler:
+                block = resampler.resample_chunk(block, last=last)
+            given += len(block)
+            if len(block):
+                yield block
+        if not given:
+            raise _unreadable(path, f"no samples left at {sr} Hz" if read else "no samples")
+
+
+def _unreadable(path: Path, why: str) -> MelfoldError:
+    return MelfoldError("unreadable audio", f"{path.name} ({why})", "Download it again")
+
+
+def cut_short(path: Path) -> str:
+    """Why a wav is incomplete: its header promises more bytes than there are, as after a broken download. Empty if it is whole.
+
+    libsndfile reads such a file without an error.
+    """
+    with path.open("rb") as file:
+        head = file.read(8)
+        size = os.fstat(file.fileno()).st_size
+    promised = int.from_bytes(head[4:8], "little") + 8
+    # Programs that write to a pipe leave 0 or the largest number; an odd chunk may lack its padding byte.
+    if head[:4] == b"RIFF" and 8 < promised < 2**32 - 8 and promised > size + 1:
+        return f"cut short: {size:,} of {promised:,} bytes"
+    return ""

@@ -1,0 +1,334 @@
+"""The cache of log-mels on disk: one `.npy` per clip, and a manifest with one row per clip.
+
+A folder holds the log-mels of one competition under one configuration. While clips are made, their rows go to a journal, so that
+a stopped stage loses at most the clips of the moment.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from io import BytesIO, FileIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from melfold.compute import Compute, end_with_parent, remote
+from melfold.config import LogMelConfig
+from melfold.data.audio import open_waveform
+from melfold.data.competition import Competition, Split
+from melfold.data.logmel import LogMel, log_mel_of
+from melfold.errors import MelfoldError
+from melfold.files import Home, atomic_path, locked, remove_leftovers, write_json
+
+log = logging.getLogger(__name__)
+
+NPY_HEADER = 128
+"""Bytes before the data in a `.npy` of this cache: crops are read at an offset without parsing the header."""
+
+FULL_SCALE = 0.999
+"""Samples of at least this size are at full scale; a clip with `CLIPPED_SAMPLES` of them is flagged as clipped."""
+
+CLIPPED_SAMPLES = 10
+
+REWRITE_FRAMES = 8192
+"""Frames per block when `top_db` is applied to a written array."""
+
+FEW_CLIPS = 400
+"""Fewer clips than these are made before worker processes have started."""
+
+CHUNK_CLIPS = 8
+"""Clips per task: enough to hide the cost of passing a task, few enough that a kill loses little."""
+
+
+@dataclass(frozen=True)
+class ClipInfo:
+    """A row of the manifest. Bytes, ns, seconds, frames, dB."""
+
+    fname: str
+    size: int
+    mtime_ns: int
+    seconds: float = 0.0
+    frames: int = 0
+    peak_db: float = 0.0
+    mean_db: float = 0.0
+    mean_square_db: float = 0.0
+    flags: str = ""
+    """As `flags_of` reads them."""
+    error: str = ""
+
+
+def flags_of(text: str) -> tuple[str, ...]:
+    """The flags in a cell of the manifest: of silent, clipped, short, resampled, downmixed, unreadable; joined by `|`."""
+    return tuple(text.split("|")) if text else ()
+
+
+def unreadable(manifest: pd.DataFrame) -> list[str]:
+    """The clips of a manifest, or of a part of it, that could not be read and so have no log-mel."""
+    return [fname for fname, text in manifest["flags"].items() if "unreadable" in flags_of(text)]
+
+
+def cache_folder(home: Home, competition_name: str, config: LogMelConfig) -> Path:
+    """The folder of a competition's log-mels under a configuration."""
+    return home.cache / competition_name / config.fingerprint()
+
+
+def npy_path(folder: Path, fname: str) -> Path:
+    """The file of a clip's log-mel."""
+    return folder / f"{fname.rsplit('.', 1)[0]}.npy"
+
+
+def build_cache(
+    competition: Competition,
+    config: LogMelConfig,
+    home: Home,
+    *,
+    splits: Iterable[Split] = ("curated", "test"),
+    exclude: Iterable[str] = (),
+    fnames: Iterable[str] | None = None,
+    compute: Compute = Compute(),
+) -> Path:
+    """Make every log-mel that is missing or whose audio has changed.
+
+    Args:
+        splits: which parts of the competition.
+        exclude: training clips to leave out; they need not be readable.
+        fnames: only these clips of the splits; all of them if None.
+        compute: its `jobs` and `progress` are used. With `jobs=-1`, few clips are made without worker processes, whose start
+            would take longer.
+
+    Returns:
+        The cache's folder.
+
+    Raises:
+        MelfoldError: one line for each training clip that cannot be read. An unreadable test clip only gets a warning.
+    """
+    folder = cache_folder(home, competition.name, config)
+    splits, exclude = list(splits), set(exclude)
+    only = None if fnames is None else set(fnames)
+    paths = {
+        fname: path
+        for split in splits
+        for fname, path in competition.split(split)["path"].items()
+        if (split == "test" or fname not in exclude) and (only is None or fname in only)
+    }
+    with locked(folder / ".lock", lambda: log.warning("waiting for another melfold that fills %s", folder)):
+        remove_leftovers(folder)
+        write_json(folder / "config.json", config.model_dump())
+        known = _read_known(folder)
+        work = _stale(folder, paths, known, config)
+        if work:
+            _make(folder, work, config, known, compute)
+            _write_manifest(folder, known)
+    _report_unreadable(competition, splits, [known[fname] for fname in paths])
+    return folder
+
+
+def read_manifest(folder: Path) -> pd.DataFrame:
+    """The manifest of a cache, indexed by `fname`; columns as in `ClipInfo`.
+
+    Raises:
+        MelfoldError: a missing or damaged manifest.
+    """
+    path = folder / "manifest.csv"
+    if not path.exists():
+        raise MelfoldError("no cache", str(folder), "Run `melfold cache`")
+    try:
+        table = pd.read_csv(path, index_col="fname", dtype={"fname": str}, keep_default_na=False, float_precision="round_trip")
+        return table[[f.name for f in fields(ClipInfo) if f.name != "fname"]]
+    except (ValueError, KeyError) as error:
+        raise MelfoldError("damaged manifest", f"{path} ({error})", "Delete it and run `melfold cache`") from None
+
+
+def _stale(folder: Path, paths: dict[str, Path], known: dict[str, ClipInfo], config: LogMelConfig) -> dict[str, Path]:
+    """The clips without an up-to-date array."""
+    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.name.endswith(".npy")}
+    stale = {}
+    for fname, path in paths.items():
+        info = known.get(fname)
+        stat = path.stat()
+        whole = info and sizes.get(npy_path(folder, fname).name) == NPY_HEADER + 2 * config.n_mels * info.frames
+        # A clip that was unreadable is tried again: the disk may have been full, or a network drive away.
+        if not whole or (info.size, info.mtime_ns) != (stat.st_size, stat.st_mtime_ns):
+            stale[fname] = path
+    return stale
+
+
+def _make(folder: Path, work: dict[str, Path], config: LogMelConfig, known: dict[str, ClipInfo], compute: Compute) -> None:
+    from joblib import Parallel, delayed
+
+    done = 0
+    items = list(work.items())
+    chunks = [items[i : i + CHUNK_CLIPS] for i in range(0, len(items), CHUNK_CLIPS)]
+    # Made here, so that no worker of this machine has to import librosa; other machines get only the configuration.
+    transform = config if remote() else log_mel_of(config)
+    jobs = 1 if compute.jobs == -1 and len(work) < FEW_CLIPS else compute.jobs
+    with (folder / "journal.jsonl").open("a") as journal:
+        results: Iterator[list[ClipInfo]] = Parallel(n_jobs=jobs, return_as="generator_unordered")(
+            delayed(_make_chunk)(folder, chunk, transform, os.getpid()) for chunk in chunks
+        )
+        for infos in results:
+            for info in infos:
+                known[info.fname] = info
+                journal.write(json.dumps(asdict(info)) + "\n")
+            journal.flush()
+            done += len(infos)
+            compute.progress(done, len(work), "caching log-mels")
+
+
+def stop_workers() -> None:
+    """End the worker processes that `build_cache` may have left waiting for more: they would keep their memory for minutes."""
+    loky = sys.modules.get("joblib.externals.loky.reusable_executor")
+    if loky and loky._executor is not None:
+        loky._executor.shutdown(wait=True)
+
+
+def _make_chunk(folder: Path, chunk: list[tuple[str, Path]], transform: LogMel | LogMelConfig, caller: int) -> list[ClipInfo]:
+    _end_with(caller)
+    if isinstance(transform, LogMelConfig):
+        transform = log_mel_of(transform)
+    return [make_clip(folder, fname, path, transform) for fname, path in chunk]
+
+
+@lru_cache(maxsize=1)
+def _end_with(caller: int) -> None:
+    """In a worker process that `caller` started: end when the caller does. Only the first call in a process does anything."""
+    if os.getppid() == caller:
+        end_with_parent()
+
+
+def make_clip(folder: Path, fname: str, path: Path, transform: LogMel) -> ClipInfo:
+    """Write one clip's array and return its row. A clip that cannot be read gets the flag `unreadable` and no array.
+
+    Memory does not grow with the clip's length.
+    """
+    stat = path.stat()
+    target = npy_path(folder, fname)
+    try:
+        blocks, flags = open_waveform(path, transform.config.sr)
+        meter = _Meter()
+        # Not made durable: thousands of waits for the disk cost more than making clips again after a power cut.
+        with atomic_path(target, durable=False) as temporary, temporary.open("w+b", buffering=0) as file:
+            frames, peak, mean, mean_square = _write_array(file, transform.stream(meter.measure(blocks)), transform.config)
+    except MelfoldError as error:
+        target.unlink(missing_ok=True)
+        return ClipInfo(fname, stat.st_size, stat.st_mtime_ns, flags="unreadable", error=str(error))
+    if meter.peak == 0:
+        flags.append("silent")
+    if meter.full_scale >= CLIPPED_SAMPLES:
+        flags.append("clipped")
+    if meter.samples < transform.config.n_fft:
+        flags.append("short")
+    return ClipInfo(
+        fname,
+        stat.st_size,
+        stat.st_mtime_ns,
+        seconds=round(meter.samples / transform.config.sr, 4),
+        frames=frames,
+        peak_db=round(peak, 4),
+        mean_db=mean,
+        mean_square_db=mean_square,
+        flags="|".join(flags),
+    )
+
+
+@dataclass
+class _Meter:
+    """Measures a waveform on its way to the transform."""
+
+    samples: int = 0
+    peak: float = 0.0
+    full_scale: int = 0
+
+    def measure(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        for block in blocks:
+            self.samples += len(block)
+            peak = max(float(block.max()), -float(block.min()))
+            self.peak = max(self.peak, peak)
+            if peak >= FULL_SCALE:
+                self.full_scale += int((np.abs(block) >= FULL_SCALE).sum())
+            yield block
+
+
+def _write_array(file: FileIO, parts: Iterator[np.ndarray], config: LogMelConfig) -> tuple[int, float, float, float]:
+    """Write a `.npy` of float16 dB, limited to `top_db` below its peak. Returns frames, peak, mean and mean square."""
+    import torch
+
+    file.seek(NPY_HEADER)
+    frames, peak = 0, -np.inf
+    for part in parts:
+        frames, peak = frames + len(part), max(peak, float(part.max()))
+        file.write(torch.from_numpy(part).half().numpy())  # NumPy's conversions to and from float16 are ten times slower
+    # Rounding keeps the order, so limiting after it gives the same values as limiting before it.
+    floor = float(np.float16(np.float32(peak) - np.float32(config.top_db or np.inf)))
+    total = squares = 0.0
+    for start in range(0, frames, REWRITE_FRAMES):
+        stored = np.empty((min(REWRITE_FRAMES, frames - start), config.n_mels), np.float16)
+        at = NPY_HEADER + start * config.n_mels * stored.itemsize
+        file.seek(at)
+        if file.readinto(stored) != stored.nbytes:
+            raise OSError(f"{file.name}: fewer bytes than were written")
+        values = torch.from_numpy(stored).float().clamp_(min=floor)
+        file.seek(at)
+        file.write(values.half().numpy())
+        values = values.numpy()
+        total += float(values.sum(dtype=np.float64))
+        squares += float(np.square(values).sum(dtype=np.float64))
+    header = BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": (frames, config.n_mels)})
+    if len(header.getvalue()) != NPY_HEADER:
+        raise RuntimeError(f"a .npy header of {len(header.getvalue())} bytes")
+    file.seek(0)
+    file.write(header.getvalue())
+    cells = frames * config.n_mels
+    return frames, peak, total / cells, squares / cells
+
+
+def _read_known(folder: Path) -> dict[str, ClipInfo]:
+    """The rows of the manifest and those that an interrupted stage left in its journal."""
+    known = {}
+    if (folder / "manifest.csv").exists():
+        try:
+            for row in read_manifest(folder).itertuples():
+                known[row.Index] = ClipInfo(*row)
+        except MelfoldError as error:
+            log.warning("%s: making its log-mels again", error.lines[0].split(". ")[0])
+    journal = folder / "journal.jsonl"
+    if journal.exists():
+        for line in journal.read_text().splitlines():
+            try:
+                info = ClipInfo(**json.loads(line))
+            except (json.JSONDecodeError, TypeError):
+                break  # the stage was killed while it wrote this line
+            known[info.fname] = info
+        _write_manifest(folder, known)
+    return known
+
+
+def _write_manifest(folder: Path, known: dict[str, ClipInfo]) -> None:
+    rows: list[dict[str, Any]] = [asdict(known[fname]) for fname in sorted(known)]
+    with atomic_path(folder / "manifest.csv") as temporary:
+        pd.DataFrame(rows, columns=[f.name for f in fields(ClipInfo)]).to_csv(temporary, index=False, lineterminator="\n")
+    (folder / "journal.jsonl").unlink(missing_ok=True)
+
+
+def _report_unreadable(competition: Competition, splits: list[Split], infos: Iterable[ClipInfo]) -> None:
+    failed = {info.fname: info.error for info in infos if "unreadable" in flags_of(info.flags)}
+    test = set(competition.test.index) if "test" in splits else set()
+    for fname in sorted(failed.keys() & test):
+        log.warning("TEST CLIP %s: it will get the mean out-of-fold probabilities", failed[fname])
+    fatal = [fname for fname in failed if fname not in test]
+    if fatal:
+        raise MelfoldError.many(
+            MelfoldError(
+                failed[fname].removesuffix(". Download it again"), "", f"Download it again, or --set data.exclude.'{fname}'='why'"
+            )
+            for fname in fatal
+        )

@@ -1,0 +1,77 @@
+"""The script of a kernel: `kernels/<kind>/kernel.py`, the package and what to do, in one file."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import zipfile
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from melfold.errors import MelfoldError
+from melfold.files import digest
+
+MAX_BYTES = 1_000_000
+"""Kaggle refuses a larger script, without naming the reason."""
+
+LEFT_OUT = {"cli", "cli.py", "cli_kaggle.py", "terminal.py", "pipeline.py", "stages.py", "dry_run.py", "kaggle", "report"}
+LEFT_OUT |= {"data/demo.py"}
+"""Files and folders of the package that no kernel needs. Names that do not exist do no harm."""
+
+_PACKAGE = Path(str(resources.files("melfold")))
+
+
+@dataclass(frozen=True)
+class Script:
+    """The script's text, the hash that names its content, and the hashes of what it was made from."""
+
+    text: str
+    build_id: str
+    made_from: dict[str, str]
+
+
+def make_script(kind: str, bundle: dict[str, Any]) -> Script:
+    """Append to `kernel.py` the line that starts it.
+
+    Args:
+        kind: `infer` or `train`.
+        bundle: what the kernel is to do, JSON-able. `build_id` is added to it.
+
+    Raises:
+        MelfoldError: a script that would be too large, or melfold without its repository.
+    """
+    code, pack = read_source(kind, "kernel.py"), pack_source()
+    made_from = {"kernel.py": digest(code), "package": hashlib.sha256(pack).hexdigest(), "bundle": digest(bundle)}
+    build_id = digest(made_from)
+    arguments = json.dumps(bundle | {"build_id": build_id}), base64.b85encode(pack).decode()
+    text = '{}\n\nif __name__ == "__main__": run(bundle={!r}, pack={!r})\n'.format(code, *arguments)
+    if (size := len(text.encode())) >= MAX_BYTES:
+        raise MelfoldError("the kernel's script is too large for Kaggle", f"{size:,} bytes, the limit is {MAX_BYTES:,}")
+    return Script(text, build_id, made_from)
+
+
+def read_source(kind: str, name: str) -> str:
+    """The text of a file in `kernels/<kind>/`.
+
+    Raises:
+        MelfoldError: no such file, since melfold does not run from a clone.
+    """
+    path = _PACKAGE.parents[1] / "kernels" / kind / name
+    if not path.exists():
+        raise MelfoldError("the kernels' sources are missing", str(path), "Run melfold from a clone of its repository")
+    return path.read_text()
+
+
+def pack_source() -> bytes:
+    """The package as a zip, without `LEFT_OUT`: the same source gives the same bytes."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as pack:
+        for path in sorted([*_PACKAGE.rglob("*.py"), *_PACKAGE.rglob("*.toml")]):
+            inner = path.relative_to(_PACKAGE)
+            if not {inner.as_posix(), inner.parts[0]} & LEFT_OUT:
+                pack.writestr(zipfile.ZipInfo(f"melfold/{inner.as_posix()}"), path.read_bytes(), zipfile.ZIP_DEFLATED, 9)
+    return out.getvalue()
