@@ -8,6 +8,7 @@ import pytest
 import torch
 from timm.optim import create_optimizer_v2
 
+from melfold.compute import Compute
 from melfold.config import LogMelConfig, ModelConfig, PredictConfig, Recipe, TrainConfig
 from melfold.data.cache import build_cache
 from melfold.data.clips import ClipStore
@@ -128,7 +129,7 @@ def test_it_trains_an_epoch_and_predicts(
         train=TrainConfig(epochs=1, crop_seconds=0.5, layer_decay=0.8, ema_decay=0),
     )
     competition = load_competition(tiny_download())
-    folder = build_cache(competition, recipe.logmel, Home(tmp_path), splits=["curated"], jobs=1)
+    folder = build_cache(competition, recipe.logmel, Home(tmp_path), splits=["curated"], compute=Compute(jobs=1))
     store = ClipStore(folder, list(competition.curated.index), 64, recipe.logmel.top_db)
     device, labels = pick_device("cpu", "off"), list(competition.labels)
     torch.manual_seed(0)
