@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -42,10 +43,10 @@ class LogMelConfig(_Frozen):
     """Scaling of the mel bands; `none` leaves them unscaled."""
     htk: bool = False
     """Use the HTK mel scale instead of Slaney's."""
-    top_db: Annotated[float, Field(gt=0)] = 80.0
-    """Values further below a clip's peak than this many dB are raised to that limit."""
+    top_db: Annotated[float, Field(gt=0)] | None = 80.0
+    """Values further below a clip's peak than this many dB are raised to that limit; `none` sets no limit."""
 
-    @field_validator("norm", mode="before")
+    @field_validator("norm", "top_db", mode="before")
     @classmethod
     def _none_in_words(cls, value: Any) -> Any:
         return None if value == "none" else value  # TOML has no null
@@ -130,9 +131,15 @@ class ModelConfig(_Frozen):
     """A timm backbone and its head."""
 
     name: str = "convnext_tiny"
-    """Any timm model that returns a feature map."""
+    """Any timm model that gives a feature map or a grid of tokens."""
     weights: str = "none"
-    """Initial weights: `none`, `hub` (timm downloads them) or `file:PATH` (safetensors, or a .pth of plain tensors)."""
+    """Initial weights: `none`, `hub` (timm's), `hf:OWNER/REPO[/FILE]`, or `file:PATH` (safetensors, or a .pth of tensors)."""
+    axes: Literal["auto", "mel_time", "time_mel"] = "auto"
+    """Which axis of the weights' kernels comes first; `auto`: time in files with a `bn0`, such as AudioSet's, else mel."""
+    normalise: Literal["scalar", "band", "checkpoint"] = "scalar"
+    """Input normalisation: by one mean and deviation of the training clips, by one per mel band, or by the weights' `bn0`."""
+    pad_frames: Annotated[int, Field(ge=0)] = 0
+    """Zeros at each end of the time axis, after normalisation: the padding of the weights' own stem."""
     drop_rate: Rate = 0.0
     """Dropout before the output layer."""
     drop_path_rate: Rate = 0.0
@@ -145,15 +152,23 @@ class ModelConfig(_Frozen):
     """Train the head only."""
     licence: str = ""
     """Licence of a weights file, where timm does not know it."""
+    seen: tuple[str, ...] = ()
+    """Data sets that the weights were trained on, where the kit does not know them."""
     kwargs: dict[str, Any] = {}
     """Passed to timm's `create_model`; the text `none` means None."""
 
     @field_validator("weights")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value not in ("none", "hub") and not (value.startswith("file:") and len(value) > len("file:")):
-            raise ValueError(f"needs none, hub or file:PATH, found {value!r}")
+        if not re.fullmatch(r"none|hub|file:.+|hf:\w[\w.-]*(/\w[\w.-]*)+", value):
+            raise ValueError(f"needs none, hub, hf:OWNER/REPO[/FILE] or file:PATH, found {value!r}")
         return value
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.normalise == "checkpoint" and self.weights in ("none", "hub"):
+            raise ValueError(f'normalise = "checkpoint" needs a weights file with a bn0, found weights = {self.weights!r}')
+        return self
 
 
 class TrainConfig(_Frozen):

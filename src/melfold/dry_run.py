@@ -113,6 +113,8 @@ def dry_run(root: Path, home: Home, recipe: Recipe, compute: Compute) -> DryRun:
 
     Model, crops, augmentation, losses and phases are the recipe's own.
     """
+    from melfold.learn.fetch import hub_file, share_weights
+
     whole = load_competition(root)
     recipe = with_bad_clips(recipe, whole)
     few = replace(
@@ -126,6 +128,8 @@ def dry_run(root: Path, home: Home, recipe: Recipe, compute: Compute) -> DryRun:
     recipes = [recipe]
     while recipes[0].noisy.teacher:
         recipes.insert(0, open_run(home, recipes[0].noisy.teacher).recipe)
+    if any(hub_file(each.model) for each in recipes):
+        share_weights(home, place)
     for number, each in enumerate(recipes):
         short = _shortened(each, few, f"try{number - 1}", batch_size=min(4, each.train.batch_size), steps=3)
         run = stages.train(few, place, short, f"try{number}", range(recipe.folds.n_folds), compute)

@@ -66,7 +66,7 @@ def start(competition: Competition, home: Home, recipe: Recipe, name: str, which
     else:
         from melfold.learn.model import try_model
 
-        try_model(recipe, len(competition.labels))
+        try_model(recipe, len(competition.labels), home)
     table, _ = folds(competition, home, recipe)
     return start_run(home, name, recipe, competition, table)
 

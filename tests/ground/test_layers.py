@@ -13,14 +13,14 @@ import pytest
 LAYERS = """
 : errors files artefacts config facts recipes compute probs metrics
 data: competition audio logmel cache folds check clips demo
-learn: provenance runs start predictions devices augment losses normalise batches weights model predict
+learn: fetch provenance runs start predictions devices augment losses normalise batches backbones weights model predict
 learn: fold_data state train_log tracker train footprint noisy jobs launch
 combine: oof ensemble relabel check submission rebuild
 kernels: boot infer train
 kaggle: client ledger download pack built build sandbox rehearsal push submit
 report: pages charts audio pictures diagnosis training cards clips ledger run_page review_page home_page
 : stages dry_run
-cli: output options recipes data scores training runs clean submissions ledger kernels report main
+cli: output options recipes data scores training runs clean submissions ledger kernels weights report main
 : __main__
 """
 """A package and its modules in each line; a module imports only from those before it."""

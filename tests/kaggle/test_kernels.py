@@ -18,6 +18,7 @@ from kaggle_world import SETS, SLUG, World, bundle_of, record, restamp, rewrite
 from slugify import slugify
 
 from melfold import stages
+from melfold.artefacts import Artefact
 from melfold.combine.oof import prior_of
 from melfold.combine.submission import build_submission
 from melfold.data.competition import load_competition
@@ -31,8 +32,10 @@ from melfold.kaggle.push import check_output, fetch_run, push
 from melfold.kaggle.rehearsal import link_inputs, mounts, rehearse
 from melfold.kernels.boot import Session
 from melfold.kernels.infer import infer
+from melfold.learn.fetch import hub_file
 from melfold.learn.predictions import open_prediction
 from melfold.learn.runs import open_run
+from melfold.learn.weights import save_weights
 from melfold.probs import read_probs
 from melfold.recipes import load_recipe
 
@@ -356,11 +359,19 @@ def test_training_stops_in_time_and_continues_in_a_second_session(own: World) ->
     assert 0 < steps[0] < steps[1]
 
 
-def test_a_training_kernel_needs_its_weights_as_a_file(own: World) -> None:
+def test_a_training_kernel_takes_weights_of_the_hub_from_the_home(own: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     recipe = load_recipe("demo", [*SETS, "model.weights=hub"])
     table, _ = stages.folds(own.competition, own.home, recipe)
-    with pytest.raises(MelfoldError, match="no network to download weights"):
+    with pytest.raises(MelfoldError, match="melfold weights fetch"):
         build_train(own.home, recipe, "hub", table, own.competition, CPU, folds=[0])
+    file = hub_file(recipe.model)
+    save_weights(file.path(own.home), {"stem.0.bias": torch.ones(1)})
+    Artefact.of(file.path(own.home)).commit({"source": str(file)}, licence="mit")
+    built = build_train(own.home, recipe, "hub", table, own.competition, CPU, folds=[0])
+    name = str(file).replace("/", "--")
+    assert (built.dataset / name).read_bytes() == file.path(own.home).read_bytes()
+    assert f"file:{name}" in (built.kernel / "kernel.py").read_text()
 
 
 def test_no_such_submission(own: World) -> None:

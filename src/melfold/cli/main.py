@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from melfold import __version__
-from melfold.cli import clean, data, kernels, ledger, recipes, report, runs, scores, submissions, training
+from melfold.cli import clean, data, kernels, ledger, recipes, report, runs, scores, submissions, training, weights
 
 app = typer.Typer(
     name="melfold",
@@ -19,6 +19,7 @@ app = typer.Typer(
 for group in (data, training, runs, scores, report, submissions, kernels, ledger, clean):
     app.add_typer(group.app)
 app.add_typer(recipes.app, name="recipe")
+app.add_typer(weights.app, name="weights")
 
 
 def _print_version(asked: bool) -> None:

@@ -294,7 +294,7 @@ def _write_array(file: FileIO, parts: Iterator[np.ndarray], config: LogMelConfig
         frames, peak = frames + len(part), max(peak, float(part.max()))
         file.write(torch.from_numpy(part).half().numpy())  # NumPy's conversions to and from float16 are ten times slower
     # Rounding keeps the order, so limiting after it gives the same values as limiting before it.
-    floor = float(np.float16(np.float32(peak) - np.float32(config.top_db)))
+    floor = float(np.float16(np.float32(peak) - np.float32(config.top_db or np.inf)))
     header = _header(frames, config.n_mels)
     crc32, total, squares = zlib.crc32(header), 0.0, 0.0
     for start in range(0, frames, REWRITE_FRAMES):

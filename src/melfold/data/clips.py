@@ -25,13 +25,13 @@ class ClipStore:
     Args:
         folder: of the cache.
         fnames: the clips; a row number stands for a position in this list.
-        top_db: how far below its peak a clip's floor is, in dB.
+        top_db: how far below its peak a clip's floor is, in dB; None for a floor of -100 dB.
 
     Raises:
         MelfoldError: clips that are not in the cache.
     """
 
-    def __init__(self, folder: Path, fnames: Sequence[str], n_mels: int, top_db: float) -> None:
+    def __init__(self, folder: Path, fnames: Sequence[str], n_mels: int, top_db: float | None) -> None:
         manifest = read_manifest(folder)
         missing = [f for f in fnames if f not in manifest.index or not manifest.at[f, "frames"]]
         if missing:
@@ -41,7 +41,7 @@ class ClipStore:
         self.frames = table["frames"].to_numpy(np.int64)
         self.n_mels = n_mels
         self._paths = [str(npy_path(folder, f)) for f in fnames]
-        self._floor = np.maximum(table["peak_db"].to_numpy(np.float64) - top_db, -100).astype(np.float16)
+        self._floor = np.maximum(table["peak_db"].to_numpy(np.float64) - (top_db or np.inf), -100).astype(np.float16)
         self._mean = table["mean_db"].to_numpy(np.float64)
         self._mean_square = table["mean_square_db"].to_numpy(np.float64)
         self.crc32 = table["crc32"].to_numpy(np.int64)
@@ -100,13 +100,14 @@ class ClipStore:
         self._verified[row] = True
 
 
-def tile(log_mel: np.ndarray, length: int, pad: Pad, top_db: float) -> np.ndarray:
+def tile(log_mel: np.ndarray, length: int, pad: Pad, top_db: float | None) -> np.ndarray:
     """The first evaluation window `(length, n_mels)` of a log-mel in memory, the same as `ClipStore.read` gives."""
     frames = len(log_mel)
     (start, *_) = window_starts(frames, length, 0.0, 0, pad)
     if pad == "wrap" or frames >= length:
         return np.take(log_mel, np.arange(start, start + length), axis=0, mode="wrap")
-    return np.pad(log_mel, ((-start, length - frames + start), (0, 0)), constant_values=max(float(log_mel.max()) - top_db, -100))
+    floor = max(float(log_mel.max()) - (top_db or np.inf), -100)
+    return np.pad(log_mel, ((-start, length - frames + start), (0, 0)), constant_values=floor)
 
 
 def window_starts(frames: int, length: int, overlap: float, shift: int, pad: Pad) -> list[int]:

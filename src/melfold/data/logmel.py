@@ -71,7 +71,7 @@ class LogMel:
             Float32 dB, `(frames, n_mels)`.
         """
         out = np.concatenate(list(self.stream([waveform])))
-        return np.maximum(out, out.max() - self.config.top_db, out=out)
+        return np.maximum(out, out.max() - (self.config.top_db or np.inf), out=out)
 
     def stream(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """The log-mel of a waveform that comes in blocks, part by part, before `top_db` limits it."""

@@ -20,8 +20,9 @@ from melfold.errors import MelfoldError
 from melfold.files import Home, digest, sha256_file, write_json, write_text
 from melfold.kaggle.built import Built, built_for, kernel_id, title_for
 from melfold.kaggle.pack import make_script, read_source
+from melfold.learn.fetch import first_weights, hub_file
 from melfold.learn.predictions import Prediction, open_prediction
-from melfold.learn.provenance import current_commit
+from melfold.learn.provenance import current_commit, licence_of, seen_data
 
 log = logging.getLogger(__name__)
 
@@ -115,9 +116,9 @@ def build_train(
         session: 1, or a later one, which continues where the one before stopped.
 
     Raises:
-        MelfoldError: weights that would have to be downloaded, a recipe with a teacher, or a script that would be too large.
+        MelfoldError: weights that cannot be downloaded, a recipe with a teacher, or a script that would be too large.
     """
-    recipe, weights = _first_weights(recipe)
+    recipe, weights = _first_weights(recipe, home)
     if recipe.noisy.teacher:
         raise MelfoldError(
             "a kernel cannot use a teacher", f"noisy.teacher = {recipe.noisy.teacher}", "Train this recipe where its teacher is"
@@ -147,19 +148,19 @@ def build_train(
     return _build(home, plan)
 
 
-def _first_weights(recipe: Recipe) -> tuple[Recipe, dict[str, Path]]:
-    """The recipe with its weights' file name alone, and the file, if it starts from one."""
-    if recipe.model.weights == "none":
+def _first_weights(recipe: Recipe, home: Home) -> tuple[Recipe, dict[str, Path]]:
+    """The recipe with its weights' file name alone, and the file, if it starts from one; weights from the hub become a file."""
+    path = first_weights(recipe.model, home)
+    if path is None:
         return recipe, {}
-    if recipe.model.weights == "hub":
-        raise MelfoldError(
-            "a kernel has no network to download weights", "model.weights = hub", "Use --set model.weights=file:PATH"
-        )
-    path = Path(recipe.model.weights.removeprefix("file:")).expanduser()
     if path.suffix != ".safetensors":
         raise MelfoldError("a kernel takes weights as safetensors", path.name, "Convert the file")
-    model = recipe.model.model_copy(update={"weights": f"file:{path.name}"})
-    return recipe.model_copy(update={"model": model}), {path.name: path}
+    file, facts = hub_file(recipe.model), {}
+    if file:
+        facts = {"licence": licence_of(recipe, home), "seen": seen_data(recipe)}
+    name = str(file).replace("/", "--") if file else path.name
+    model = recipe.model.model_copy(update={"weights": f"file:{name}", **facts})
+    return recipe.model_copy(update={"model": model}), {name: path}
 
 
 def _member(prediction: Prediction, part: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from melfold.config import Recipe
 from melfold.data.clips import ClipStore
 from melfold.errors import MelfoldError
 from melfold.learn.batches import Batch, Phase, train_batches
+from melfold.learn.normalise import Level, statistics
 from melfold.learn.runs import FULL, Run
 
 
@@ -69,10 +70,13 @@ class FoldData:
         """How many clips of `train` are noisy."""
         return len(self.train.fnames) - self.curated
 
-    def statistics(self) -> tuple[tuple[float, float], tuple[float, float] | None]:
-        """Mean and standard deviation in dB of the curated clips, and of the noisy ones if they are to have their own."""
-        own = self.train.head(self.curated).statistics()
-        return own, self.train.tail(self.noisy).statistics() if self.noisy and self.recipe.noisy.own_norm else None
+    def statistics(self) -> tuple[tuple[Level, Level] | None, tuple[Level, Level] | None]:
+        """Mean and standard deviation in dB of the curated clips, unless they come with the weights; and of the noisy ones if
+        they are to have their own."""
+        kind = self.recipe.model.normalise
+        own = None if kind == "checkpoint" else statistics(self.train.head(self.curated), bands=kind == "band")
+        apart = self.noisy and self.recipe.noisy.own_norm
+        return own, statistics(self.train.tail(self.noisy), bands=kind != "scalar") if apart else None
 
     @cached_property
     def phases(self) -> list[Phase]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 from torch.nn import functional
 
 from melfold.config import ModelConfig, Recipe
-from melfold.errors import MelfoldError, first_line
+from melfold.files import Home
+from melfold.learn.backbones import Layout, feature_map, final_norm, find_layout, make_backbone
+from melfold.learn.fetch import first_weights
 from melfold.learn.normalise import Normalisation
 from melfold.learn.weights import load_backbone
 
@@ -24,16 +23,18 @@ class Tagger(nn.Module):
     The mean over frequency, then the sum of maximum and mean over time, as in PANNs (Kong et al., 2020).
     """
 
-    def __init__(self, config: ModelConfig, n_labels: int, backbone: nn.Module, width: int) -> None:
+    def __init__(self, config: ModelConfig, n_labels: int, n_mels: int, backbone: nn.Module, layout: Layout) -> None:
         super().__init__()
-        self.config = config
-        self.normalise = Normalisation()
+        self.config, self.layout = config, layout
+        per_band = config.normalise != "scalar"
+        self.normalise = Normalisation(n_mels if per_band else 0, affine=config.normalise == "checkpoint")
         self.backbone = backbone
-        # ConvNeXt's final norm comes after pooling, is part of its pretrained weights, and is used if the recipe wants a norm.
-        self.backbone_norm = config.head == "norm_linear" and isinstance(_head_norm(backbone), nn.LayerNorm)
-        self.norm = nn.LayerNorm(width) if config.head == "norm_linear" and not self.backbone_norm else nn.Identity()
+        # A final norm behind the pooling is part of the pretrained weights, and is used if the recipe wants a norm.
+        self.backbone_norm = config.head == "norm_linear" and final_norm(backbone, layout.channels) is not None
+        fresh = config.head == "norm_linear" and not self.backbone_norm
+        self.norm = nn.LayerNorm(layout.channels) if fresh else nn.Identity()
         self.drop = nn.Dropout(config.drop_rate)
-        self.head = nn.Linear(width, n_labels)
+        self.head = nn.Linear(layout.channels, n_labels)
         self.noisy_head: nn.Linear | None = None
         if config.frozen:
             self.backbone.requires_grad_(False)
@@ -42,15 +43,28 @@ class Tagger(nn.Module):
         """Add a last layer for the noisy clips' labels, which is thrown away after training."""
         self.noisy_head = nn.Linear(self.head.in_features, self.head.out_features)
 
+    def features(self, log_mels: torch.Tensor, noisy: torch.Tensor | None = None) -> torch.Tensor:
+        """The backbone's feature map `(clips, channels, mels, time)`."""
+        x = self.normalise(log_mels, noisy)
+        if self.config.pad_frames:
+            x = functional.pad(x, (self.config.pad_frames, self.config.pad_frames))
+        return feature_map(self.backbone, x.contiguous(memory_format=torch.channels_last), self.layout)
+
+    def pool(self, features: torch.Tensor) -> torch.Tensor:
+        """A feature map -> `(clips, channels)`."""
+        x = features.mean(dim=2)
+        return x.amax(dim=2) + x.mean(dim=2) if self.config.pool == "mean_max" else x.mean(dim=2)
+
+    def embed(self, pooled: torch.Tensor) -> torch.Tensor:
+        """`(clips, channels)`: after the norm, before the head."""
+        norm = final_norm(self.backbone, self.layout.channels) if self.backbone_norm else None
+        if norm is not None:
+            pooled = functional.layer_norm(pooled, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        return self.norm(pooled)
+
     def forward(self, log_mels: torch.Tensor, noisy: torch.Tensor | None = None) -> torch.Tensor:
         """Args: noisy: bool `(clips,)`, in training: these clips take their own statistics and head, if the model has them."""
-        x = self.normalise(log_mels, noisy).contiguous(memory_format=torch.channels_last)
-        x = self.backbone.forward_features(x).mean(dim=2)
-        x = x.amax(dim=2) + x.mean(dim=2) if self.config.pool == "mean_max" else x.mean(dim=2)
-        if self.backbone_norm:
-            norm = _head_norm(self.backbone)
-            x = functional.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-        x = self.drop(self.norm(x))
+        x = self.drop(self.embed(self.pool(self.features(log_mels, noisy))))
         logits = self.head(x)
         if noisy is None or self.noisy_head is None:
             return logits
@@ -78,78 +92,42 @@ class Tagger(nn.Module):
             if spec is not None
         }
 
+    def no_weight_decay(self) -> set[str]:
+        """The backbone's parameters that its authors did not decay, such as position embeddings."""
+        return {f"backbone.{name}" for name in getattr(self.backbone, "no_weight_decay", set)()}
 
-def _head_norm(backbone: nn.Module) -> Any:
-    return getattr(getattr(backbone, "head", None), "norm", None)
 
-
-def build_model(config: ModelConfig, n_labels: int, n_mels: int, frames: int, *, initial: bool = True) -> Tagger:
+def build_model(
+    config: ModelConfig, n_labels: int, n_mels: int, frames: int, *, initial: bool = True, home: Home | None = None
+) -> Tagger:
     """Make a model.
 
     Args:
         n_mels, frames: the input's size, tried out once.
         initial: start from the recipe's weights; without, from random ones that are to be replaced. Then neither the
             network nor a file is needed.
+        home: where downloaded weights are kept (default: as `Home.find`).
 
     Raises:
         MelfoldError: an unknown model, one without a feature map, arguments it refuses, or weights that do not fit.
     """
-    if hasattr(timm.models, "set_pretrained_download_progress"):
-        timm.models.set_pretrained_download_progress(False)
-    name, known = config.name.split(".")[0], timm.list_models()
-    if name not in known:
-        near = ", ".join(difflib.get_close_matches(name, known, 3))
-        raise MelfoldError("unknown model", config.name, f"Did you mean {near}?" if near else "timm.list_models() lists them")
-    # TOML has no null: "none" stands for it.
-    kwargs = {"in_chans": 1, "num_classes": 0} | {k: None if v == "none" else v for k, v in config.kwargs.items()}
-    if config.drop_path_rate:
-        kwargs["drop_path_rate"] = config.drop_path_rate
-    try:
-        backbone = timm.create_model(config.name, pretrained=initial and config.weights == "hub", **kwargs)
-    except OSError as error:
-        raise MelfoldError(
-            f"cannot download the weights of {config.name}",
-            first_line(error),
-            "Get them on a machine with a network and use --set model.weights=file:PATH",
-        ) from error
-    except Exception as error:  # timm's models refuse arguments in many ways, assertions among them
-        raise MelfoldError(f"timm refuses {config.name}", first_line(error), "Check model.name and model.kwargs") from error
-    if initial and config.weights.startswith("file:"):
-        load_backbone(backbone, Path(config.weights.removeprefix("file:")).expanduser(), config.name)
-    width = feature_width(backbone, config.name, n_mels, frames)
-    return Tagger(config, n_labels, backbone, width).to(memory_format=torch.channels_last)
+    path = first_weights(config, home or Home.find()) if initial else None
+    backbone = make_backbone(config, n_mels, frames + 2 * config.pad_frames)
+    input_norm = load_backbone(backbone, path, config, n_mels) if path else None
+    layout = find_layout(backbone, config.name, n_mels, frames + 2 * config.pad_frames)
+    model = Tagger(config, n_labels, n_mels, backbone, layout)
+    if input_norm:
+        model.normalise.load_state_dict(input_norm)
+    return model.to(memory_format=torch.channels_last)
 
 
-def feature_width(backbone: nn.Module, name: str, n_mels: int, frames: int) -> int:
-    """Channels of the feature map, found by trying: some models emit another width than they declare."""
-    was_training = backbone.training
-    try:
-        with torch.inference_mode():
-            features = backbone.eval().forward_features(torch.zeros(1, 1, n_mels, frames))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise MelfoldError(
-            f"{name} refuses an input of 1 x {n_mels} x {frames}",
-            first_line(error),
-            "Use a convolutional model, one input channel and crops that are not too short",
-        ) from error
-    finally:
-        backbone.train(was_training)
-    channels_first = getattr(backbone, "output_fmt", "NCHW") == "NCHW"
-    if features.ndim != 4 or not channels_first or features.shape[2] > n_mels or features.shape[3] > frames:
-        raise MelfoldError(
-            f"{name} gives no feature map",
-            f"an output of shape {tuple(features.shape)}",
-            "Use a model that gives (batch, channels, height, width), such as convnext_tiny",
-        )
-    return features.shape[1]
-
-
-def try_model(recipe: Recipe, n_labels: int) -> None:
+def try_model(recipe: Recipe, n_labels: int, home: Home | None = None) -> None:
     """Make a recipe's model once, and try the length of each of its views.
 
     Raises:
         MelfoldError: as `build_model`.
     """
-    model = build_model(recipe.model, n_labels, recipe.logmel.n_mels, recipe.crop_frames)
+    config, n_mels = recipe.model, recipe.logmel.n_mels
+    model = build_model(config, n_labels, n_mels, recipe.crop_frames, home=home)
     for length in {view.length for view in recipe.views} - {recipe.crop_frames}:
-        feature_width(model.backbone, recipe.model.name, recipe.logmel.n_mels, length)
+        find_layout(model.backbone, config.name, n_mels, length + 2 * config.pad_frames)

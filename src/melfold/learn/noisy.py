@@ -19,6 +19,7 @@ from melfold.data.clips import ClipStore
 from melfold.data.competition import multi_hot
 from melfold.errors import MelfoldError
 from melfold.learn.devices import Device
+from melfold.learn.normalise import statistics
 from melfold.learn.predict import predict_probs
 from melfold.learn.predictions import write_current
 from melfold.learn.runs import FULL, Run
@@ -77,7 +78,7 @@ def _teacher_probs(teacher: Run, fold: str, inputs: dict[str, Any], student: Run
         store = ClipStore(cache, list(student.noisy.index), recipe.logmel.n_mels, recipe.logmel.top_db)
         model = load_fold(teacher, fold, device)
         if recipe.noisy.use and recipe.noisy.own_norm:  # it was trained with these clips' own statistics
-            model.normalise.set(*store.statistics())
+            model.normalise.set(*statistics(store, bands=recipe.model.normalise != "scalar"))
         write_current(path, predict_probs(model, store, teacher.info.labels, recipe, device), inputs)
     return read_probs(path)
 

@@ -3,45 +3,89 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import subprocess
-from pathlib import Path
 
 from melfold.config import Recipe
-from melfold.errors import MelfoldError
-from melfold.files import sha256_file
+from melfold.files import Home
+from melfold.learn.fetch import hub_file
+
+UNKNOWN = "unknown"
+
+KNOWN_REPOSITORIES = {"topel/ConvNeXt-Tiny-AT": ("AudioSet",)}
+"""Hub repository -> what its weights were trained on, for those that timm's tags do not tell of."""
+
+DATA_OF_TAGS = {
+    "in1k|in|imagenet": "ImageNet-1k",
+    "in12k": "ImageNet-12k",
+    "in21k|in22k|miil": "ImageNet-21k",
+    "jft|jft300m|jft4b|ns": "JFT",
+    "laion|laion2b|laion400m": "LAION",
+    "openai|clip": "WIT-400M",
+    "webli": "WebLI",
+    "dfn2b|dfn5b": "DFN",
+    "datacomp.*": "DataComp",
+    "merged2b": "Merged-2B",
+    "metaclip2?": "MetaCLIP",
+    "lvd142m": "LVD-142M",
+    "lvd1689m": "LVD-1689M",
+    "sat493m": "SAT-493M",
+    "yfcc100m|yfcc15m|ssl": "YFCC-100M",
+    "ig1b|wsl|swsl|swag": "Instagram",
+    "as2m|as20k|audioset": "AudioSet",
+    "fsd50k": "FSD50K",
+}
+"""A part of a timm tag -> the data set it stands for."""
 
 
-def licence_of(recipe: Recipe) -> str:
-    """The licence of the weights a recipe starts from: what the recipe says, or what timm knows. Empty for random weights."""
+def licence_of(recipe: Recipe, home: Home | None = None) -> str:
+    """The licence of the weights a recipe starts from: what the recipe says, or timm knows, or the hub said at the download.
+
+    Empty for random weights, `unknown` if nobody names it.
+    """
     if recipe.model.weights == "none":
         return ""
     if recipe.model.licence:
         return recipe.model.licence
-    if recipe.model.weights != "hub":
-        return "unknown"
-    import timm
+    file = hub_file(recipe.model)
+    return (file and (file.licence or (home and file.recorded_licence(home)))) or UNKNOWN
 
-    known = timm.get_pretrained_cfg(recipe.model.name)
-    return (known and known.license) or "unknown"
+
+def seen_data(recipe: Recipe) -> tuple[str, ...]:
+    """The data sets that the weights a recipe starts from were trained on: what the recipe says, or timm's tags tell.
+
+    Empty for random weights; `unknown` stands for a data set that nobody names.
+    """
+    model = recipe.model
+    if model.weights == "none":
+        return ()
+    if model.seen:
+        return model.seen
+    file = hub_file(model)
+    if file and file.repo in KNOWN_REPOSITORIES:
+        return KNOWN_REPOSITORIES[file.repo]
+    _, _, tag = (file.repo if file else model.name).partition(".")
+    if not file and not tag:
+        return (UNKNOWN,)
+    found = {name for part in re.split("[_.]", tag) for pattern, name in DATA_OF_TAGS.items() if re.fullmatch(pattern, part)}
+    return tuple(sorted(found)) or (UNKNOWN,)
+
+
+def freesound_warning(recipe: Recipe) -> str:
+    """A warning if a recipe's first weights may have seen Freesound's recordings, the test clips among them; else empty."""
+    images = recipe.model.weights == "hub"  # timm's own models: whatever they saw was not sound
+    told = [name for name in seen_data(recipe) if name != UNKNOWN or not images]
+    if doubtful := [name for name in told if name == UNKNOWN or re.search("freesound|fsd|wavcaps|clap", name.lower())]:
+        return (
+            f"the weights of {recipe.model.name} ({recipe.model.weights}) may have seen clips of this competition: "
+            f"data sets {', '.join(doubtful)}. FAT2019's clips come from Freesound, as FSD50K's do"
+        )
+    return ""
 
 
 def join_licences(*licences: str) -> str:
     """Several comma-separated lists of licences as one, without duplicates."""
     return ", ".join(sorted({part for text in licences for part in text.split(", ") if part}))
-
-
-def first_weights_sha256(weights: str) -> str:
-    """The hash of the file in `file:PATH`; empty for `none` and `hub`.
-
-    Raises:
-        MelfoldError: no such file.
-    """
-    if not weights.startswith("file:"):
-        return ""
-    path = Path(weights.removeprefix("file:")).expanduser()
-    if not path.is_file():
-        raise MelfoldError("no such weights file", str(path), "Check model.weights=file:PATH")
-    return sha256_file(path)
 
 
 def current_commit(exclude: str = "") -> str:

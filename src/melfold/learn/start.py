@@ -14,7 +14,8 @@ from melfold.data.folds import read_folds
 from melfold.errors import MelfoldError
 from melfold.facts import join_labels
 from melfold.files import Home, sha256_file, write_json, write_text
-from melfold.learn.provenance import current_commit, first_weights_sha256, join_licences, licence_of
+from melfold.learn.fetch import first_weights_sha256
+from melfold.learn.provenance import current_commit, join_licences, licence_of
 from melfold.learn.runs import FULL, Run, RunInfo, open_run, run_stamp
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -80,7 +81,7 @@ def start_run(home: Home, name: str, recipe: Recipe, competition: Competition, f
 
 def _licence(home: Home, recipe: Recipe) -> str:
     teacher = recipe.noisy.teacher
-    return join_licences(licence_of(recipe), open_run(home, teacher).info.licence if teacher else "")
+    return join_licences(licence_of(recipe, home), open_run(home, teacher).info.licence if teacher else "")
 
 
 def _info(home: Home, recipe: Recipe, competition: Competition, folds_path: Path, clips: str, noisy: str) -> RunInfo:
@@ -94,7 +95,7 @@ def _info(home: Home, recipe: Recipe, competition: Competition, folds_path: Path
         folds_sha256=sha256_file(folds_path),
         clips_sha256=clips_sha256,
         noisy_sha256=hashlib.sha256(noisy.encode()).hexdigest() if noisy else "",
-        first_weights_sha256=first_weights_sha256(recipe.model.weights),
+        first_weights_sha256=first_weights_sha256(recipe.model, home),
         teacher=f"{teacher.name} {teacher.recipe.fingerprint()}" if teacher else "",
         track="open" if teacher and teacher.info.track == "open" else recipe.track,
         data="curated and noisy" if noisy or (teacher and teacher.info.noisy_sha256) else "curated",

@@ -124,9 +124,12 @@ def start_state(run: Run, data: FoldData, device: Device, *, initial: bool = Tru
         initial: start from the recipe's weights, else from random ones that are to be replaced.
     """
     recipe, config = run.recipe, run.recipe.train
-    model = build_model(recipe.model, len(run.info.labels), recipe.logmel.n_mels, recipe.crop_frames, initial=initial)
+    model = build_model(
+        recipe.model, len(run.info.labels), recipe.logmel.n_mels, recipe.crop_frames, initial=initial, home=run.home
+    )
     own, noisy = data.statistics()
-    model.normalise.set(*own)
+    if own:
+        model.normalise.set(*own)
     if recipe.noisy.use and recipe.noisy.own_head:
         model.add_noisy_head()
     if noisy:
