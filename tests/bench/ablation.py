@@ -151,11 +151,9 @@ def views_table(run: Run, competition: Competition, home: Home) -> str:
         predictions.append(stages.predict(prediction, competition, home, Compute()))
         seconds.append(time.monotonic() - started)
     lines = ["| windows | OOF lwlrap | difference (95 %) | cost |", "| --- | --- | --- | --- |"]
-    rows = zip(VIEWS, predictions, compare(predictions).runs.iterrows(), seconds, strict=True)
-    for what, prediction, (_, row), spent in rows:
-        difference = (
-            "" if what == next(iter(VIEWS)) else f"{row['difference']:+.4f} ({row['d_low']:+.4f} to {row['d_high']:+.4f})"
-        )
+    rows = zip(VIEWS, compare(predictions).runs.iterrows(), seconds, strict=True)
+    for number, (what, (_, row), spent) in enumerate(rows):
+        difference = f"{row['difference']:+.4f} ({row['d_low']:+.4f} to {row['d_high']:+.4f})" if number else ""
         lines.append(f"| {what} | {row['oof_lwlrap']:.4f} | {difference} | {spent / seconds[0]:.1f} |")
     return "\n".join(lines) + "\n"
 
