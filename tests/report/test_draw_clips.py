@@ -17,7 +17,8 @@ from melfold.data.competition import Competition, load_competition
 from melfold.errors import MelfoldError
 from melfold.files import Home
 from melfold.recipes import load_recipe
-from melfold.report.clips import band_of, draw_clips
+from melfold.report.clips import draw_clips
+from melfold.report.pictures import band_of
 
 
 @pytest.fixture
