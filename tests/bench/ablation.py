@@ -2,7 +2,7 @@
 
     python -m tests.bench.ablation esc10 --home build/ablation
 
-Every row is a run of its own: a stopped command goes on, and a row that stands is not trained again.
+Every row is a run of its own: a stopped command continues, and a finished row is not trained again.
 """
 
 from __future__ import annotations
@@ -13,22 +13,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-
-from melfold import pipeline
-from melfold.combine.ensemble import compare, pool_oof, read_together
+from melfold import stages
+from melfold.combine.ensemble import compare
+from melfold.combine.oof import score
+from melfold.compute import Compute
 from melfold.config import Recipe
-from melfold.data.cache import cache_folder
-from melfold.data.clips import ClipStore
-from melfold.data.competition import load_competition
+from melfold.data.competition import Competition, load_competition
 from melfold.files import Home, read_json, write_json, write_text
-from melfold.learn.devices import Device, pick_device
-from melfold.learn.predict import predict_probs
+from melfold.learn.predictions import own_prediction, start_prediction
 from melfold.learn.runs import Run
-from melfold.learn.train import load_fold
-from melfold.metrics import lwlrap, paired_bootstrap
-from melfold.probs import Probs
 from melfold.recipes import load_recipe
 
 COMMON = (
@@ -116,15 +109,14 @@ def recipe_of(row: Row) -> Recipe:
     return load_recipe("small", [*COMMON, *row.sets])
 
 
-def train_rows(data: Path, home: Home, part: tuple[int, int], device: Device) -> list[Run]:
+def train_rows(competition: Competition, home: Home, part: tuple[int, int]) -> list[Run]:
     """Train what is not trained yet. Returns: the runs of all rows that are whole."""
-    competition = load_competition(data)
     runs = []
     for number, row in enumerate(ROWS):
         recipe = recipe_of(row)
         if not number or number % part[1] == part[0]:
-            runs.append(pipeline.train(competition, home, recipe, row.name, range(recipe.folds.n_folds), device))
-            scores = pool_oof(runs[-1])
+            runs.append(stages.train(competition, home, recipe, row.name, range(recipe.folds.n_folds), Compute()))
+            scores = score(own_prediction(runs[-1]))
             seconds = sum(_seconds(runs[-1]))
             logging.info("%s: OOF %.4f, %.0f s", row.name, scores.oof_lwlrap, seconds)
     return runs
@@ -136,7 +128,7 @@ def _seconds(run: Run) -> list[float]:
 
 def table_of(runs: list[Run]) -> str:
     """Rows in Markdown: OOF, difference from the baseline with its paired interval, and a verdict."""
-    found = compare(runs)
+    found = compare([own_prediction(run) for run in runs])
     what = {row.name: row.what for row in ROWS}
     lines = ["| method | OOF lwlrap | difference (95 %) | |", "| --- | --- | --- | --- |"]
     for name, row in found.runs.iterrows():
@@ -149,34 +141,20 @@ def table_of(runs: list[Run]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def oof_with(run: Run, home: Home, sets: tuple[str, ...], device: Device) -> Probs:
-    """A run's held-out clips, predicted anew with other views."""
-    recipe = load_recipe("small", [*COMMON, *sets])
-    front = recipe.logmel
-    folder = cache_folder(home, run.info.competition, front)
-    parts = []
-    for fold in range(recipe.folds.n_folds):
-        store = ClipStore(folder, run.held_out(fold), front.n_mels, front.top_db)
-        parts.append(predict_probs(load_fold(run, str(fold), device), store, run.info.labels, recipe, device))
-    return pd.concat(parts).sort_index()
-
-
-def views_table(run: Run, home: Home, device: Device) -> str:
-    """What test-time augmentation brings: the same weights, other windows; cost in windows, of the first row's."""
-    together = read_together([run])
+def views_table(run: Run, competition: Competition, home: Home) -> str:
+    """What test-time augmentation brings: the same weights, other windows; cost in seconds, relative to the first row."""
+    predictions, seconds = [], []
+    for number, sets in enumerate(VIEWS.values()):
+        config = load_recipe("small", [*COMMON, *sets]).predict
+        prediction = start_prediction(run, f"views{number}", config)
+        started = time.monotonic()
+        predictions.append(stages.predict(prediction, competition, home, Compute()))
+        seconds.append(time.monotonic() - started)
     lines = ["| windows | OOF lwlrap | difference (95 %) | cost |", "| --- | --- | --- | --- |"]
-    base: Probs | None = None
-    for what, sets in VIEWS.items():
-        begun = time.monotonic()
-        probs = oof_with(run, home, sets, device).loc[together.targets.index]
-        seconds = time.monotonic() - begun
-        score = lwlrap(together.targets, probs)
-        if base is None:
-            base, first = probs, seconds
-            lines.append(f"| {what} | {score:.4f} | | 1 |")
-            continue
-        d = paired_bootstrap(together.targets, probs, base, rng=np.random.default_rng(0))
-        lines.append(f"| {what} | {score:.4f} | {d.value:+.4f} ({d.low:+.4f} to {d.high:+.4f}) | {seconds / first:.1f} |")
+    rows = zip(VIEWS, compare(predictions).runs.iterrows(), seconds, strict=True)
+    for number, (what, (_, row), spent) in enumerate(rows):
+        difference = f"{row['difference']:+.4f} ({row['d_low']:+.4f} to {row['d_high']:+.4f})" if number else ""
+        lines.append(f"| {what} | {row['oof_lwlrap']:.4f} | {difference} | {spent / seconds[0]:.1f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -188,11 +166,11 @@ def main() -> None:
     parser.add_argument("--home", type=Path, default=Path("build/ablation"))
     parser.add_argument("--part", default="0/1", help="i/n: every n-th row, for n processes at a time; the last call without it")
     given = parser.parse_args()
-    home, device = Home(given.home.resolve()), pick_device()
+    home, competition = Home(given.home.resolve()), load_competition(given.data)
     i, n = (int(x) for x in given.part.split("/"))
-    runs = train_rows(given.data, home, (i, n), device)
+    runs = train_rows(competition, home, (i, n))
     if n == 1:
-        text = f"{table_of(runs)}\n{views_table(runs[0], home, device)}"
+        text = f"{table_of(runs)}\n{views_table(runs[0], competition, home)}"
         write_text(home.root / "ablation.md", text)
         write_json(home.root / "ablation.json", {run.name: {"seconds": sum(_seconds(run))} for run in runs})
         print(text)

@@ -19,9 +19,10 @@ from melfold.compute import Compute
 from melfold.config import LogMelConfig
 from melfold.data.audio import read_waveform
 from melfold.data.cache import build_cache, make_clip
-from melfold.data.clips import ClipStore, Phase, draw_start, train_batches
+from melfold.data.clips import ClipStore
 from melfold.data.logmel import log_mel_of
 from melfold.files import Home
+from melfold.learn.batches import Phase, draw_start, train_batches
 from tests.bench.harness import Result, one_thread, ratio_result, seconds_of, take_turns
 from tests.bench.workspace import Workspace, synthesise, write_competition
 

@@ -269,7 +269,8 @@ def test_with_a_budget_far_too_small_the_file_is_complete_and_in_time(own: World
     report = rehearse(built, own.competition, own.home, keep=tmp_path / "kept")
     assert "exceeds its budget" in report.failures[0]
     check_output(tmp_path / "kept", own.competition)
-    assert record(tmp_path / "kept")["seconds"] < 30
+    kept = record(tmp_path / "kept")
+    assert kept["seconds"] - kept["setup_s"] < 20, "Python's start is not counted"
 
 
 def test_when_time_is_up_after_the_first_pass_the_others_are_left_out(own: World, tmp_path: Path) -> None:
@@ -341,22 +342,28 @@ def test_a_training_kernel_brings_its_run_home(own: World) -> None:
     assert open_run(own.home, "far").done_folds() == ["0", "1"]
 
 
+def steps_in(checkpoint: Path) -> int:
+    """The step a checkpoint was saved at; its content follows a hash of 32 bytes."""
+    return torch.load(BytesIO(checkpoint.read_bytes()[32:]), weights_only=True)["step"]
+
+
 @pytest.mark.soak
 def test_training_stops_in_time_and_continues_in_a_second_session(own: World) -> None:
-    """The first session gets more time until it has trained at all; the second must continue where that one stopped."""
-    steps = []
+    """Each session gets more time until it has trained at all; the second must continue where the first one stopped."""
+    steps = [0]
     for session in (1, 2):
         built = build_training(own, "train.epochs=5000", session=session, folds=[0])
+        checkpoint = built.folder / "output/runs/far/fold0/checkpoint.pt"
         for minutes in (0.3, 0.6, 1.2, 2.4):
             report = rehearse(built, own.competition, own.home, minutes=minutes, keep=built.folder / "output")
-            if "nothing was trained" not in "".join(report.failures):
+            step = steps_in(checkpoint) if checkpoint.exists() else 0
+            if step > steps[-1]:
                 break
         assert report.failures == [], report.log
         assert record(built.folder / "output")["folds"] == {"0": "saved, not finished"}, report.log
-        state = torch.load(built.folder / "output/runs/far/fold0/checkpoint.pt", weights_only=True)
-        steps.append(state["step"])
-    assert f"going on at step {steps[0]} of" in report.log
-    assert 0 < steps[0] < steps[1]
+        steps.append(step)
+    assert f"continuing at step {steps[1]} of" in report.log
+    assert 0 < steps[1] < steps[2]
 
 
 def test_a_training_kernel_takes_weights_of_the_hub_from_the_home(own: World, monkeypatch: pytest.MonkeyPatch) -> None:
