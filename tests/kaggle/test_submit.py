@@ -117,7 +117,7 @@ def test_what_cannot_be_found_is_unknown_and_not_repeated(fake: FakeKaggle, own:
 
 
 def test_a_late_arrival_is_found_by_sync(fake: FakeKaggle, own: World) -> None:
-    fake.faults.append(Fault("CreateSubmission", "late", seconds=4))
+    fake.faults.append(Fault("CreateSubmission", "late", seconds=15))
     with pytest.raises(MelfoldError, match="unknown"):
         submit(Kaggle(), own.home, "tiny")
     while not fake.submissions:
@@ -137,7 +137,7 @@ def test_sync_names_what_the_ledger_lacks(fake: FakeKaggle, own: World) -> None:
 def test_a_file_that_was_changed_is_not_submitted(fake: FakeKaggle, own: World) -> None:
     path = own.home.submissions / "tiny" / "submission.csv"
     path.write_text(path.read_text().replace("0.", "0.1", 1))
-    with pytest.raises(MelfoldError, match="not as it was built"):
+    with pytest.raises(MelfoldError, match="was changed after it was written"):
         submit(Kaggle(), own.home, "tiny")
     assert fake.calls == []
 

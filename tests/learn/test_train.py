@@ -22,7 +22,8 @@ import torch
 from learn_world import TINY, World
 from safetensors.torch import load_file
 
-from melfold.data.cache import npy_path
+from melfold.artefacts import Artefact
+from melfold.data.cache import crc32_of, npy_path, read_manifest
 from melfold.errors import MelfoldError
 from melfold.files import Home, atomic_path
 from melfold.learn import fold_data, state
@@ -329,6 +330,10 @@ def test_a_loss_that_is_not_finite_names_the_clips_and_can_be_fixed(world: World
     cache = tmp_path / "cache"
     shutil.copytree(world.cache, cache)
     np.save(npy_path(cache, poisoned), np.full_like(np.load(npy_path(cache, poisoned)), np.inf))
+    manifest = read_manifest(cache)  # as if it had been made so
+    manifest.loc[poisoned, "crc32"] = crc32_of(npy_path(cache, poisoned))
+    manifest.to_csv(cache / "manifest.csv")
+    Artefact.of(cache / "manifest.csv").commit({})
     with pytest.raises(MelfoldError, match="the loss is not finite at step") as caught:
         train_fold(run, 0, cache, world.device)
     assert poisoned in str(caught.value)

@@ -149,7 +149,7 @@ def test_the_recipe_is_shown_as_differences_with_reasons(pages: Pages) -> None:
         "key": "logmel.sr",
         "base": "44100",
         "here": ["16000", "16000"],
-        "why": "the demo's recordings",
+        "why": "the rate of the demo's recordings",
         "differs": False,
     }
     assert "train.weight_decay" not in rows

@@ -14,6 +14,7 @@ import soundfile
 from browser import Browser
 from report_world import made_run
 
+from melfold.artefacts import Artefact
 from melfold.data.cache import cache_folder, make_clip, npy_path
 from melfold.data.competition import Competition
 from melfold.data.logmel import log_mel_of
@@ -72,6 +73,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Large:
         os.link(npy_path(folder, fnames[number % FILES]), npy_path(folder, fname))
     rows = [asdict(infos[number % FILES]) | {"fname": fname} for number, fname in enumerate(fnames)]
     pd.DataFrame(rows).to_csv(folder / "manifest.csv", index=False)
+    Artefact.of(folder / "manifest.csv").commit({})
     return Large(home, competition, own_prediction(run))
 
 

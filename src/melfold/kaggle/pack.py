@@ -18,7 +18,10 @@ from melfold.files import digest
 MAX_BYTES = 1_000_000
 """Kaggle refuses a larger script, without naming the reason."""
 
-LEFT_OUT = {"__main__.py", "cli", "stages.py", "dry_run.py", "kaggle", "report", "data/demo.py"}
+LEFT_OUT = {
+    *("__main__.py", "cli", "stages.py", "dry_run.py", "kaggle", "report"),
+    *("data/demo.py", "learn/tracker.py", "learn/footprint.py", "combine/relabel.py"),
+}
 """Files and folders of the package that no kernel needs."""
 
 _PACKAGE = Path(str(resources.files("melfold")))
