@@ -16,7 +16,7 @@ from rich.table import Table
 from threadpoolctl import threadpool_limits
 
 RESULTS = Path(__file__).with_name("results")
-"""A JSON a machine, and pictures."""
+"""One JSON per machine, and pictures."""
 
 
 @dataclass(frozen=True)
