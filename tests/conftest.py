@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ import numpy as np
 import pytest
 import soundfile
 from hypothesis import settings
+
+# For torch, which reads it when it is imported: tiny models are fastest so, and give the same bytes in every process.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # A shared machine is no reason to fail, and a failure in CI must fail here too.
 settings.register_profile("melfold", deadline=None, derandomize=True, max_examples=60)

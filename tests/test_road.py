@@ -229,7 +229,10 @@ def test_runs_are_compared_and_combined_and_their_labels_doubted(road: Road, tmp
 
 
 @pytest.mark.parametrize("more", [(), ("noisy.use=true", "noisy.curated_epochs=1"), ("noisy.use=true", "noisy.teacher=road")])
-def test_a_dry_run_runs_every_stage_and_leaves_the_home_alone(road: Road, more: tuple[str, ...]) -> None:
+def test_a_dry_run_runs_every_stage_and_leaves_the_home_alone(
+    road: Road, more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("melfold.dry_run._MEASURED_SECONDS", 0.5)
     before = times(road.home, "runs/*/*", "submissions/**/*", "folds/*")
     last = sorted(load_competition(road.data).curated.index)[-1]  # a clip that a dry run does not hold
     (road.home.parent / "c.csv").write_text(f"fname,labels,why\n{last},Bell,heard\n")
