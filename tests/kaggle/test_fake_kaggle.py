@@ -186,15 +186,14 @@ def test_datasets_are_made_and_versioned(server: FakeKaggle, tmp_path: Path) -> 
     assert [(v.number, v.notes) for v in server.datasets["my-weights"]] == [(1, "Initial release"), (2, "two")]
 
 
-def test_a_dataset_version_that_loses_a_file_looks_fine(server: FakeKaggle, tmp_path: Path) -> None:
+def test_a_dataset_is_not_made_without_one_of_its_files(server: FakeKaggle, tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "dataset")
-    (folder / "empty.txt").unlink()
-    (folder / "more.bin").write_bytes(b"m" * 10)
     server.faults += [Fault("PUT", "refuse_upload"), Fault("CreateDataset", "drop_after")]
+    refused = call(server, "datasets", "create", "-p", folder, "-q")
+    assert (refused.returncode, "Upload unsuccessful" in refused.stderr, server.datasets) == (1, True, {})
     done = call(server, "datasets", "create", "-p", folder, "-q")
-    assert done.returncode == 0
     assert done.stdout.startswith("Dataset creation error: The requested title")  # the client asked twice
-    assert len(list(server.datasets["my-weights"][0].folder.iterdir())) == 1
+    assert list(server.datasets) == ["my-weights"]
 
 
 RECORD = """
