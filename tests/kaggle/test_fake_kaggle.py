@@ -165,7 +165,7 @@ def test_the_data_is_listed_downloaded_and_resumed(server: FakeKaggle, download:
         assert archive.read("train_curated.csv") == (download / "train_curated.csv").read_bytes()
     one = call(server, "competitions", "download", SLUG, "-f", "test/t0000.wav", "-p", tmp_path / "got", "-q")
     assert one.returncode == 0
-    assert (tmp_path / "got" / "t0000.wav").read_bytes() == (download / "test" / "t0000.wav").read_bytes()
+    assert (tmp_path / "got" / "test" / "t0000.wav").read_bytes() == (download / "test" / "t0000.wav").read_bytes()
 
 
 def test_datasets_are_made_and_versioned(server: FakeKaggle, tmp_path: Path) -> None:
