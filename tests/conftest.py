@@ -1,4 +1,4 @@
-"""Fixtures for every floor: the real material where it is there, and tiny competitions made on the spot."""
+"""Fixtures for all layers: the real data where it is present, and tiny competitions made on the spot."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def write_wav(path: Path, samples: np.ndarray, sr: int = 16_000) -> Path:
 
 
 def draw_sound(label: str, seconds: float, sr: int, rng: np.random.Generator) -> np.ndarray:
-    """A sound that a label can be told by: bursts, noise or a tone, at about a tenth of full scale."""
+    """A sound that shows its label: bursts, noise or a tone, at about a tenth of full scale."""
     t = np.arange(max(1, int(seconds * sr))) / sr
     noise = 0.1 * rng.standard_normal(len(t))
     if label == "Tone":
@@ -131,7 +131,7 @@ def tiny_download(tmp_path: Path) -> Maker:
 
 @pytest.fixture
 def tiny_zenodo(tmp_path: Path) -> Maker:
-    """As `tiny_download`, in Zenodo's layout; the test table stands in reverse order."""
+    """As `tiny_download`, in Zenodo's layout; the test table is in reverse order."""
 
     def make(
         name: str = "tiny_zenodo",

@@ -70,7 +70,7 @@ def wait_for(what: Callable[[], bool], seconds: float = 120) -> None:
     """Until it is so."""
     limit = time.monotonic() + seconds
     while not what():
-        assert time.monotonic() < limit, "waited in vain"
+        assert time.monotonic() < limit, "it did not happen in time"
         time.sleep(0.02)
 
 
