@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 from kaggle_world import SLUG, environment
 from PIL import Image
+from typer.testing import CliRunner
 
+from melfold.cli.main import app
 from melfold.errors import MelfoldError
 from melfold.facts import facts_of
 from melfold.files import Home
@@ -137,6 +140,18 @@ def test_the_full_leaderboard_is_fetched_once_and_must_be_the_final_one(tmp_path
     assert place
     assert str(place) == "rank 51 of 417 (top 12 %), bronze; 0.01810 below silver"
     assert place_at(home, "demo", 0.70) is place_at(home, "fat2019", None) is None
+
+
+def test_the_table_shows_where_each_submission_stands(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    Ledger.of(home).add(row("late", 0.9, 0.0, 0.70, competition=SLUG))
+    Ledger.of(home).add(row("demo", 0.8, 0.5, 0.6, competition="demo"))
+    shown = CliRunner().invoke(app, ["ledger", "show", "--home", str(tmp_path)]).stdout.splitlines()
+    assert "0.90000 - 0.70000 ~85/417 20 % bronze silver +0.01810" in " ".join(shown[1].split())
+    assert "0.80000 0.50000 0.60000 - - - -" in " ".join(shown[2].split())
+    assert [line.split(",")[0] for line in shown if line.startswith("select")] == ["select 1: demo ()"]
+    found = json.loads(CliRunner().invoke(app, ["ledger", "show", "--json", "--home", str(tmp_path)]).stdout)["rows"]
+    assert (found[0]["public_score"], found[0]["place"]["rank"], found[1]["place"]) == (0.0, 85, None)
 
 
 def test_twenty_submissions_with_long_names_are_readable() -> None:
