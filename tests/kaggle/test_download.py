@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,11 +105,14 @@ def test_an_archive_within_the_archive_is_unpacked_flat(tmp_path: Path, monkeypa
     assert visible == {"test/a.wav", "sample_submission.csv"}
 
 
-def test_a_path_that_leads_out_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["../out.csv", "...zip"])
+def test_a_path_that_leads_out_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def made(self: Kaggle, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(folder / "all.zip", "w") as pack:
-            pack.writestr("../out.csv", b"a")
+            inner = io.BytesIO()
+            zipfile.ZipFile(inner, "w").writestr("out.csv", b"a")
+            pack.writestr(name, inner.getvalue())
         return folder / "all.zip"
 
     monkeypatch.setattr(Kaggle, "download", made)

@@ -49,7 +49,7 @@ def check(data: DataArg, recipe: RecipeOpt = "open", home: HomeOpt = None, set_:
     print_table(rows_of(found.splits, "split"), left=["audio"], digits=2)
     for line in found.notes:
         typer.echo(f"note: {line}")
-    typer.echo("This download is complete.")
+    typer.echo("This download is complete." if found.complete else "This download can be used, but test clips are missing.")
 
 
 @command(app, "show", "melfold show data/fat2019 0006ae4e.wav -o clips.png")
@@ -97,7 +97,7 @@ def cache(
     place, compute = Home.find(home), resolve_compute(jobs=jobs, engine=engine, scheduler=scheduler)
     resolved = resolve_recipe(recipe, set_, place)
     with compute.connected(place.root):
-        typer.echo(stages.cache(load_competition(data.resolve()), place, resolved, compute, verify=verify))
+        typer.echo(stages.cache(load_competition(data.resolve(), resolved.data.exclude), place, resolved, compute, verify=verify))
 
 
 @command(app, "folds", "melfold folds data/fat2019 --n-folds 5 --seed 42")
@@ -121,5 +121,5 @@ def folds(
     changes = [f"folds.{key}={value}" for key, value in asked.items() if value is not None]
     place = Home.find(home)
     resolved = resolve_recipe(recipe, [*(set_ or []), *changes], place)
-    path, deviation = stages.folds(load_competition(data), place, resolved)
+    path, deviation = stages.folds(load_competition(data, resolved.data.exclude), place, resolved)
     typer.echo(f"{path}\nIn no fold is a label more than {deviation} clips away from an even split.")

@@ -61,7 +61,7 @@ def train(
     resolved = resolve_recipe(recipe, set_, place)
     which = parse_folds(folds, resolved)
     name = resolve_run_name(run, recipe, resolved, place)
-    competition = load_competition(data.resolve())
+    competition = load_competition(data.resolve(), resolved.data.exclude)
     with compute.connected(place.root), tracked(tracker, place.runs / name, resolved.model_dump(mode="json")):
         _print_trained(stages.train(competition, place, resolved, name, which, compute))
 

@@ -34,6 +34,8 @@ def fold_table(competition: Competition, home: Home, config: FoldsConfig) -> tup
     path = fold_table_path(home, competition.name, config)
     targets = competition.targets()
     if not path.exists():
+        if config.group_identical and not next(iter(competition.curated["path"])).parent.is_dir():
+            raise MelfoldError("grouping identical clips needs their audio", str(competition.root), "Copy the fold table here")
         groups = find_identical(dict(competition.curated["path"])) if config.group_identical else []
         group_of = {fname: number for number, group in enumerate(groups) for fname in group}
         folds = make_folds(targets, config.n_folds, config.seed, group_of)

@@ -44,6 +44,8 @@ def download(client: Kaggle, target: Path, *, progress: Progress = silent) -> Pa
         target.mkdir(parents=True, exist_ok=True)
         _unpack(archive, target, progress)
         for inner in sorted(target.glob("*.zip")):
+            if not inner.stem.strip("."):
+                raise MelfoldError("the archive holds a path outside it", inner.name, "Do not unpack it")
             _unpack(inner, target / inner.stem, progress)
             inner.unlink()
         (target / _DONE).touch()

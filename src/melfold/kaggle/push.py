@@ -14,13 +14,14 @@ from melfold.errors import MelfoldError
 from melfold.files import Home, read_json
 from melfold.kaggle.built import Built
 from melfold.kaggle.client import Kaggle, KaggleError, wait_until
-from melfold.learn.runs import FoldFolder
+from melfold.learn.runs import FoldFolder, open_run
 
 log = logging.getLogger(__name__)
 
 UPLOADS = 3  # attempts
 DATASET_MINUTES = 60  # for Kaggle to process a dataset
 QUEUE_MINUTES = 120  # for a kernel to get a machine
+RUNNING = ("QUEUED", "RUNNING", "NEW_SCRIPT", "CANCEL_REQUESTED")
 
 
 def push(client: Kaggle, built: Built, *, unrehearsed: bool = False) -> int:
@@ -34,9 +35,26 @@ def push(client: Kaggle, built: Built, *, unrehearsed: bool = False) -> int:
         _check_rehearsed(built)
     if facts["dataset"]:
         publish_dataset(client, built.dataset, facts["dataset"])
-    version = client.push_kernel(built.kernel, facts["limit_seconds"])
+    built.push_stamp.commit(built.inputs, kernel=facts["kernel"], version=0)  # if no answer comes, it may be running
+    try:
+        version = client.push_kernel(built.kernel, facts["limit_seconds"])
+    except KaggleError as error:
+        if error.outcome == "refused":
+            built.push_stamp.remove()
+        raise
     built.push_stamp.commit(built.inputs, kernel=facts["kernel"], version=version)
     return version
+
+
+def is_there(client: Kaggle, built: Built) -> bool:
+    """Whether Kaggle is running, or has run, a kernel of this name. Its output says whether it is this build."""
+    try:
+        status, _ = client.kernel_status(built.facts["kernel"])
+    except KaggleError as error:
+        if error.outcome == "refused":
+            return False
+        raise
+    return status in RUNNING or status == "COMPLETE"
 
 
 def _check_rehearsed(built: Built) -> None:
@@ -125,10 +143,12 @@ def wait_for_kernel(client: Kaggle, built: Built) -> Path:
         if status == "COMPLETE":
             raise
     if status != "COMPLETE":
+        built.push_stamp.remove()  # so that it can be pushed again
         tail = " ".join(_log_text(output).split())[-300:]
         raise MelfoldError(f"kernel {kernel} ended with {status}", message or tail or "no message", f"Its log is in {output}")
     record = read_json(output / "melfold.json")
     if record["build_id"] != facts["build_id"]:
+        built.push_stamp.remove()
         raise MelfoldError(
             f"the output of kernel {kernel} belongs to another build", record["build_id"][:12], "Push again and wait for it"
         )
@@ -141,7 +161,7 @@ def _wait_until_ended(client: Kaggle, kernel: str, minutes: float) -> tuple[str,
 
     def ended() -> bool:
         seen[0] = client.kernel_status(kernel)
-        return seen[0][0] not in ("QUEUED", "RUNNING", "NEW_SCRIPT", "CANCEL_REQUESTED")
+        return seen[0][0] not in RUNNING
 
     def tell() -> None:
         log.info("waiting for kernel %s: %s", kernel, seen[0][0].lower())
@@ -160,7 +180,7 @@ def _log_text(output: Path) -> str:
 
 
 def fetch_run(built: Built, output: Path, home: Home) -> Path:
-    """Copy a training kernel's run into the home folder. Folds that are done there already stay.
+    """Verify a training kernel's run and copy it into the home folder. Folds that are done there already stay.
 
     Args:
         output: the kernel's output.
@@ -169,27 +189,48 @@ def fetch_run(built: Built, output: Path, home: Home) -> Path:
         The run's folder.
 
     Raises:
-        MelfoldError: no run in the output.
+        MelfoldError: no run in the output, or one that was damaged on its way.
     """
     name = built.facts["id"]
     source, target = output / "runs" / name, home.runs / name
     if not (source / "run.json").exists():
         raise MelfoldError("the kernel left no run", str(source), "Its log says why")
+    run = open_run(Home(output), name)
+    for fold in run.done_folds():
+        run.fold(fold).verify()
     target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir()):
-        own = target / path.name
+    for path in sorted(source.iterdir(), key=lambda path: path.name == "run.json"):  # last: it makes the folder a run
+        own, temporary = target / path.name, target / f".{path.name}.tmp"
         if path.is_dir() and not FoldFolder(own, path.name).done:
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copytree(path, temporary)
             shutil.rmtree(own, ignore_errors=True)
-            shutil.copytree(path, own)
+            temporary.rename(own)
         elif path.is_file() and not own.exists():
-            shutil.copy2(path, own)
+            shutil.copy2(path, temporary)
+            temporary.rename(own)
     return target
 
 
 def check_output(output: Path, competition: Competition) -> None:
-    """Check a kernel's submission against the competition.
+    """Check a kernel's submission against the competition, and that it is more than the prior.
 
     Raises:
-        MelfoldError: with a line for each problem.
+        MelfoldError: a line for each problem of the file; a kernel that predicted nothing, or not all clips in its time.
     """
     check_submission(output / "submission.csv", competition)
+    record = read_json(output / "melfold.json")
+    passes, clips = record["passes"], record["clips"]
+    done = sum(p["done"] for p in passes)
+    if not done:
+        found = f"0 of {len(passes)} passes are done"
+        raise MelfoldError(
+            "the kernel predicted nothing: its submission holds the prior alone", found, f"See its log in {output}"
+        )
+    if record["late"]:
+        found, fix = f"{record['late']} of {clips} clips keep the prior", "`melfold submit ID --kernel` submits it all the same"
+        raise MelfoldError("the kernel had no time for all log-mels", found, fix)
+    if record["unreadable"]:
+        log.warning("THE KERNEL COULD NOT READ %d of %d clips: they keep the prior", record["unreadable"], clips)
+    if done < len(passes):
+        log.warning("the kernel did %d of %d passes; its log in %s says why", done, len(passes), output)

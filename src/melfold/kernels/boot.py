@@ -34,6 +34,7 @@ class Session:
         self.inputs = root / "kaggle/input"
         self.working = root / "kaggle/working"  # kept as the kernel's output
         self.scratch = root / "tmp/melfold"
+        self.rehearsal = "MELFOLD_REHEARSAL" in os.environ
 
     def elapsed(self) -> float:
         """Seconds since the process started."""

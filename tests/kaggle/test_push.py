@@ -1,0 +1,65 @@
+"""Pushing a built kernel: its dataset, the wait for its end, and what it left."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from kaggle_world import SLUG, World, environment
+
+from melfold.errors import MelfoldError
+from melfold.kaggle.built import Built
+from melfold.kaggle.client import Kaggle
+from melfold.kaggle.push import publish_dataset, push, wait_for_kernel
+from tests.fake_kaggle import FakeKaggle
+
+KERNEL = "melfold-infer-tiny"
+
+
+@pytest.fixture
+def fake(own: World, tmp_path: Path) -> Iterator[FakeKaggle]:
+    """Kernels end by hand."""
+    with (
+        FakeKaggle(tmp_path / "kaggle", data=own.data, run_kernels=False) as server,
+        environment(server.env(tmp_path / "user") | {"MELFOLD_PACE": "0.01"}),
+    ):
+        yield server
+
+
+def pushed(own: World) -> Built:
+    built = own.build()
+    assert push(Kaggle(SLUG), built, unrehearsed=True) == 1
+    return built
+
+
+def test_a_dataset_with_a_file_of_another_size_is_uploaded_again(own: World, fake: FakeKaggle, tmp_path: Path) -> None:
+    built, broken = own.build(), tmp_path / "broken"
+    shutil.copytree(built.dataset, broken)
+    path = next(broken.glob("*fold0.safetensors"))
+    path.write_bytes(path.read_bytes()[:-100])
+    dataset = built.facts["dataset"]
+    Kaggle(SLUG).create_dataset(broken)
+    publish_dataset(Kaggle(SLUG), built.dataset, dataset)
+    publish_dataset(Kaggle(SLUG), built.dataset, dataset)
+    assert [version.notes for version in fake.datasets[dataset.split("/")[1]]] == ["Initial release", "complete"]
+
+
+@pytest.mark.parametrize("status", ["ERROR", "CANCEL_ACKNOWLEDGED"])
+def test_a_kernel_that_failed_can_be_pushed_again(status: str, own: World, fake: FakeKaggle) -> None:
+    built = pushed(own)
+    fake.finish_kernel(KERNEL, status=status, failure="out of memory")
+    with pytest.raises(MelfoldError, match=f"ended with {status}: out of memory"):
+        wait_for_kernel(Kaggle(SLUG), built)
+    assert built.pushed is None
+    assert push(Kaggle(SLUG), built, unrehearsed=True) == 2
+
+
+def test_the_output_of_another_build_is_refused(own: World, fake: FakeKaggle) -> None:
+    built = pushed(own)
+    fake.finish_kernel(KERNEL, {"melfold.json": json.dumps({"build_id": "0" * 64}).encode()})
+    with pytest.raises(MelfoldError, match="belongs to another build: 000000000000"):
+        wait_for_kernel(Kaggle(SLUG), built)
+    assert built.pushed is None
