@@ -28,14 +28,19 @@ app = typer.Typer()
 @command(app, "download", "melfold download", continues=True)
 def download(
     to: Annotated[Path | None, typer.Option("--to", help="The folder (default: data/<competition>).")] = None,
+    tables: Annotated[bool, typer.Option("--tables", help="Only the three small tables: enough for `kaggle train`.")] = False,
     competition: Annotated[str, typer.Option("--competition", help="The competition's name in its address.")] = COMPETITION,
     home: HomeOpt = None,
 ) -> None:
     """Download the competition's files, check and unpack them."""
     from melfold.kaggle.client import Kaggle
     from melfold.kaggle.download import download as fetch
+    from melfold.kaggle.download import download_tables
 
     target = (to or Home.find(home).data / competition).resolve()
+    if tables:
+        typer.echo(f"{download_tables(Kaggle(competition), target)}\nNext: melfold kaggle train")
+        return
     typer.echo(f"{fetch(Kaggle(competition), target, progress=bar())}\nNext: melfold check {target}")
 
 

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,6 +153,20 @@ class Kaggle:
         if not found:
             raise KaggleError("kaggle: nothing was downloaded", ", ".join(p.name for p in folder.iterdir()) or "an empty folder")
         return found[0]
+
+    def download_file(self, name: str, path: Path) -> None:
+        """One of the competition's files, written to `path`."""
+        with tempfile.TemporaryDirectory(prefix="melfold-download-") as folder:
+            args = ["competitions", "download", self.competition, "-f", name, "-p", folder, "-q"]
+            self._run(args, safe=True, timeout=10 * self.timeout)
+            found = [file for file in Path(folder).rglob("*") if file.name in (name, f"{name}.zip")]
+            if not found:
+                raise KaggleError("kaggle: the file was not downloaded", name, "Try again")
+            if found[0].suffix == ".zip" and not name.endswith(".zip"):
+                with zipfile.ZipFile(found[0]) as pack:
+                    path.write_bytes(pack.read(name))
+            else:
+                shutil.copyfile(found[0], path)
 
     def dataset_status(self, dataset: str) -> str | None:
         """`ready`, `pending`, ...; None where there is no such dataset."""

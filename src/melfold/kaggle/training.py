@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 SESSION_MINUTES = 660
 """A session may last 12 hours; this leaves an hour."""
 
+MARGIN_MINUTES, MOST_MINUTES = 10, 720
+"""Kaggle stops a session that exceeds its own limit by so much, or that is so long."""
+
 
 @dataclass(frozen=True)
 class Training:
@@ -101,7 +104,7 @@ def build_train(home: Home, training: Training, target: Target, *, session: int 
         weights=weights,
         metadata=sources | {"enable_internet": hub_file(recipe.model) is not None},
         facts={"id": name, "competition": training.competition.name, "training": digest(inputs), "n_folds": recipe.folds.n_folds},
-        minutes=minutes,
+        minutes=min(minutes + MARGIN_MINUTES, MOST_MINUTES),
     )
     return build(home, plan)
 
