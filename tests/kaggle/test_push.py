@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from melfold.errors import MelfoldError
 from melfold.kaggle.built import Built
 from melfold.kaggle.client import Kaggle
 from melfold.kaggle.push import publish_dataset, push, wait_for_kernel
-from tests.fake_kaggle import FakeKaggle
+from tests.fake_kaggle import FakeKaggle, Fault
 
 KERNEL = "melfold-infer-tiny"
 
@@ -59,7 +60,23 @@ def test_a_kernel_that_failed_can_be_pushed_again(status: str, own: World, fake:
 
 def test_the_output_of_another_build_is_refused(own: World, fake: FakeKaggle) -> None:
     built = pushed(own)
-    fake.finish_kernel(KERNEL, {"melfold.json": json.dumps({"build_id": "0" * 64}).encode()})
+    fake.finish_kernel(KERNEL, {"melfold.json": json.dumps({"build_id": "0" * 64, "files": {}}).encode()})
     with pytest.raises(MelfoldError, match="belongs to another build: 000000000000"):
         wait_for_kernel(Kaggle(SLUG), built)
     assert built.pushed is None
+
+
+@pytest.mark.parametrize("times", [1, 9])
+def test_files_that_arrive_damaged_are_fetched_again(times: int, own: World, fake: FakeKaggle) -> None:
+    """The kaggle command saves an error page as if it were the file."""
+    built, files = pushed(own), {f"more/{i}.txt": f"{i}".encode() for i in range(520 if times == 1 else 1)}
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    record = json.dumps({"build_id": built.facts["build_id"], "files": sums}).encode()
+    fake.finish_kernel(KERNEL, files | {"melfold.json": record})
+    fake.faults.append(Fault("GET", "500_before", times=times))
+    if times == 1:
+        output = wait_for_kernel(Kaggle(SLUG), built)
+        assert {path.name for path in (output / "more").iterdir()} == {f"{i}.txt" for i in range(520)}
+    else:
+        with pytest.raises(MelfoldError, match="the output of kernel tester/melfold-infer-tiny is damaged"):
+            wait_for_kernel(Kaggle(SLUG), built)

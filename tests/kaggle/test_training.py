@@ -96,8 +96,8 @@ def test_a_session_that_does_not_find_the_one_before_fails(own: World, tmp_path:
 
 
 def test_two_sessions_from_the_tables_alone_bring_the_run_home(own: World, tmp_path: Path) -> None:
-    tables = tmp_path / "tables"
-    tables.mkdir()
+    tables = tmp_path / "tables" / own.competition.name
+    tables.mkdir(parents=True)
     for name in ("train_curated.csv", "train_noisy.csv", "sample_submission.csv"):
         shutil.copy(own.data / name, tables)
     with serve() as hub, FakeKaggle(tmp_path / "kaggle", data=own.data) as fake:
@@ -105,7 +105,7 @@ def test_two_sessions_from_the_tables_alone_bring_the_run_home(own: World, tmp_p
         kwargs = plan.recipe.model.kwargs
         hub.files[str(hub_file(plan.recipe.model))] = save(timm.create_model(plan.recipe.model.name, **kwargs).state_dict())
         fake.kernel_env = {"HF_ENDPOINT": hub.address}
-        with environment(fake.env(tmp_path / "user") | {"MELFOLD_PACE": "0.02", "HF_ENDPOINT": "http://127.0.0.1:9"}):
+        with environment(fake.env(tmp_path / "user") | {"MELFOLD_PACE": "0.1", "HF_ENDPOINT": "http://127.0.0.1:9"}):
             client = Kaggle(SLUG)
             short = Target("tester", SLUG, gpu=False, minutes=0.01)
             with pytest.raises(MelfoldError, match=r"folds of run far are not done after 1 sessions: 0, 1\. Continue with"):

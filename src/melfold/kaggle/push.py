@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from melfold.artefacts import listed
 from melfold.combine.check import check_submission
 from melfold.data.competition import Competition
 from melfold.errors import MelfoldError
-from melfold.files import Home, read_json
+from melfold.files import Home, read_json, sha256_file
 from melfold.kaggle.built import Built
 from melfold.kaggle.client import Kaggle, KaggleError, wait_until
+from melfold.kernels.boot import RECORD
 from melfold.learn.runs import FoldFolder, open_run
 
 log = logging.getLogger(__name__)
 
-UPLOADS = 3  # attempts
+UPLOADS = FETCHES = 3  # attempts
 DATASET_MINUTES = 60  # for Kaggle to process a dataset
 QUEUE_MINUTES = 120  # for a kernel to get a machine
 RUNNING = ("QUEUED", "RUNNING", "NEW_SCRIPT", "CANCEL_REQUESTED")
@@ -130,23 +132,43 @@ def wait_for_kernel(client: Kaggle, built: Built) -> Path:
     kernel = facts["kernel"]
     status, message = _wait_until_ended(client, kernel, facts["limit_seconds"] / 60 + QUEUE_MINUTES)
     output = built.folder / "output"
-    shutil.rmtree(output, ignore_errors=True)
-    try:
-        client.kernel_output(kernel, output)
-    except KaggleError:
-        if status == "COMPLETE":
-            raise
     if status != "COMPLETE":
         built.push_stamp.remove()  # so that it can be pushed again
+        shutil.rmtree(output, ignore_errors=True)
+        with suppress(KaggleError):
+            client.kernel_output(kernel, output)
         tail = " ".join(_log_text(output).split())[-300:]
         raise MelfoldError(f"kernel {kernel} ended with {status}", message or tail or "no message", f"Its log is in {output}")
-    record = read_json(output / "melfold.json")
+    _fetch(client, kernel, output)
+    record = read_json(output / RECORD)
     if record["build_id"] != facts["build_id"]:
         built.push_stamp.remove()
         raise MelfoldError(
             f"the output of kernel {kernel} belongs to another build", record["build_id"][:12], "Push again and wait for it"
         )
     return output
+
+
+def _fetch(client: Kaggle, kernel: str, output: Path) -> None:
+    """Fetch a kernel's output and log; again, if files were damaged. (The kaggle command saves an error page as the file.)"""
+    for _ in range(FETCHES):
+        shutil.rmtree(output, ignore_errors=True)
+        client.kernel_output(kernel, output)
+        damaged = _damaged(output)
+        if not damaged:
+            return
+        log.warning("%d files of the output of %s are missing or damaged", len(damaged), kernel)
+        client.wait(10)
+    raise MelfoldError(f"the output of kernel {kernel} is damaged", f"{damaged[0]}, after {FETCHES} downloads", "Try again later")
+
+
+def _damaged(output: Path) -> list[str]:
+    """The files that are not as the kernel left them, by its own record."""
+    try:
+        files = read_json(output / RECORD)["files"]
+    except (MelfoldError, KeyError, TypeError):
+        return [RECORD]
+    return [name for name, sha256 in files.items() if not (output / name).is_file() or sha256_file(output / name) != sha256]
 
 
 def _wait_until_ended(client: Kaggle, kernel: str, minutes: float) -> tuple[str, str]:
@@ -213,7 +235,7 @@ def check_output(output: Path, competition: Competition) -> None:
         MelfoldError: a line for each problem of the file; a kernel that predicted nothing, or not all clips in its time.
     """
     check_submission(output / "submission.csv", competition)
-    record = read_json(output / "melfold.json")
+    record = read_json(output / RECORD)
     passes, clips = record["passes"], record["clips"]
     done = sum(p["done"] for p in passes)
     if not done:

@@ -18,6 +18,7 @@ from melfold.kaggle.built import Built, built_for, kernel_id
 from melfold.kaggle.client import Kaggle
 from melfold.kaggle.push import fetch_run, is_there, push, wait_for_kernel
 from melfold.kaggle.rehearsal import rehearse
+from melfold.kernels.boot import RECORD
 from melfold.learn.fetch import hub_file
 from melfold.learn.provenance import current_commit
 from melfold.learn.start import check_name
@@ -196,5 +197,5 @@ def _run_session(client: Kaggle, home: Home, training: Training, target: Target,
             log.info("pushed %s, version %d", built.facts["kernel"], version)
         output = wait_for_kernel(client, built)
         fetch_run(built, output, home)
-        built.fetch_stamp.commit(built.inputs, folds=read_json(output / "melfold.json")["folds"])
+        built.fetch_stamp.commit(built.inputs, folds=read_json(output / RECORD)["folds"])
     return built, built.fetch_stamp.read()["folds"]

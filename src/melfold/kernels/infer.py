@@ -20,7 +20,7 @@ from melfold.data.cache import build_cache, read_manifest, stop_workers, unreada
 from melfold.data.clips import ClipStore, window_starts
 from melfold.data.competition import read_test
 from melfold.errors import MelfoldError, first_line
-from melfold.files import Home, write_json
+from melfold.files import Home
 from melfold.kernels import boot
 from melfold.learn.devices import Device, pick_device
 from melfold.learn.model import Tagger, build_model
@@ -116,7 +116,6 @@ class Inference:
             raise MelfoldError("the mounted competition has other labels", f"{len(labels)} labels, the runs have {len(known)}")
         self.members = find_members(session)
         self.record: dict[str, Any] = {
-            "build_id": session.bundle["build_id"],
             "device": str(device.torch),
             "budget_s": budget,
             "clips": len(self.test.test),
@@ -138,8 +137,7 @@ class Inference:
         shares = [member.share for member in members]
         probs = tables[0] if len(tables) == 1 else mean_probs(tables, self.session.bundle["mean"], shares)
         write_probs(self.session.working / "submission.csv", probs)
-        self.record["seconds"] = round(self.session.elapsed(), 2)
-        write_json(self.session.working / "melfold.json", self.record)
+        self.session.write_record(self.record)
 
     def make_log_mels(self) -> None:
         """Fill the cache for every front-end of the members, until its share of the budget is used up."""

@@ -18,7 +18,7 @@ from melfold.config import Recipe
 from melfold.data.cache import build_cache, stop_workers
 from melfold.data.competition import Competition, load_competition, with_bad_clips
 from melfold.errors import MelfoldError
-from melfold.files import Home, read_json, write_json, write_text
+from melfold.files import Home, read_json, write_text
 from melfold.kernels import boot
 from melfold.learn.fetch import share_weights
 from melfold.learn.launch import train_folds
@@ -124,8 +124,7 @@ def train(session: boot.Session) -> None:
         scores = score(own_prediction(run))
         session.say(f"OOF lwlrap {scores.oof_lwlrap:.5f} of {scores.clips} clips, folds missing: {scores.missing or 'none'}")
     states = {fold: state_of(run, fold) for fold in folds}
-    record = {"build_id": bundle["build_id"], "seconds": round(session.elapsed(), 1), "folds": states}
-    write_json(session.working / "melfold.json", record)
+    session.write_record({"folds": states})
     done = all(state == "done" for state in states.values())
     session.say(f"{states}; {'all done' if done else 'the next session continues'}")
 
