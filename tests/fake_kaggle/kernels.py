@@ -56,8 +56,8 @@ class Session:
 class Kernels(Competitions, Datasets):
     """The calls about kernels, whose inputs are the competition, datasets, models and other kernels.
 
-    Set at any time: `public`, the folders of datasets, models and kernels' outputs of other users, by name; `rerun`, a download: a
-    kernel that is submitted runs again on it, as on the hidden clips of a code competition, and that output is scored.
+    Set at any time: `public`, the folders of datasets, models and kernels' outputs of other users, by name; `rerun`, a download:
+    a kernel that is submitted runs again on it, as on the hidden clips of a code competition, and that output is scored.
     """
 
     public: Mapping[str, Path] = {}
