@@ -67,7 +67,7 @@ def test_the_output_of_another_build_is_refused(own: World, fake: FakeKaggle) ->
 
 
 @pytest.mark.parametrize("arrives", [True, False])
-def test_the_output_is_compared_with_the_kernels_record_and_fetched_again(arrives: bool, own: World, fake: FakeKaggle) -> None:
+def test_the_output_is_compared_with_the_kernels_record(arrives: bool, own: World, fake: FakeKaggle) -> None:
     built, files = pushed(own), {f"more/{i}.txt": f"{i}".encode() for i in range(520 if arrives else 1)}
     sums = {name: hashlib.sha256(content if arrives else b"other").hexdigest() for name, content in files.items()}
     record = json.dumps({"build_id": built.facts["build_id"], "files": sums}).encode()

@@ -150,7 +150,7 @@ def wait_for_kernel(client: Kaggle, built: Built) -> Path:
 
 
 def _fetch(client: Kaggle, kernel: str, output: Path) -> None:
-    """Fetch a kernel's output and log; again, if files were damaged. (kaggle 2.2.4 saves an error page as the file.)"""
+    """Fetch a kernel's output and log; again, if files were damaged (kaggle 2.2.4 saves an error page as the file)."""
     for _ in range(FETCHES):
         shutil.rmtree(output, ignore_errors=True)
         client.kernel_output(kernel, output)
