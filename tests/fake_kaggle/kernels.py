@@ -158,6 +158,10 @@ class Kernels(Competitions, Datasets):
         session.failure, session.status = failure, status
         return session
 
+    def _GetAcceleratorQuotaStatistics(self, _: Request) -> Request:
+        quota = {"timeUsed": f"{(30 - self.gpu_hours) * 3600:.0f}s", "totalTimeAllowed": "108000s"}
+        return {"gpuQuota": quota, "tpuQuota": quota, "quotaRefreshTime": "2026-11-28T00:00:00Z"}
+
     def _GetKernelSessionStatus(self, request: Request) -> Request:
         session = self._session(request["userName"], request["kernelSlug"], request.get("versionLabel"))
         return {"status": session.status, "failureMessage": session.failure or None}
