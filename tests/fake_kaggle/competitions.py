@@ -136,7 +136,8 @@ class Competitions(State):
         return self._limits()
 
     def _ListSubmissions(self, request: Request) -> Request:
-        return page("submissions", [self._shown(s) for s in reversed(self.submissions)], request)
+        shown = [s for s in self.submissions if (datetime.now(UTC) - s.date).total_seconds() >= self.list_delay]
+        return page("submissions", [self._shown(s) for s in reversed(shown)], request)
 
     def _GetSubmission(self, request: Request) -> Request:
         for submission in self.submissions:

@@ -19,7 +19,8 @@ class FakeKaggle(Kernels):
     """The server and all it knows. Use it as a context manager; a fault of its own makes the exit raise.
 
     Set at any time: `faults`; `layout` (`nested` or `flat` mounts); `rules_accepted`; `kernels_only` (no file submissions);
-    `late` (after the deadline: Public 0.00000); `leaderboard` (scores, best first); `gpu_hours` (left this week); `score_delay` and `dataset_delay` in seconds; `missing_code`, the status for what is not there; `flat_errors` (error bodies
+    `late` (after the deadline: Public 0.00000); `leaderboard` (scores, best first); `gpu_hours` (left this week); `score_delay`,
+    `list_delay` and `dataset_delay` in seconds; `missing_code`, the status for what is not there; `flat_errors` (error bodies
     whose message the client prints); `python`, the command that runs kernels, and `kernel_env` on top of their environment.
 
     To look at: `calls`, `connects`, `submissions`, `datasets` and `kernels` (versions by slug), `blobs`, `errors`.
@@ -103,15 +104,15 @@ class FakeKaggle(Kernels):
         return result if isinstance(result, Reply) else Reply(body=result)
 
     def authorise(self, authorization: str) -> None:
-        """Everything is private: `owner` with any key but `bad`, or any token but `bad`."""
+        """Everything is private: `owner` with any key or token that does not begin with `bad`."""
         scheme, _, secret = authorization.partition(" ")
         user, key = self.owner, secret
         if scheme == "Basic":
             user, _, key = base64.b64decode(secret).decode().partition(":")
-        if key in ("", "bad"):
+        if not key or key.startswith("bad"):
             raise Refused(401, "Unauthenticated")
         if user != self.owner:
             raise Refused(403, "Permission denied")
 
     def _IntrospectToken(self, request: Request) -> Request:
-        return {"active": request.get("token") != "bad", "username": self.owner}
+        return {"active": not request.get("token", "bad").startswith("bad"), "username": self.owner}

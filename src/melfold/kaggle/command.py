@@ -176,9 +176,9 @@ def last_line(text: str) -> str:
 
 
 def executable() -> str:
-    """The kaggle command of this environment, or the one on the path."""
+    """The kaggle command: what `MELFOLD_KAGGLE` names, else that of this environment, else the one on the path."""
     beside = Path(sys.executable).with_name("kaggle")
-    found = str(beside) if beside.exists() else shutil.which("kaggle")
+    found = os.environ.get("MELFOLD_KAGGLE") or (str(beside) if beside.exists() else shutil.which("kaggle"))
     if not found:
         raise KaggleError("the kaggle command is missing", "", "pip install 'kaggle>=2.2.4,<3'")
     return found
