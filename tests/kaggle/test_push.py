@@ -48,6 +48,21 @@ def test_a_dataset_with_a_file_of_another_size_is_uploaded_again(own: World, fak
     assert [version.notes for version in fake.datasets[dataset.split("/")[1]]] == ["Initial release", "complete"]
 
 
+def test_an_upload_is_continued_and_its_progress_told(own: World, fake: FakeKaggle) -> None:
+    built, told = own.build(), []
+    fake.faults.append(Fault("CreateDataset", "403"))
+    with pytest.raises(MelfoldError, match="no access"):
+        publish_dataset(Kaggle(SLUG), built.dataset, built.facts["dataset"])
+    uploads = sum(call.rpc == "StartBlobUpload" for call in fake.calls)
+    publish_dataset(
+        Kaggle(SLUG), built.dataset, built.facts["dataset"], lambda done, total, text: told.append((done, total, text))
+    )
+    assert sum(call.rpc == "StartBlobUpload" for call in fake.calls) == uploads, "no file is uploaded twice"
+    assert len(fake.datasets) == 1
+    assert not (built.folder / "uploads").exists()
+    assert told == [] or told[-1][:2] == (100, 100)
+
+
 @pytest.mark.parametrize("status", ["ERROR", "CANCEL_ACKNOWLEDGED"])
 def test_a_kernel_that_failed_can_be_pushed_again(status: str, own: World, fake: FakeKaggle) -> None:
     built = pushed(own)

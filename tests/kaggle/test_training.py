@@ -95,7 +95,10 @@ def test_a_session_that_does_not_find_the_one_before_fails(own: World, tmp_path:
         train(Session(bundle_of(second), tmp_path / "other", time.monotonic()))
 
 
-def test_two_sessions_from_the_tables_alone_bring_the_run_home(own: World, tmp_path: Path) -> None:
+def test_two_sessions_from_the_tables_alone_bring_the_run_home(
+    own: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "melfold")
     tables = tmp_path / "tables" / own.competition.name
     tables.mkdir(parents=True)
     for name in ("train_curated.csv", "train_noisy.csv", "sample_submission.csv"):
@@ -113,6 +116,9 @@ def test_two_sessions_from_the_tables_alone_bring_the_run_home(own: World, tmp_p
             built = train_on_kaggle(client, own.home, plan, CPU, sessions=2)
             run = open_run(own.home, "far")
             assert (run.done_folds(), run.info.track, run.info.competition) == (["0", "1"], "open", own.competition.name)
+            assert any("melfold-train-far-s2 | " in line and "continuing from" in line for line in caplog.messages), (
+                "the log is shown"
+            )
             assert "continuing from notebooks/tester/melfold-train-far-s1/runs/far" in fake.kernels[built.folder.name][0].text
             assert not (built.folder / "output/weights").exists()
             calls = len(fake.calls)

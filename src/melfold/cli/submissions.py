@@ -155,11 +155,16 @@ def submission_score(
 ) -> None:
     """Score a file as the leaderboard does, Public and Private separately. For scoring only: never choose by it."""
     from melfold.combine.check import score_submission
+    from melfold.kaggle.standings import place_at
+    from melfold.probs import read_probs
 
     scores = score_submission(file, truth)
     if json:
         print_json(rows_of(scores, "usage"))
         return
     print_table(rows_of(scores, "usage"))
+    private = scores["lwlrap"].get("Private")
+    if place := place_at(Home.find(), list(read_probs(file).columns), private):
+        typer.echo(f"On the final Private leaderboard: {place}")
     for half in {"Public", "Private"} - set(scores.index):
         typer.echo(f"The {half} half is not covered by this file or this table.")

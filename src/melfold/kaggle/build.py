@@ -7,14 +7,14 @@ import logging
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from melfold.artefacts import listed
 from melfold.combine.oof import prior_of
 from melfold.combine.rebuild import label_of
-from melfold.combine.submission import open_submission
+from melfold.combine.submission import open_submission, submission_artefact
 from melfold.config import Recipe
 from melfold.errors import MelfoldError
 from melfold.facts import facts_of
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 NAME = "[A-Za-z0-9][A-Za-z0-9_-]*"
 """Of a user, a kernel or a dataset in an address."""
+
+COPY_MINUTES = 15
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,35 @@ def build_infer(home: Home, id: str, target: Target, *, source: str = "") -> Bui
     return build(home, plan)
 
 
+def build_copy(home: Home, id: str, target: Target) -> Built:
+    """Build the kernel that copies a finished `submission.csv`, which is mounted as a dataset.
+
+    Raises:
+        MelfoldError: no such submission.
+    """
+    submission = open_submission(home, id)
+    sha256 = submission["files"]["submission.csv"]
+    (path,) = submission_artefact(home, id).files
+    plan = Plan(
+        kind="copy_csv",
+        name=id,
+        session=0,
+        target=replace(target, gpu=False),
+        bundle={
+            "id": id,
+            "submission_sha256": sha256,
+            "budget_minutes": COPY_MINUTES,
+            "provenance": [{"submission": id, "track": submission["track"], "sha256": sha256}],
+        },
+        made_from={"submission": sha256},
+        weights={"submission.csv": path},
+        metadata={},
+        facts={"id": id, "competition": submission["competition"]},
+        minutes=COPY_MINUTES,
+    )
+    return build(home, plan)
+
+
 def _member(prediction: Prediction, part: dict[str, Any]) -> dict[str, Any]:
     """A run of a submission, as the kernel needs it."""
     return {
@@ -133,11 +164,11 @@ class Plan:
     """All that decides a kernel.
 
     Args:
-        kind: `infer` or `train`: its folder in `kernels/`.
+        kind: `infer`, `train` or `copy_csv`: its folder in `kernels/`.
         name: of the submission or run.
         session: of a training kernel; else 0.
         bundle: what the script is told to do.
-        weights: file name in the dataset -> file; without any, there is no dataset.
+        weights: file name in the dataset -> file, which may be a submission; without any, there is no dataset.
         metadata: what is attached, and whether there is a network.
         minutes: the time limit of the session.
     """
@@ -163,7 +194,8 @@ def build(home: Home, plan: Plan) -> Built:
     script = make_script(plan.kind, plan.bundle)
     sums = {file: sha256_file(path) for file, path in sorted(plan.weights.items())}
     # A dataset is named by its content: one that was uploaded completely is never replaced.
-    dataset = f"{plan.target.owner}/melfold-weights-{digest(sums)[:16]}" if sums else ""
+    content = "submission" if plan.kind == "copy_csv" else "weights"
+    dataset = f"{plan.target.owner}/melfold-{content}-{digest(sums)[:16]}" if sums else ""
     metadata = _metadata(plan, dataset)
     made_from = plan.made_from | script.made_from | {"weights": sums, "metadata": metadata}
     built = built_for(home, plan.kind, plan.name, plan.session)

@@ -36,6 +36,9 @@ def judge_infer(
         record = read_json(working / "melfold.json")
     except MelfoldError as error:
         return list(error.lines), "", {}
+    equality, difference = _compare(path, home.submissions / facts["id"] / "submission.csv")
+    if facts["kind"] == "copy_csv":
+        return [difference] if difference else [], equality, {}
     failures = []
     passes = record["passes"]
     skipped = [p for p in passes if not p["done"]]
@@ -45,7 +48,6 @@ def judge_infer(
     elif not failures and (skipped or not passes):
         budget = record["budget_s"]
         failures.append(f"it exceeds its budget: {len(skipped)} of {len(passes)} passes do not fit into {budget:.0f} s")
-    equality, difference = _compare(path, home.submissions / facts["id"] / "submission.csv")
     if difference and not skipped:
         failures.append(difference)
     real = facts_of(facts["competition_slug"])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from melfold.compute import Progress, silent
 from melfold.config import Recipe
 from melfold.data.competition import Competition
 from melfold.errors import MelfoldError
@@ -151,7 +152,9 @@ def _first_weights(training: Training) -> tuple[Recipe, dict[str, Path], dict[st
     return recipe, {path.name: path}, sources
 
 
-def train_on_kaggle(client: Kaggle, home: Home, training: Training, target: Target, *, sessions: int) -> Built:
+def train_on_kaggle(
+    client: Kaggle, home: Home, training: Training, target: Target, *, sessions: int, progress: Progress = silent
+) -> Built:
     """Train a run on Kaggle, session after session, until all of its folds are done, and bring it home.
 
     A repeated call continues where the last one stopped: what was pushed is waited for, what was fetched stays.
@@ -168,7 +171,7 @@ def train_on_kaggle(client: Kaggle, home: Home, training: Training, target: Targ
     """
     states: dict[str, str] = {}
     for session in range(1, sessions + 1):
-        built, states = _run_session(client, home, training, target, session)
+        built, states = _run_session(client, home, training, target, session, progress)
         log.info("session %d of run %s: %s", session, training.name, ", ".join(f"fold {k} {v}" for k, v in states.items()))
         if all(state == "done" for state in states.values()):
             return built
@@ -177,7 +180,9 @@ def train_on_kaggle(client: Kaggle, home: Home, training: Training, target: Targ
     raise MelfoldError(f"folds of run {training.name} are not done after {sessions} sessions", found, fix)
 
 
-def _run_session(client: Kaggle, home: Home, training: Training, target: Target, session: int) -> tuple[Built, dict[str, str]]:
+def _run_session(
+    client: Kaggle, home: Home, training: Training, target: Target, session: int, progress: Progress
+) -> tuple[Built, dict[str, str]]:
     """Build, rehearse, push and fetch a session, each unless it is done. Returns: how far its folds are."""
     built = built_for(home, "train", training.name, session)
     if built.artefact.stamp.exists() and (built.asked or built.fetched):
@@ -193,7 +198,7 @@ def _run_session(client: Kaggle, home: Home, training: Training, target: Target,
             if failures := rehearse(built, training.competition, home).failures:
                 raise MelfoldError("the rehearsal failed", failures[0], f"Its report is in {built.folder}")
         if not built.pushed and not (built.asked and is_there(client, built)):
-            version = push(client, built)
+            version = push(client, built, progress=progress)
             log.info("pushed %s, version %d", built.facts["kernel"], version)
         output = wait_for_kernel(client, built)
         fetch_run(built, output, home)
