@@ -35,7 +35,7 @@ DownloadOpt = Annotated[
 OwnerOpt = Annotated[str | None, typer.Option("--owner", help="Your Kaggle user name (default: the kaggle command is asked).")]
 GpuOpt = Annotated[bool, typer.Option("--gpu/--cpu", help="Ask Kaggle for two T4s, or for none.")]
 BudgetOpt = Annotated[
-    float | None, typer.Option("--budget", help="Minutes the kernel may take (default: 60 with a GPU, 240 without).")
+    float | None, typer.Option("--budget", help="Minutes the kernel may take (default: the competition's limit).")
 ]
 KernelOpt = Annotated[
     str,
@@ -44,8 +44,8 @@ KernelOpt = Annotated[
 WaitOpt = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for Kaggle.")]
 
 ISOLATION = {
-    "namespaces": "in user, network and mount namespaces: no network, inputs read-only",
-    "prefix": "under a path prefix, with an audit hook that refuses the network and writes to the inputs",
+    "namespaces": "in namespaces of its own: no network, everything read-only but /kaggle/working and /tmp",
+    "prefix": "under a path prefix, with an audit hook that refuses the network and writes to other folders",
 }
 
 
