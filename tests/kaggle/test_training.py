@@ -21,6 +21,7 @@ from melfold.errors import MelfoldError
 from melfold.kaggle.build import Target
 from melfold.kaggle.built import Built
 from melfold.kaggle.client import Kaggle
+from melfold.kaggle.push import fetch_run
 from melfold.kaggle.rehearsal import rehearse
 from melfold.kaggle.training import Training, build_train, train_on_kaggle
 from melfold.kernels.boot import Session
@@ -127,6 +128,15 @@ def test_two_sessions_from_the_tables_alone_bring_the_run_home(
             other = training(own, "model.weights=hub", "seed=5", data=tables)
             with pytest.raises(MelfoldError, match="run far was started on Kaggle with other settings"):
                 train_on_kaggle(client, own.home, other, CPU, sessions=2)
+
+
+def test_a_run_is_not_mixed_with_another_one_of_its_name(own: World, tmp_path: Path) -> None:
+    built = build_train(own.home, training(own, "seed=7"), CPU)
+    shutil.copytree(own.home.runs / "tiny", own.home.runs / "far")
+    working = lay_out(built, own, tmp_path)
+    train(Session(bundle_of(built) | {"budget_minutes": 0.01}, tmp_path, time.monotonic()))
+    with pytest.raises(MelfoldError, match=r"run far here was trained with different settings: seed: 0 -> 7\. Move it away"):
+        fetch_run(built, working, own.home)
 
 
 def run_session(built: Built, world: World, root: Path, minutes: float) -> Path:

@@ -8,7 +8,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from melfold.artefacts import listed
+from melfold.artefacts import differences, listed
 from melfold.combine.check import check_submission
 from melfold.compute import Progress, silent
 from melfold.data.competition import Competition
@@ -224,7 +224,7 @@ def fetch_run(built: Built, output: Path, home: Home) -> Path:
         The run's folder.
 
     Raises:
-        MelfoldError: no run in the output, or one that was damaged on its way.
+        MelfoldError: no run in the output, one that was damaged on its way, or another run of this name here.
     """
     name = built.facts["id"]
     source, target = output / "runs" / name, home.runs / name
@@ -233,6 +233,11 @@ def fetch_run(built: Built, output: Path, home: Home) -> Path:
     run = open_run(Home(output), name)
     for fold in run.done_folds():
         run.fold(fold).verify()
+    if (target / "run.json").exists():
+        ours, theirs = (each.recipe.training() | each.info.made_from() for each in (open_run(home, name), run))
+        if changes := differences(ours, theirs):
+            what, fix = f"run {name} here was trained with different settings", f"Move it away: melfold runs mv {name} NAME"
+            raise MelfoldError(what, listed(changes), f"{fix}; then repeat the command")
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir(), key=lambda path: path.name == "run.json"):  # last: it makes the folder a run
         own, temporary = target / path.name, target / f".{path.name}.tmp"
