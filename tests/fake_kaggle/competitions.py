@@ -29,6 +29,7 @@ class Submission:
     public_score: str = ""
     private_score: str = ""
     error: str = ""
+    hidden: int = 0
 
 
 class Competitions(State):
@@ -90,7 +91,8 @@ class Competitions(State):
             raise Refused(400, "You have reached the daily limit of submissions")
         ref = len(self.submissions) + 1
         kept = copy_once(path, self.store / "submissions" / f"{ref}.csv")
-        self.submissions.append(Submission(ref, request.get("submissionDescription", ""), name, kept, kernel))
+        message = request.get("submissionDescription", "")
+        self.submissions.append(Submission(ref, message, name, kept, kernel, hidden=self.list_late))
         self.spawn(self.score, self.submissions[-1])
         return {"message": f"Successfully submitted to {title_of(self.competition)}", "ref": ref}
 
@@ -138,7 +140,9 @@ class Competitions(State):
         return self._limits()
 
     def _ListSubmissions(self, request: Request) -> Request:
-        shown = [s for s in self.submissions if (datetime.now(UTC) - s.date).total_seconds() >= self.list_delay]
+        shown = [s for s in self.submissions if s.hidden <= 0]
+        for submission in self.submissions:
+            submission.hidden -= 1
         return page("submissions", [self._shown(s) for s in reversed(shown)], request)
 
     def _GetSubmission(self, request: Request) -> Request:

@@ -19,9 +19,10 @@ class FakeKaggle(Kernels):
     """The server and all it knows. Use it as a context manager; a fault of its own makes the exit raise.
 
     Set at any time: `faults`; `layout` (`nested` or `flat` mounts); `rules_accepted`; `kernels_only` (no file submissions);
-    `late` (after the deadline: Public 0.00000); `leaderboard` (scores, best first); `gpu_hours` (left this week); `score_delay`,
-    `list_delay` and `dataset_delay` in seconds; `missing_code`, the status for what is not there; `flat_errors` (error bodies
-    whose message the client prints); `python`, the command that runs kernels, and `kernel_env` on top of their environment.
+    `late` (after the deadline: Public 0.00000); `leaderboard` (scores, best first); `gpu_hours` (left this week); `score_delay`
+    and `dataset_delay` in seconds; `list_late` (so many lists lack a new submission); `missing_code`, the status for what is not
+    there; `flat_errors` (error bodies whose message the client prints); `python`, the command that runs kernels, and `kernel_env`
+    on top of their environment.
 
     To look at: `calls`, `connects`, `submissions`, `datasets` and `kernels` (versions by slug), `blobs`, `errors`.
 

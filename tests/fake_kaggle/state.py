@@ -57,7 +57,8 @@ class State:
         self.late = False
         self.leaderboard: Sequence[float] = ()
         self.gpu_hours = 30.0
-        self.score_delay = self.list_delay = self.dataset_delay = 0.0
+        self.score_delay = self.dataset_delay = 0.0
+        self.list_late = 0
         self.missing_code = 403
         self.python: Sequence[str] = [sys.executable]
         self.kernel_env: dict[str, str] = {}

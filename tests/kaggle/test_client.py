@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,6 +77,17 @@ def test_the_limit_counts_down_to_none(fake: FakeKaggle, own: World) -> None:
     assert Kaggle().remaining() == 1
     send(own, "one")
     assert Kaggle().remaining() == 0
+
+
+def test_a_command_that_hides_what_it_does_may_not_submit(
+    fake: FakeKaggle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    silent = tmp_path / "kaggle"
+    silent.write_text(f'#!/bin/sh\nunset VERBOSE\nexec {os.environ["MELFOLD_KAGGLE"]} "$@"\n')
+    silent.chmod(0o755)
+    monkeypatch.setenv("MELFOLD_KAGGLE", str(silent))
+    with pytest.raises(KaggleError, match="shows no trace"):
+        Kaggle().remaining()
 
 
 @pytest.mark.parametrize(("rpc", "kind"), [("PUT", "refuse_upload"), ("StartSubmissionUpload", "drop_before")])
@@ -160,7 +172,7 @@ def test_what_changes_nothing_is_tried_again(kind: str, fake: FakeKaggle) -> Non
 
 def test_repeated_calls_end(fake: FakeKaggle) -> None:
     fake.faults.append(Fault("ListSubmissions", "500_before", times=99))
-    with pytest.raises(KaggleError, match="500 Server Error"):
+    with pytest.raises(KaggleError, match="500 Something went wrong"):
         Kaggle().submissions()
     assert count(fake, "ListSubmissions") == 4
 
@@ -212,12 +224,12 @@ def test_the_gpu_hours_that_are_left(fake: FakeKaggle) -> None:
 
 
 def test_a_version_of_a_kernel_is_asked_for_by_its_number(fake: FakeKaggle, tmp_path: Path) -> None:
-    fake.add_kernel("some", {"made.txt": b"one"})
-    fake.add_kernel("some", {"made.txt": b"two"})
-    fake.finish_kernel("some", status="RUNNING")
-    assert Kaggle().kernel_status("tester/some", 1) == ("COMPLETE", "")
-    assert Kaggle().kernel_status("tester/some", 2)[0] == "RUNNING"
-    Kaggle().kernel_output("tester/some", 1, tmp_path / "out")
+    fake.add_kernel("some-kernel", {"made.txt": b"one"})
+    fake.add_kernel("some-kernel", {"made.txt": b"two"})
+    fake.finish_kernel("some-kernel", status="RUNNING")
+    assert Kaggle().kernel_status("tester/some-kernel", 1) == ("COMPLETE", "")
+    assert Kaggle().kernel_status("tester/some-kernel", 2)[0] == "RUNNING"
+    Kaggle().kernel_output("tester/some-kernel", 1, tmp_path / "out")
     assert (tmp_path / "out" / "made.txt").read_text() == "one"
 
 

@@ -19,7 +19,7 @@ from melfold.kaggle.ledger import SPENT, Ledger
 from tests.fake_kaggle import FakeKaggle, Fault
 from tests.quick_start import QuickStart
 
-QUICK = {"MELFOLD_PACE": "0.004", "MELFOLD_KAGGLE_TIMEOUT": "3"}
+QUICK = {"MELFOLD_PACE": "0.004", "MELFOLD_KAGGLE_TIMEOUT": "5"}
 FORMS = ("file", "kernel", "copy")
 KINDS = ["delay", "hang", "hang_after", "drop_before", "drop_after", "late", "cut", "error_body"]
 KINDS += ["408_after", "409_after", "429", "500_before", "500_after"]
@@ -49,7 +49,7 @@ def draw_faults(rng: random.Random, form: str) -> list[Fault]:
     for _ in range(rng.choice([1, 1, 2, 3])):
         rpc = rng.choice(rpcs)
         kind = "refuse_upload" if rpc == "PUT" and rng.random() < 0.5 else rng.choice(KINDS)
-        seconds = {"delay": 0.5, "late": rng.uniform(0.2, 3)}.get(kind, 5.0 if kind.startswith("hang") else None)
+        seconds = {"delay": 0.5, "late": rng.uniform(0.2, 3)}.get(kind, 8.0 if kind.startswith("hang") else None)
         faults.append(Fault(rpc, kind, after=rng.choice([0, 0, 1]), times=rng.choice([1, 1, 2]), seconds=seconds))
     return faults
 
@@ -66,7 +66,7 @@ def run_schedule(seed: int, world: World, kernels: dict[str, Built], melfold: st
             folder.parent.mkdir(parents=True)
             subprocess.run(["cp", "-r", kernels[form].folder, folder], check=True)
             push_without_kaggle(Built(folder), own, fake)
-        fake.flat_errors, fake.list_delay = rng.random() < 0.5, rng.choice([0, 0, 0.5])
+        fake.flat_errors, fake.list_late = rng.random() < 0.5, rng.choice([0, 0, 1, 2])
         fake.faults = draw_faults(rng, form)
         told: list[Any] = [seed, form, [(f.rpc, f.kind, f.after, f.times) for f in fake.faults]]
         to = ["--competition", DEMO, "--home", str(own.home.root)]
@@ -83,7 +83,7 @@ def run_schedule(seed: int, world: World, kernels: dict[str, Built], melfold: st
             if forgetful and rng.random() < 0.5:
                 told.append("the ledger is lost")
                 Ledger.of(own.home).path.unlink(missing_ok=True)
-        fake.faults, fake.list_delay = [], 0
+        fake.faults, fake.list_late = [], 0
         # This one waits for a call that outlived its melfold.
         done = subprocess.run(args, env=env, capture_output=True, text=True, cwd=root)
         told.append((done.returncode, done.stderr))

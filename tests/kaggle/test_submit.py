@@ -135,21 +135,21 @@ def test_no_submissions_left_is_reported_before_one_is_tried(fake: FakeKaggle, c
 
 def test_a_kernel_is_submitted_only_when_its_version_is_complete(fake: FakeKaggle, client: Kaggle, own: World) -> None:
     output = (own.home.submissions / "tiny" / "submission.csv").read_bytes()
-    form = Kernel("tester/some", fake.add_kernel("some", {"submission.csv": output}))
-    fake.finish_kernel("some", status="RUNNING")
+    form = Kernel("tester/some-kernel", fake.add_kernel("some-kernel", {"submission.csv": output}))
+    fake.finish_kernel("some-kernel", status="RUNNING")
     with pytest.raises(MelfoldError, match="is not complete"):
         submit(client, own.home, "tiny", kernel=form)
-    fake.finish_kernel("some")
-    fake.add_kernel("some", {})
-    fake.finish_kernel("some", status="RUNNING")  # a later version is of no interest
+    fake.finish_kernel("some-kernel")
+    fake.add_kernel("some-kernel", {})
+    fake.finish_kernel("some-kernel", status="RUNNING")  # a later version is of no interest
     row = submit(client, own.home, "tiny", kernel=form)
-    assert (row.kernel, row.version, row.account) == ("tester/some", "1", "tester")
-    assert fake.submissions[0].kernel == "tester/some/1"
+    assert (row.kernel, row.version, row.account) == ("tester/some-kernel", "1", "tester")
+    assert fake.submissions[0].kernel == "tester/some-kernel/1"
 
 
 def test_a_kernels_submission_is_not_repeated_after_a_time_out(fake: FakeKaggle, client: Kaggle, own: World) -> None:
     output = (own.home.submissions / "tiny" / "submission.csv").read_bytes()
-    form = Kernel("tester/some", fake.add_kernel("some", {"submission.csv": output}))
+    form = Kernel("tester/some-kernel", fake.add_kernel("some-kernel", {"submission.csv": output}))
     fake.faults.append(Fault("CreateCodeSubmission", "hang_after"))
     assert submit(client, own.home, "tiny", kernel=form).ref == "1"
     assert created(fake) == 1
@@ -170,7 +170,7 @@ def test_a_refusal_is_recorded_and_may_be_tried_again(flat: bool, fake: FakeKagg
 
 @pytest.mark.parametrize("kind", ["500_after", "drop_after", "hang_after", "cut", "408_after", "409_after", "429_after"])
 def test_a_lost_answer_is_settled_by_looking_the_tag_up(kind: str, fake: FakeKaggle, client: Kaggle, own: World) -> None:
-    fake.list_delay = 1.5  # one look is not enough
+    fake.list_late = 2  # one look is not enough
     fake.faults.append(Fault("CreateSubmission", kind, seconds=4 if kind.startswith("hang") else None))
     row = submit(client, own.home, "tiny")
     assert row.status in SPENT
@@ -180,11 +180,11 @@ def test_a_lost_answer_is_settled_by_looking_the_tag_up(kind: str, fake: FakeKag
 
 
 def test_a_refusal_that_took_effect_is_found_by_the_next_try(fake: FakeKaggle, client: Kaggle, own: World) -> None:
-    fake.list_delay = 60
+    fake.list_late = 99
     fake.faults.append(Fault("CreateSubmission", "409_after"))
     with pytest.raises(KaggleError):
         submit(client, own.home, "tiny")
-    fake.list_delay = 0
+    fake.submissions[0].hidden = 0
     row = submit(client, own.home, "tiny")
     assert (row.status in SPENT, row.note, len(fake.submissions)) == (True, "", 1)
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import Popen
+from typing import Any
 
 from melfold.facts import DEFAULT, facts_of
 from melfold.kaggle.command import LOGIN, KaggleError, Said, Upload, call, check, follow, hint, last_line
@@ -69,8 +70,16 @@ class Kaggle:
         return found[1]
 
     def remaining(self) -> int:
-        """How many submissions are left today."""
-        out = self._run(["competitions", "submission-limits", self.competition, "--json", "-q"], safe=True)
+        """How many submissions are left today.
+
+        Raises:
+            KaggleError: among others for a kaggle command that does not show what it asks Kaggle for. After a call that was cut
+                short it would be unknown whether it has submitted.
+        """
+        said = self._call(["competitions", "submission-limits", self.competition, "--json", "-q"], safe=True)
+        if "GetSubmissionLimits" not in (said.asked or []):
+            raise KaggleError("this version of the kaggle command shows no trace", "VERBOSE=true", "pip install kaggle==2.2.5")
+        out = said.text
         try:
             limits = json.loads(out[out.index("{") :])
             return int(limits.get("numAllowedNow", limits.get("num_allowed_now", 0)))
@@ -248,7 +257,11 @@ class Kaggle:
         """Sleep at this client's pace."""
         time.sleep(seconds * self.pace)
 
-    def _run(
+    def _run(self, args: Sequence[str], **options: Any) -> str:
+        """Run the command, see `_call`. Returns: what it printed."""
+        return self._call(args, **options).text
+
+    def _call(
         self,
         args: Sequence[str],
         *,
@@ -257,8 +270,8 @@ class Kaggle:
         trace: bool = True,
         growing: Path | None = None,
         upload: Upload | None = None,
-    ) -> str:
-        """Run the command. Returns: what it printed.
+    ) -> Said:
+        """Run the command.
 
         Args:
             safe: repeating changes nothing, so a doubtful failure is repeated, up to four calls in all.
@@ -267,9 +280,9 @@ class Kaggle:
         limit = timeout or self.timeout
         for attempt in range(4):
             try:
-                return check(
-                    f"kaggle {' '.join(args[:2])}", call(args, limit, trace=trace, growing=growing, upload=upload), limit
-                )
+                said = call(args, limit, trace=trace, growing=growing, upload=upload)
+                check(f"kaggle {' '.join(args[:2])}", said, limit)
+                return said
             except KaggleError as error:
                 passing = error.outcome == "doubtful" or error.code in (408, 429)
                 if not safe or not passing or attempt == 3:

@@ -144,17 +144,17 @@ def read(text: str, code: int | None, trace: bool) -> Said:
         status = int(found[0]) if (found := re.match(r"\d+", head)) else 0
         with contextlib.suppress(ValueError):
             reply = json.loads(body)
-    return Said(code, plain, asked if trace and asked else None, status, reply if isinstance(reply, dict) else None)
+    return Said(code, plain, asked if trace else None, status, reply if isinstance(reply, dict) else None)
 
 
-def check(what: str, said: Said, timeout: float) -> str:
-    """What a call printed, if it succeeded.
+def check(what: str, said: Said, timeout: float) -> Said:
+    """What a call left behind, if it succeeded.
 
     Raises:
         KaggleError: it failed.
     """
     if said.code == 0 and not re.search(r"\b[45]\d\d (Client|Server) Error", said.text):
-        return said.text
+        return said
     raise failure(what, said, timeout)
 
 
@@ -174,10 +174,10 @@ def failure(what: str, said: Said, timeout: float = 0) -> KaggleError:
     if code == 403:
         fix = "Check your login (`kaggle config view`; a token or kaggle.json), and accept the competition's rules on its page"
         return KaggleError(f"{what}: no access", reason, fix, code=code)
+    found = reason if not code or str(code) in reason else f"{code} {reason}"
     if 400 <= code < 500:
-        found = reason if str(code) in reason else f"{code} {reason}"
         return KaggleError(f"{what}: refused", found, hint(what, reason), code=code)
-    return KaggleError(f"{what}: failed", reason, "Try again later", outcome="doubtful", code=code)
+    return KaggleError(f"{what}: failed", found, "Try again later", outcome="doubtful", code=code)
 
 
 def status_of(said: Said) -> int:

@@ -76,6 +76,9 @@ def build_train(home: Home, training: Training, target: Target, *, session: int 
     if training.recipe.noisy.teacher:
         found = f"noisy.teacher = {training.recipe.noisy.teacher}"
         raise MelfoldError("a kernel cannot use a teacher", found, "Train this recipe where its teacher is")
+    if training.recipe.model.first_run:
+        found = f"model.weights = {training.recipe.model.weights}"
+        raise MelfoldError("a training kernel cannot start from a run", found, "Train this recipe where that run is")
     name, inputs = training.name, training.inputs
     recipe, weights, sources = _first_weights(training)
     before = built_for(home, "train", name, session - 1)
