@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from melfold.cli.ledger import AgainOpt, CompetitionOpt, print_row
-from melfold.cli.options import FoldsOpt, HomeOpt, IdArg, RecipeOpt, RunOpt, SetOpt, resolve_recipe, resolve_run_name
+from melfold.cli.options import (
+    DEFAULT_RECIPE,
+    FoldsOpt,
+    HomeOpt,
+    IdArg,
+    RecipeOpt,
+    RunOpt,
+    SetOpt,
+    resolve_recipe,
+    resolve_run_name,
+)
 from melfold.cli.output import command
 from melfold.errors import MelfoldError
 from melfold.files import Home
@@ -42,7 +52,7 @@ ISOLATION = {
 }
 
 
-@command(app, "ship", "melfold ship open", continues=True)
+@command(app, "ship", "melfold ship audioset", continues=True)
 def ship(
     id: IdArg,
     data: DownloadOpt = None,
@@ -82,7 +92,7 @@ def ship(
     print_row(row)
 
 
-@command(build_app, "infer", "melfold kernel build infer --submission open")
+@command(build_app, "infer", "melfold kernel build infer --submission audioset")
 def kernel_build_infer(
     submission: Annotated[str, typer.Option("--submission", metavar="ID", help="A submission's name in submissions/.")],
     weights_from: Annotated[
@@ -116,7 +126,7 @@ def kernel_build_train(
     data: Annotated[
         Path | None, typer.Argument(metavar="[DATA]", help="The competition's download (default: where `download` put it).")
     ] = None,
-    recipe: RecipeOpt = "open",
+    recipe: RecipeOpt = DEFAULT_RECIPE,
     folds: FoldsOpt = "all",
     run: RunOpt = None,
     session: Annotated[int, typer.Option("--session", min=1, help="2 continues from the output of session 1, and so on.")] = 1,
@@ -145,7 +155,7 @@ def kernel_build_train(
     typer.echo(f"{built.folder}\nNext: melfold kernel rehearse {built.folder} --data {data}")
 
 
-@command(kernel_app, "rehearse", "melfold kernel rehearse build/kernels/melfold-infer-open")
+@command(kernel_app, "rehearse", "melfold kernel rehearse build/kernels/melfold-infer-audioset")
 def kernel_rehearse(
     folder: DirArg,
     data: DownloadOpt = None,
@@ -167,7 +177,7 @@ def kernel_rehearse(
     typer.echo(f"Next: melfold kernel push {folder}")
 
 
-@command(kernel_app, "push", "melfold kernel push build/kernels/melfold-infer-open --wait", continues=True)
+@command(kernel_app, "push", "melfold kernel push build/kernels/melfold-infer-audioset --wait", continues=True)
 def kernel_push(
     folder: DirArg,
     wait: WaitOpt = False,
