@@ -107,7 +107,8 @@ def submission_build(
     path = build_submission(place, opened, _competition(data, opened[0].run), id=id, mean=mean, weights=shares)
     manifest = open_submission(place, id)
     licences = f" Licences of initial weights: {', '.join(manifest['licences'])}." if manifest["licences"] else ""
-    typer.echo(f"{path}\nTrack: {manifest['track']}. Data: {'; '.join(manifest['data'])}.{licences}")
+    seen = f" They were trained on: {', '.join(manifest['seen'])}." if manifest["seen"] else ""
+    typer.echo(f"{path}\nTrack: {manifest['track']}. Data: {'; '.join(manifest['data'])}.{licences}{seen}")
     for rule in manifest["breaks"]:
         typer.secho(f"BREAKS: {rule}", fg="yellow")
 
@@ -155,11 +156,16 @@ def submission_score(
 ) -> None:
     """Score a file as the leaderboard does, Public and Private separately. For scoring only: never choose by it."""
     from melfold.combine.check import score_submission
+    from melfold.kaggle.standings import place_at
+    from melfold.probs import read_probs
 
     scores = score_submission(file, truth)
     if json:
         print_json(rows_of(scores, "usage"))
         return
     print_table(rows_of(scores, "usage"))
+    private = scores["lwlrap"].get("Private")
+    if place := place_at(Home.find(), list(read_probs(file).columns), private):
+        typer.echo(f"On the final Private leaderboard: {place}")
     for half in {"Public", "Private"} - set(scores.index):
         typer.echo(f"The {half} half is not covered by this file or this table.")
