@@ -15,7 +15,7 @@ LAYERS = """
 : errors files artefacts config facts recipes compute probs metrics
 data: competition audio logmel cache folds check clips demo
 learn: fetch provenance runs start shorten predictions devices augment losses normalise batches backbones weights model predict
-learn: fold_data state train_log tracker train footprint noisy jobs launch
+learn: fold_data state train_log tracker train noisy jobs launch
 combine: oof ensemble relabel check submission rebuild
 kernels: boot infer train copy_csv
 kaggle: command courier client ledger standings download pack built build sandbox judge rehearsal push training submit

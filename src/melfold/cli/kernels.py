@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from melfold.cli.ledger import AgainOpt, CompetitionOpt, OwnCompetitionOpt, print_row
-from melfold.cli.options import FoldsOpt, HomeOpt, IdArg, RecipeOpt, RunOpt, SetOpt, resolve_recipe, resolve_run_name
+from melfold.cli.options import (
+    DEFAULT_RECIPE,
+    FoldsOpt,
+    HomeOpt,
+    IdArg,
+    RecipeOpt,
+    RunOpt,
+    SetOpt,
+    resolve_recipe,
+    resolve_run_name,
+)
 from melfold.cli.output import bar, command
 from melfold.errors import MelfoldError
 from melfold.files import Home
@@ -49,7 +59,7 @@ ISOLATION = {
 }
 
 
-@command(app, "ship", "melfold ship open", continues=True)
+@command(app, "ship", "melfold ship audioset", continues=True)
 def ship(
     id: IdArg,
     data: DownloadOpt = None,
@@ -98,7 +108,7 @@ def ship(
     print_row(row, place)
 
 
-@command(build_app, "infer", "melfold kernel build infer --submission open")
+@command(build_app, "infer", "melfold kernel build infer --submission audioset")
 def kernel_build_infer(
     submission: Annotated[str, typer.Option("--submission", metavar="ID", help="A submission's name in submissions/.")],
     weights_from: KernelOpt = "",
@@ -153,7 +163,7 @@ MinutesOpt = Annotated[int, typer.Option("--minutes", min=1, help="Length of a s
 @command(build_app, "train", "melfold kernel build train --recipe scratch")
 def kernel_build_train(
     data: TablesArg = None,
-    recipe: RecipeOpt = "open",
+    recipe: RecipeOpt = DEFAULT_RECIPE,
     folds: FoldsOpt = "all",
     run: RunOpt = None,
     session: Annotated[int, typer.Option("--session", min=1, help="2 continues from the output of session 1, and so on.")] = 1,
@@ -181,7 +191,7 @@ def kernel_build_train(
 @command(kaggle_app, "train", "melfold kaggle train --recipe scratch", continues=True)
 def kaggle_train(
     data: TablesArg = None,
-    recipe: RecipeOpt = "open",
+    recipe: RecipeOpt = DEFAULT_RECIPE,
     folds: FoldsOpt = "all",
     run: RunOpt = None,
     sessions: Annotated[int, typer.Option("--sessions", min=1, help="At most so many, with those before.")] = 3,
@@ -227,7 +237,7 @@ def _training(
     return Training(name, resolved, table, competition, which, weights_from)
 
 
-@command(kernel_app, "rehearse", "melfold kernel rehearse build/kernels/melfold-infer-open")
+@command(kernel_app, "rehearse", "melfold kernel rehearse build/kernels/melfold-infer-audioset")
 def kernel_rehearse(
     folder: DirArg,
     data: DownloadOpt = None,
@@ -248,7 +258,7 @@ def kernel_rehearse(
     typer.echo(f"Next: melfold kernel push {folder}")
 
 
-@command(kernel_app, "push", "melfold kernel push build/kernels/melfold-infer-open --wait", continues=True)
+@command(kernel_app, "push", "melfold kernel push build/kernels/melfold-infer-audioset --wait", continues=True)
 def kernel_push(
     folder: DirArg,
     wait: WaitOpt = False,
