@@ -13,10 +13,10 @@ import pytest
 
 LAYERS = """
 : errors files artefacts config facts recipes compute probs metrics
-data: competition audio logmel cache folds check clips demo
+data: competition audio logmel cache groups folds check clips demo
 learn: fetch provenance runs start predictions devices augment losses normalise batches backbones weights model predict
 learn: fold_data state train_log tracker train footprint noisy jobs launch
-combine: oof ensemble relabel check submission rebuild
+combine: oof search ensemble relabel check submission rebuild
 kernels: boot infer train
 kaggle: client ledger download pack built build sandbox rehearsal push submit
 report: pages charts audio pictures diagnosis training cards clips ledger run_page review_page home_page

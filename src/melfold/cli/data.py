@@ -105,21 +105,46 @@ def folds(
     data: DataArg,
     n_folds: Annotated[int | None, typer.Option("--n-folds", min=2, help="Number of folds (default: the recipe's).")] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the table (default: the recipe's).")] = None,
-    group_identical: Annotated[
-        bool,
-        typer.Option("--group-identical", help="Keep clips with identical audio in the same fold, in a table of its own."),
-    ] = False,
+    groups: Annotated[
+        str | None,
+        typer.Option("--groups", help="Clips that share a fold: auto, identical, none or a table (default: the recipe's)."),
+    ] = None,
     recipe: RecipeOpt = "open",
     home: HomeOpt = None,
     set_: SetOpt = None,
 ) -> None:
-    """Write the fold table, stratified by the labels: the same for everyone."""
+    """Write the fold table, even in every label, with groups of clips kept together: the same for everyone."""
     from melfold import stages
     from melfold.data.competition import load_competition
 
-    asked = {"n_folds": n_folds, "seed": seed, "group_identical": "true" if group_identical else None}
+    asked = {"n_folds": n_folds, "seed": seed, "groups": groups}
     changes = [f"folds.{key}={value}" for key, value in asked.items() if value is not None]
     place = Home.find(home)
     resolved = resolve_recipe(recipe, [*(set_ or []), *changes], place)
-    path, deviation = stages.folds(load_competition(data), place, resolved)
-    typer.echo(f"{path}\nIn no fold is a label more than {deviation} clips away from an even split.")
+    path, balance = stages.folds(load_competition(data), place, resolved)
+    typer.echo(f"{path}\n{balance}")
+
+
+@command(app, "groups", "melfold groups FSDKaggle2019.meta/train_curated_post_competition.csv")
+def groups(
+    table: Annotated[Path, typer.Argument(metavar="TABLE", help="fname,labels,freesound_id, as published with FSDKaggle2019.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write them as fname,group.")] = None,
+    home: HomeOpt = None,
+) -> None:
+    """Group clips of one series of uploads by their Freesound ids; and count, for each fold table, the clips whose twin is in
+    the training set of the model that scores them."""
+    from melfold.data import groups as grouping
+
+    clips = grouping.read_ids(table)
+    pairs = grouping.twin_pairs(clips)
+    found = grouping.join_pairs(list(clips.index), pairs)
+    sizes = found.value_counts()
+    typer.echo(f"{len(clips)} clips in {len(sizes)} groups, {(sizes > 1).sum()} of several clips, the largest of {sizes.max()}.")
+    rows = []
+    for path, folds in grouping.tables_of(Home.find(home).folds, clips.index):
+        outside = grouping.clips_with_twin_outside(pairs, folds.to_numpy())
+        rows.append({"fold table": path.name, "clips with a twin in training": outside, "share %": 100 * outside / len(clips)})
+    print_table(rows, digits=1)
+    if output:
+        grouping.write_groups(output, found)
+        typer.echo(output)

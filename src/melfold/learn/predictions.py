@@ -123,10 +123,10 @@ def _read(path: Path, inputs: dict[str, Any], what: str, prediction: Prediction)
     return read_probs(path)
 
 
-def write_current(path: Path, probs: Probs, inputs: dict[str, Any]) -> None:
-    """Write a table of probabilities and its stamp."""
+def write_current(path: Path, probs: Probs, inputs: dict[str, Any], **facts: Any) -> None:
+    """Write a table of probabilities and its stamp, with facts worth keeping."""
     write_probs(path, probs)
-    Artefact.of(path).commit(inputs)
+    Artefact.of(path).commit(inputs, **facts)
 
 
 def own_prediction(run: Run) -> Prediction:
