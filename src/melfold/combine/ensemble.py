@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from melfold.artefacts import Artefact, listed
+from melfold.artefacts import Artefact
 from melfold.combine.oof import read_together
 from melfold.combine.search import choose, nested_probs
 from melfold.errors import MelfoldError
@@ -20,7 +20,7 @@ from melfold.files import Home
 from melfold.learn.predictions import Prediction, list_predictions
 from melfold.learn.runs import list_runs
 from melfold.metrics import Difference, difference_of, interval_of, lwlrap, per_label_lwlrap
-from melfold.probs import MEANS, Probs, mean_probs, read_probs
+from melfold.probs import MEANS, Probs, mean_probs
 
 log = logging.getLogger(__name__)
 
@@ -31,13 +31,7 @@ def fold_mean(prediction: Prediction, folds: Sequence[str]) -> Probs:
     Raises:
         MelfoldError: one is missing, was changed, or was made with other weights or settings.
     """
-    tables = []
-    for fold in folds:
-        path = prediction.fold_test(fold)
-        if changes := Artefact.of(path).changes(prediction.inputs(fold)):
-            fix = f"Run `melfold predict {prediction.label} --data DATA`"
-            raise MelfoldError(f"{prediction.label} has no current test predictions", f"{path}: {listed(changes)}", fix)
-        tables.append(read_probs(path))
+    tables = [prediction.read_fold_test(fold) for fold in folds]
     return mean_probs(tables, prediction.config.fold_mean)
 
 
