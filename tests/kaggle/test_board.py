@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from melfold.cli.main import app
+from melfold.files import Home
 from melfold.kaggle.board import line_of, why_no_line
-from melfold.kaggle.ledger import Row
+from melfold.kaggle.ledger import Ledger, Row
+from melfold.report.ledger import draw_ledger
 
 ROW = Row("t", "a", "2026-01-01T00:00:00Z", "", "a", "", "", "f1", "scratch", "", status="complete")
 
@@ -60,3 +65,33 @@ def test_fewer_than_three_submissions_or_other_folds_give_no_line() -> None:
     assert line_of([*two, *old]) is None
     assert line_of(rows_of([(0.8, 0.7), (0.8, 0.71), (0.8, 0.72)])) is None
     assert "the same OOF score" in why_no_line(rows_of([(0.8, 0.7), (0.8, 0.71), (0.8, 0.72)]))
+
+
+def test_ledger_show_prints_the_line_and_what_a_waiting_submission_may_expect(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+
+    def shown() -> str:
+        result = CliRunner().invoke(app, ["ledger", "show", "--home", str(tmp_path)])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    *two, third = rows_of([(0.80, 0.70), (0.84, 0.722), (0.90, 0.75)])
+    for row in two:
+        Ledger.of(home).add(row)
+    assert "No prediction of Private scores: it needs 3 submissions" in shown()
+    Ledger.of(home).add(third)
+    waits = replace(
+        third, tag="t9", id="s9", time="2026-02-01T00:00:00Z", oof_lwlrap="0.88", private_score="", status="submitted"
+    )
+    Ledger.of(home).add(waits)
+    found = shown()
+    assert "Private = 0.500 x OOF + 0.30000 (Theil-Sen, 3 submissions, leave-one-out error 0.00" in found
+    assert "s9: expect Private 0.74000 (95 % 0." in found
+    assert "s0: expect" not in found
+
+
+def test_the_plot_shows_the_line_where_there_is_one() -> None:
+    for count, expected in ((2, False), (3, True)):
+        figure = draw_ledger(rows_of([(0.80, 0.70), (0.84, 0.722), (0.90, 0.75)][:count]))
+        names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+        assert any("Private by OOF (leave-one-out error" in name for name in names) == expected

@@ -69,10 +69,7 @@ def _home_page(home: Home, path: Path) -> Path:
 
     names = {run.info.competition for _, run in list_runs(home) if not isinstance(run, MelfoldError)}
     standings = next((facts.standings for name in sorted(names) if (facts := facts_of(name)).standings), None)
-    medals = {10: "gold", 50: "silver", 100: "bronze"}
-    lines = (
-        {f"{medals[rank]}, rank {rank}": value for rank, value in standings.ranks.items() if rank in medals} if standings else {}
-    )
+    lines = {f"{medal}, rank {standings.medals[medal]}": score for medal, score in standings.lines.items()} if standings else {}
     write_home_page(home, path, medals=lines)
     return path
 

@@ -112,23 +112,28 @@ def submission_build(
     typer.echo(f"{path}\nTrack: {manifest['track']}. Data: {'; '.join(manifest['data'])}.{licences}")
     for rule in manifest["breaks"]:
         typer.secho(f"BREAKS: {rule}", fg="yellow")
-    _print_expected(opened, manifest, len(competition.test))
+    _print_expected(opened, manifest, competition, place)
 
 
-def _print_expected(predictions: Sequence[Prediction], manifest: dict[str, Any], test_clips: int) -> None:
-    """The score that a submission may expect, or why none can be told."""
+def _print_expected(predictions: Sequence[Prediction], manifest: dict[str, Any], competition: Competition, home: Home) -> None:
+    """The score and the rank that a submission may expect, or why none can be told."""
     from melfold.combine.expect import expected_score
     from melfold.combine.rebuild import label_of
+    from melfold.kaggle.standings import place_at
 
     shares = {label_of(member): member["share"] for member in manifest["runs"]}
     members = [prediction for prediction in predictions if prediction.label in shares]
     try:
-        found = expected_score(members, manifest["mean"], list(shares.values()), test_clips)
+        found = expected_score(members, manifest["mean"], list(shares.values()), len(competition.test))
     except MelfoldError as error:
         note(str(error))
         return
     typer.echo(f"Expected score: {score(found.score)} ({interval(found.low, found.high)}), from OOF {score(found.oof)}")
     typer.echo(f"and {score(found.gain)} for averaging the models of the folds. No truth of a test clip was used.")
+    places = [place_at(home, competition.name, value) for value in (found.score, found.high, found.low)]
+    if all(places):
+        expected, best, worst = places
+        typer.echo(f"On the final Private leaderboard: {expected} (rank {best.rank} to {worst.rank})")
     if not found.grouped:
         note("the folds keep no groups of clips together: if there are near-duplicates, expect less")
 
@@ -176,11 +181,16 @@ def submission_score(
 ) -> None:
     """Score a file as the leaderboard does, Public and Private separately. For scoring only: never choose by it."""
     from melfold.combine.check import score_submission
+    from melfold.kaggle.standings import place_at
+    from melfold.probs import read_probs
 
     scores = score_submission(file, truth)
     if json:
         print_json(rows_of(scores, "usage"))
         return
     print_table(rows_of(scores, "usage"))
+    private = scores["lwlrap"].get("Private")
+    if place := place_at(Home.find(), list(read_probs(file).columns), private):
+        typer.echo(f"On the final Private leaderboard: {place}")
     for half in {"Public", "Private"} - set(scores.index):
         typer.echo(f"The {half} half is not covered by this file or this table.")

@@ -23,6 +23,10 @@ from melfold.probs import MEANS, align, check_weights, mean_probs, write_probs
 log = logging.getLogger(__name__)
 
 
+NAME = "[A-Za-z0-9][A-Za-z0-9._+-]*"
+"""A submission's name, as a regular expression."""
+
+
 def submission_artefact(home: Home, id: str) -> Artefact:
     """`submission.csv` of a submission and its stamp, `manifest.json`."""
     folder = home.submissions / id
@@ -35,6 +39,8 @@ def open_submission(home: Home, id: str) -> dict[str, Any]:
     Raises:
         MelfoldError: no such submission, or one whose file is missing or was changed.
     """
+    if not re.fullmatch(NAME, id):  # one name for one submission, or it would be submitted under each
+        raise MelfoldError("a submission is named without its folder", repr(id), f"Use {Path(id).name or 'its name'}")
     artefact = submission_artefact(home, id)
     if not artefact.stamp.exists():
         known = ", ".join(sorted(p.parent.name for p in home.submissions.glob("*/manifest.json")))
@@ -69,7 +75,7 @@ def build_submission(
         MelfoldError: no current predictions, a submission of this id made from different inputs, or a result that the
             competition would not take.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", id):
+    if not re.fullmatch(NAME, id):
         raise MelfoldError("a submission's name is letters, digits, dots, dashes, +", repr(id), "Use --id NAME")
     if mean not in MEANS:
         raise MelfoldError("unknown mean", mean, f"Use {', '.join(MEANS)}")

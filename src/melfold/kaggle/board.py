@@ -45,7 +45,7 @@ def line_of(rows: Sequence[Row]) -> Line | None:
 
     None with fewer than three different submissions that have both scores, or where all have the same out-of-fold score.
     """
-    points = np.array(list({row.id: (float(row.oof_lwlrap), float(row.private_score)) for row in both_scores(rows)}.values()))
+    points = np.array(list({row.id: (row.oof, row.private) for row in both_scores(rows)}.values()))
     if len(points) < LEAST or len(set(points[:, 0])) < 2:
         return None
     slope, intercept = _theil_sen(points)
@@ -69,8 +69,13 @@ def _theil_sen(points: np.ndarray) -> tuple[float, float]:
 def both_scores(rows: Sequence[Row]) -> list[Row]:
     """The submissions of the newest fold table that have an out-of-fold and a Private score."""
     newest = max(rows, key=lambda row: row.time, default=None)
-    known = [row for row in rows if row.oof_lwlrap and row.private_score]
-    return [row for row in known if row.folds == newest.folds]
+    return [row for row in rows if newest and row.folds == newest.folds and row.oof is not None and row.private is not None]
+
+
+def waiting(rows: Sequence[Row]) -> list[Row]:
+    """The submissions of the newest fold table that have an out-of-fold score and no Private one yet."""
+    newest = max(rows, key=lambda row: row.time, default=None)
+    return [row for row in rows if newest and row.folds == newest.folds and row.oof is not None and row.private is None]
 
 
 def why_no_line(rows: Sequence[Row]) -> str:
