@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +21,10 @@ from melfold.cli.options import (
 from melfold.cli.output import bar, command, print_table, rows_of
 from melfold.files import Home
 from melfold.kaggle.client import COMPETITION
+
+if TYPE_CHECKING:
+    from melfold.config import Recipe
+    from melfold.data.competition import Competition
 
 app = typer.Typer()
 
@@ -109,6 +113,9 @@ def folds(
         str | None,
         typer.Option("--groups", help="Clips that share a fold: auto, identical, none or a table (default: the recipe's)."),
     ] = None,
+    suggest_groups: Annotated[
+        bool, typer.Option("--suggest-groups", help="Instead of a table, propose near-duplicates by audio, to listen to.")
+    ] = False,
     recipe: RecipeOpt = "open",
     home: HomeOpt = None,
     set_: SetOpt = None,
@@ -121,8 +128,29 @@ def folds(
     changes = [f"folds.{key}={value}" for key, value in asked.items() if value is not None]
     place = Home.find(home)
     resolved = resolve_recipe(recipe, [*(set_ or []), *changes], place)
-    path, balance = stages.folds(load_competition(data), place, resolved)
+    competition = load_competition(data)
+    if suggest_groups:
+        _suggest_groups(competition, place, resolved)
+        return
+    path, balance = stages.folds(competition, place, resolved)
     typer.echo(f"{path}\n{balance}")
+
+
+def _suggest_groups(competition: Competition, home: Home, recipe: Recipe) -> None:
+    from melfold.data.cache import build_cache, read_manifest, stop_workers, unreadable
+    from melfold.data.duplicates import suggest_groups
+    from melfold.data.groups import write_groups
+
+    folder = build_cache(competition, recipe.logmel, home, splits=["curated"], compute=resolve_compute())
+    stop_workers()
+    readable = competition.curated.index.difference(unreadable(read_manifest(folder)))
+    found, pairs = suggest_groups(competition.curated.loc[readable, "labels"], folder, bar())
+    print_table(rows_of(pairs.set_index("one").head(50), "one"), left=["other"], digits=2)
+    typer.echo(f"{len(pairs)} pairs, {len(found)} clips in {found.nunique()} groups. Some are false alarms: listen to them.")
+    if len(found):
+        path = home.folds / f"{competition.name}_suggested_groups.csv"
+        write_groups(path, found)
+        typer.echo(f"{path}\nDelete rows you do not believe, then use it with --groups {path}")
 
 
 @command(app, "groups", "melfold groups FSDKaggle2019.meta/train_curated_post_competition.csv")
