@@ -222,8 +222,12 @@ def _shortened(recipe: Recipe, few: Competition, teacher: str, *, batch_size: in
     corrections = {f: c for f, c in recipe.data.corrections.items() if f in few.curated.index}
     changes = {"epochs": epochs, "warmup_epochs": epochs / 3, "batch_size": batch_size}
     changes |= {"validate_every": 0.0}  # the end is validated in any case, outside the time measured
+    model: dict[str, Any] = {}
+    if recipe.model.first_run:  # other weights take no other time
+        model = {"weights": "none", "normalise": "scalar"}
     return recipe.model_copy(
         update={
+            "model": recipe.model.model_copy(update=model),
             "data": recipe.data.model_copy(update={"corrections": corrections}),
             "train": recipe.train.model_copy(update=changes),
             "noisy": recipe.noisy.model_copy(update=alone),

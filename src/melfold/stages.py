@@ -57,10 +57,9 @@ def start(competition: Competition, home: Home, recipe: Recipe, name: str, which
     """
     recipe = with_bad_clips(recipe, competition)
     check_recipe(recipe, competition)
-    if recipe.noisy.teacher:
-        teacher = open_run(home, recipe.noisy.teacher)
-        if missing := [str(fold) for fold in which if fold != FULL and not teacher.fold(fold).done]:
-            raise MelfoldError(f"teacher {teacher.name} lacks folds", ", ".join(missing), "Train them first")
+    for other, needed in ((recipe.noisy.teacher, [k for k in which if k != FULL]), (recipe.model.first_run, which)):
+        if other and (missing := [str(fold) for fold in needed if not open_run(home, other).fold(fold).done]):
+            raise MelfoldError(f"run {other}, which this one learns from, lacks folds", ", ".join(missing), "Train them first")
     if (home.runs / name / "run.json").exists() and (run := open_run(home, name)).has_data():
         refuse_changes(run, recipe)
     else:

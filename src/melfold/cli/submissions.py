@@ -109,7 +109,8 @@ def submission_build(
     path = build_submission(place, opened, competition, id=id, mean=mean, weights=shares)
     manifest = open_submission(place, id)
     licences = f" Licences of initial weights: {', '.join(manifest['licences'])}." if manifest["licences"] else ""
-    typer.echo(f"{path}\nTrack: {manifest['track']}. Data: {'; '.join(manifest['data'])}.{licences}")
+    seen = f" They were trained on: {', '.join(manifest['seen'])}." if manifest["seen"] else ""
+    typer.echo(f"{path}\nTrack: {manifest['track']}. Data: {'; '.join(manifest['data'])}.{licences}{seen}")
     for rule in manifest["breaks"]:
         typer.secho(f"BREAKS: {rule}", fg="yellow")
     _print_expected(opened, manifest, competition, place)

@@ -170,16 +170,19 @@ class Standing:
     track: str
     data: list[str]
     licences: list[str]
+    seen: list[str]
+    """The data sets that the first weights were trained on."""
     breaks: list[str]
     """The competition's rules that it would break, and what else stands in the way of publishing it."""
 
 
 def standing_of(runs: Sequence[Run]) -> Standing:
-    """The track, data and licences that runs have together."""
+    """The track, data, licences and warnings that runs have together."""
     infos = [run.info for run in runs]
     track = "open" if any(info.track == "open" for info in infos) else "scratch"
     licences = sorted({part for info in infos for part in info.licence.split(", ") if part})
-    breaks = []
+    seen = sorted({name for info in infos for name in info.seen})
+    breaks = sorted({text for info in infos for text in info.warnings})
     rules = facts_of(runs[0].info.labels)
     if track == "open" and not rules.external_data:
         theirs = ", ".join(run.name for run in runs if run.info.track == "open")
@@ -188,4 +191,4 @@ def standing_of(runs: Sequence[Run]) -> Standing:
         breaks.append("the licence of its first weights is not known: name it with --set model.licence=…")
     if bound := [licence for licence in licences if re.search(r"(?i)\bnc\b|non-?commercial", licence)]:
         breaks.append(f"winners license their models for any use, these weights do not allow it: {', '.join(bound)}")
-    return Standing(track, sorted({info.data for info in infos}), licences, breaks)
+    return Standing(track, sorted({info.data for info in infos}), licences, seen, breaks)

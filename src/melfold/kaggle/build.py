@@ -153,6 +153,9 @@ def build_train(
         raise MelfoldError(
             "a kernel cannot use a teacher", f"noisy.teacher = {recipe.noisy.teacher}", "Train this recipe where its teacher is"
         )
+    if recipe.model.first_run:
+        fix = "Train this recipe where that run is"
+        raise MelfoldError("a training kernel cannot start from a run", f"model.weights = {recipe.model.weights}", fix)
     minutes, table_sha256 = target.minutes or TRAIN_MINUTES, sha256_file(table)
     bundle = {
         "name": name,
