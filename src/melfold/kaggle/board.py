@@ -62,7 +62,7 @@ def _theil_sen(points: np.ndarray) -> tuple[float, float]:
 
     if len(set(points[:, 0])) < 2:
         return 0.0, float(np.median(points[:, 1]))
-    found = theilslopes(points[:, 1], points[:, 0])
+    found = theilslopes(points[:, 1], points[:, 0], method="joint")  # the intercept is the median of what the slope leaves
     return float(found.slope), float(found.intercept)
 
 
