@@ -89,7 +89,8 @@ def resume(home: Home, name: str, compute: Compute, data: Path | None = None) ->
         raise MelfoldError(f"the download of run {run.name} is gone", str(folder), "Give its folder: --data DATA")
     folds = range(run.recipe.folds.n_folds)
     only_full = run.fold(FULL).path.exists() and not any(run.fold(fold).path.exists() for fold in folds)
-    return train(load_competition(folder), home, run.recipe, run.name, [FULL] if only_full else folds, compute)
+    competition = load_competition(folder, run.recipe.data.exclude)
+    return train(competition, home, run.recipe, run.name, [FULL] if only_full else folds, compute)
 
 
 def train_folds(run: Run, competition: Competition, which: Sequence[int | str], folder: Path, compute: Compute) -> None:
@@ -187,7 +188,7 @@ def _prior_rows(prediction: Prediction, fnames: list[str]) -> Probs:
 
 def run(root: Path, home: Home, recipe: Recipe, name: str, compute: Compute) -> tuple[Prediction, OofScores, Path]:
     """All stages, from a download to a checked `submission.csv`, skipping what is done."""
-    competition = load_competition(root)
+    competition = load_competition(root, recipe.data.exclude)
     every = range(recipe.folds.n_folds)
     sizes = [len(table) for table in (competition.curated, competition.noisy, competition.test, competition.labels)]
     log.info("1/6 %s: %d curated, %d noisy, %d test clips, %d labels", competition.name, *sizes)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from melfold.cli.options import (
+    DEFAULT_RECIPE,
     DataArg,
     EngineOpt,
     HomeOpt,
@@ -32,19 +33,24 @@ app = typer.Typer()
 @command(app, "download", "melfold download", continues=True)
 def download(
     to: Annotated[Path | None, typer.Option("--to", help="The folder (default: data/<competition>).")] = None,
+    tables: Annotated[bool, typer.Option("--tables", help="Only the three small tables: enough for `kaggle train`.")] = False,
     competition: Annotated[str, typer.Option("--competition", help="The competition's name in its address.")] = COMPETITION,
     home: HomeOpt = None,
 ) -> None:
     """Download the competition's files, check and unpack them."""
     from melfold.kaggle.client import Kaggle
     from melfold.kaggle.download import download as fetch
+    from melfold.kaggle.download import download_tables
 
     target = (to or Home.find(home).data / competition).resolve()
+    if tables:
+        typer.echo(f"{download_tables(Kaggle(competition), target)}\nNext: melfold kaggle train")
+        return
     typer.echo(f"{fetch(Kaggle(competition), target, progress=bar())}\nNext: melfold check {target}")
 
 
 @command(app, "check", "melfold check data/fat2019")
-def check(data: DataArg, recipe: RecipeOpt = "open", home: HomeOpt = None, set_: SetOpt = None) -> None:
+def check(data: DataArg, recipe: RecipeOpt = DEFAULT_RECIPE, home: HomeOpt = None, set_: SetOpt = None) -> None:
     """Is this download complete? Reads the tables and the header of every file."""
     from melfold.data.check import check as check_download
 
@@ -53,7 +59,7 @@ def check(data: DataArg, recipe: RecipeOpt = "open", home: HomeOpt = None, set_:
     print_table(rows_of(found.splits, "split"), left=["audio"], digits=2)
     for line in found.notes:
         typer.echo(f"note: {line}")
-    typer.echo("This download is complete.")
+    typer.echo("This download is complete." if found.complete else "This download can be used, but test clips are missing.")
 
 
 @command(app, "show", "melfold show data/fat2019 0006ae4e.wav -o clips.png")
@@ -64,7 +70,7 @@ def show(
     run: Annotated[
         str | None, typer.Option("--run", help="Draw the predictions of this run or RUN@NAME, with its recipe.")
     ] = None,
-    recipe: RecipeOpt = "open",
+    recipe: RecipeOpt = DEFAULT_RECIPE,
     home: HomeOpt = None,
     set_: SetOpt = None,
 ) -> None:
@@ -83,10 +89,10 @@ def show(
     typer.echo(output)
 
 
-@command(app, "cache", "melfold cache data/fat2019 --recipe open", continues=True)
+@command(app, "cache", "melfold cache data/fat2019 --recipe audioset", continues=True)
 def cache(
     data: DataArg,
-    recipe: RecipeOpt = "open",
+    recipe: RecipeOpt = DEFAULT_RECIPE,
     verify: Annotated[bool, typer.Option("--verify", help="Also read every log-mel, and make damaged ones again.")] = False,
     jobs: JobsOpt = -1,
     engine: EngineOpt = "joblib",
@@ -101,7 +107,7 @@ def cache(
     place, compute = Home.find(home), resolve_compute(jobs=jobs, engine=engine, scheduler=scheduler)
     resolved = resolve_recipe(recipe, set_, place)
     with compute.connected(place.root):
-        typer.echo(stages.cache(load_competition(data.resolve()), place, resolved, compute, verify=verify))
+        typer.echo(stages.cache(load_competition(data.resolve(), resolved.data.exclude), place, resolved, compute, verify=verify))
 
 
 @command(app, "folds", "melfold folds data/fat2019 --n-folds 5 --seed 42")
@@ -116,7 +122,7 @@ def folds(
     suggest_groups: Annotated[
         bool, typer.Option("--suggest-groups", help="Instead of a table, propose near-duplicates by audio, to listen to.")
     ] = False,
-    recipe: RecipeOpt = "open",
+    recipe: RecipeOpt = DEFAULT_RECIPE,
     home: HomeOpt = None,
     set_: SetOpt = None,
 ) -> None:
@@ -128,7 +134,7 @@ def folds(
     changes = [f"folds.{key}={value}" for key, value in asked.items() if value is not None]
     place = Home.find(home)
     resolved = resolve_recipe(recipe, [*(set_ or []), *changes], place)
-    competition = load_competition(data)
+    competition = load_competition(data, resolved.data.exclude)
     if suggest_groups:
         _suggest_groups(competition, place, resolved)
         return

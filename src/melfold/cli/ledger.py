@@ -32,7 +32,7 @@ AgainOpt = Annotated[bool, typer.Option("--again", help="Submit although Kaggle 
 SCORES = ("oof_lwlrap", "public_score", "private_score")
 
 
-@command(app, "submit", "melfold submit open --kernel", continues=True)
+@command(app, "submit", "melfold submit audioset --kernel", continues=True)
 def submit(
     id: IdArg,
     kernel: Annotated[bool, typer.Option("--kernel/--file", help="The pushed kernel's output, or the file itself.")] = False,

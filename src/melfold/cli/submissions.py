@@ -35,7 +35,7 @@ submission_app = typer.Typer(help="Submissions: build, check and score a submiss
 app.add_typer(submission_app, name="submission")
 
 
-@command(app, "predict", "melfold predict open --set predict.shift_seconds='[0,0.25]' --name tta", continues=True)
+@command(app, "predict", "melfold predict audioset --set predict.shift_seconds='[0,0.25]' --name tta", continues=True)
 def predict(
     run: PredictionArg,
     data: RunDataOpt = None,
@@ -89,7 +89,7 @@ def _competition(data: Path | None, run: Run) -> Competition:
     return load_competition(folder.resolve())
 
 
-@command(submission_app, "build", "melfold submission build open small --mean logit --weights 2,1")
+@command(submission_app, "build", "melfold submission build audioset small --mean logit --weights 2,1")
 def submission_build(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="One run or RUN@NAME, or several to combine.")],
     data: RunDataOpt = None,
@@ -146,7 +146,7 @@ def _numbers(text: str | None) -> list[float] | None:
         raise MelfoldError("--weights needs numbers", repr(text), "For example --weights 3,1") from None
 
 
-@command(submission_app, "rebuild", "melfold submission rebuild open --data data/fat2019")
+@command(submission_app, "rebuild", "melfold submission rebuild audioset --data data/fat2019")
 def submission_rebuild(id: IdArg, data: DataOpt, home: HomeOpt = None) -> None:
     """Make a submission.csv again from its manifest, such as a colleague's; or print the commands that make what is missing."""
     from melfold.combine.rebuild import plan_rebuild, rebuild

@@ -40,6 +40,9 @@ def find_groups(competition: Competition, home: Home, groups: str) -> tuple[pd.S
         return known, True
     if groups == "none":
         return number_groups([]), False
+    if not next(iter(competition.curated["path"])).parent.is_dir():
+        fix = "Copy the fold table here, or use --set folds.groups=none"
+        raise MelfoldError("grouping identical clips needs their audio", str(competition.root), fix)
     return number_groups(find_identical(dict(competition.curated["path"]))), False
 
 
