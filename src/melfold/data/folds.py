@@ -58,11 +58,11 @@ def fold_table(competition: Competition, home: Home, config: FoldsConfig) -> tup
     path = fold_table_path(home, competition.name, config)
     targets, labels = competition.targets(), competition.curated["labels"]
     if not path.exists():
-        groups, _ = find_groups(competition, home, config.groups)
+        groups = find_groups(competition, home, config.groups)
         folds = make_folds(targets, config.n_folds, config.seed, groups)
         write_folds(path, folds, fold_inputs(labels, config, groups))
     elif groups_path(competition.name, home, config.groups):
-        groups, _ = find_groups(competition, home, config.groups)
+        groups = find_groups(competition, home, config.groups)
         _check_stamp(path, fold_inputs(labels, config, groups))
     table = read_folds(path, competition)
     count = table["fold"].nunique()

@@ -22,11 +22,8 @@ ID_GAP = 3
 """Freesound gives ids in the order of uploads: clips at most this far apart come from one series of uploads."""
 
 
-def find_groups(competition: Competition, home: Home, groups: str) -> tuple[pd.Series, bool]:
-    """The groups that `folds.groups` asks for.
-
-    Returns:
-        A number by `fname`, for the clips that are in a group; and whether they come from a table.
+def find_groups(competition: Competition, home: Home, groups: str) -> pd.Series:
+    """The groups that `folds.groups` asks for, by `fname`; a clip that is not there is alone.
 
     Raises:
         MelfoldError: a table that cannot be used.
@@ -37,13 +34,13 @@ def find_groups(competition: Competition, home: Home, groups: str) -> tuple[pd.S
         known = table.loc[table.index.isin(competition.curated.index)]
         if groups != "auto" and known.empty:
             raise MelfoldError(f"{path} has no curated clip", f"{len(table)} clips", "Give the groups of this competition")
-        return known, True
+        return known
     if groups == "none":
-        return number_groups([]), False
+        return number_groups([])
     if not next(iter(competition.curated["path"])).parent.is_dir():
         fix = "Copy the fold table here, or use --set folds.groups=none"
         raise MelfoldError("grouping identical clips needs their audio", str(competition.root), fix)
-    return number_groups(find_identical(dict(competition.curated["path"]))), False
+    return number_groups(find_identical(dict(competition.curated["path"])))
 
 
 def groups_path(competition_name: str, home: Home, groups: str) -> Path | None:
