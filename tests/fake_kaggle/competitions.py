@@ -35,12 +35,13 @@ class Submission:
 class Competitions(State):
     """The calls about a competition."""
 
-    def data_files(self) -> dict[str, Path]:
-        """The competition's download, without the truth."""
-        if self.data is None:
+    def data_files(self, data: Path | None = None) -> dict[str, Path]:
+        """The competition's download (or another one), without the truth."""
+        data = data or self.data
+        if data is None:
             return {}
         hidden = self.truth and self.truth.resolve()
-        return {n: p for n, p in tree_files(self.data.resolve()).items() if p.name != TRUTH and p != hidden}
+        return {n: p for n, p in tree_files(data.resolve()).items() if p.name != TRUTH and p != hidden}
 
     def _ListCompetitions(self, _: Request) -> Request:
         own = {"id": 1, "ref": f"{SITE}/competitions/{self.competition}", "title": title_of(self.competition)}
@@ -92,10 +93,11 @@ class Competitions(State):
         kept = copy_once(path, self.store / "submissions" / f"{ref}.csv")
         message = request.get("submissionDescription", "")
         self.submissions.append(Submission(ref, message, name, kept, kernel, hidden=self.list_late))
-        self.spawn(self._score, self.submissions[-1])
+        self.spawn(self.score, self.submissions[-1])
         return {"message": f"Successfully submitted to {title_of(self.competition)}", "ref": ref}
 
-    def _score(self, submission: Submission) -> None:
+    def score(self, submission: Submission) -> None:
+        """Score a submission, or say what is wrong with it."""
         from melfold.combine.check import score_submission
         from melfold.errors import MelfoldError
 
@@ -121,7 +123,7 @@ class Competitions(State):
             return "Submission is not a CSV file"
         if any(len(row) != len(header) or any(v.strip().lower() in ("", "nan") for v in row) for row in rows):
             return "Submission contains null values"
-        sample = self.data_files().get("sample_submission.csv")
+        sample = self.data_files(self.rerun).get("sample_submission.csv")
         if sample is not None:
             wanted, *asked = csv.reader(io.StringIO(sample.read_text(encoding="utf-8-sig"), newline=""))
             if sorted(header) != sorted(wanted):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ def test_the_code_form(layout: str, own: World, tmp_path: Path) -> None:
     with FakeKaggle(tmp_path / "kaggle", competition=DEMO, data=own.data, truth=own.truth) as fake:
         fake.layout = layout
         env = fake.env(tmp_path / "user") | QUICK
-        shipped = melfold("ship", "tiny", "--cpu", *TO, "--data", own.data, env=env, home=own.home)
+        relative = os.path.relpath(own.data, own.home.root.parent)
+        shipped = melfold("ship", "tiny", "--cpu", *TO, "--data", relative, env=env, home=own.home)
         assert shipped.returncode == 0, shipped.stdout + shipped.stderr
         assert "the same bytes as at home" in shipped.stdout
         (row,) = Ledger.of(own.home).rows()

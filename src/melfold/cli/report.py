@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-@command(app, "report", "melfold report open --review 100")
+@command(app, "report", "melfold report audioset --review 100")
 def report(
     runs: Annotated[
         list[str] | None,

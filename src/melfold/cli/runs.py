@@ -117,7 +117,7 @@ def runs_rm(run: RunArg, yes: YesOpt = False, home: HomeOpt = None) -> None:
     typer.echo(f"Deleted {folder}: {size(freed)}.")
 
 
-@command(runs_app, "mv", "melfold runs mv open-3f2a1c best")
+@command(runs_app, "mv", "melfold runs mv audioset-3f2a1c best")
 def runs_mv(
     run: RunArg,
     new: Annotated[str, typer.Argument(metavar="NEW", help="The new name.")],

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import shutil
 import tempfile
 import time
 import zipfile
@@ -19,10 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from melfold.facts import DEFAULT, facts_of
-from melfold.kaggle.command import LOGIN, KaggleError, Said, call, check, hint, last_line
+from melfold.kaggle.command import LOGIN, KaggleError, Said, Upload, call, check, follow, hint, last_line
 from melfold.kaggle.courier import send
 
 COMPETITION = facts_of(DEFAULT).slug
+
+SLOWEST_UPLOAD = 100_000
+"""Bytes per second: an upload that is slower is stopped."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,20 @@ class Kaggle:
             raise KaggleError("kaggle: nothing was downloaded", ", ".join(p.name for p in folder.iterdir()) or "an empty folder")
         return found[0]
 
+    def download_file(self, name: str, path: Path) -> None:
+        """One of the competition's files, written to `path`."""
+        with tempfile.TemporaryDirectory(prefix="melfold-download-") as folder:
+            args = ["competitions", "download", self.competition, "-f", name, "-p", folder, "-q"]
+            self._run(args, safe=True, timeout=10 * self.timeout, trace=False)
+            found = [file for file in Path(folder).rglob("*") if file.name in (name, f"{name}.zip")]
+            if not found:
+                raise KaggleError("kaggle: the file was not downloaded", name, "Try again")
+            if found[0].suffix == ".zip" and not name.endswith(".zip"):
+                with zipfile.ZipFile(found[0]) as pack:
+                    path.write_bytes(pack.read(name))
+            else:
+                shutil.copyfile(found[0], path)
+
     def dataset_status(self, dataset: str) -> str | None:
         """`ready`, `pending`, ...; None where there is no such dataset."""
         try:
@@ -178,15 +196,18 @@ class Kaggle:
         rows = _table(self._run(["datasets", "files", dataset, "--csv", "--page-size", "200"], safe=True), "name,") or []
         return {row["name"]: int(row.get("size") or row.get("totalBytes") or 0) for row in rows}
 
-    def create_dataset(self, folder: Path) -> None:
+    def create_dataset(self, folder: Path, upload: Upload | None = None) -> None:
         """A new private dataset of a folder's files."""
-        self._published(self._run(["datasets", "create", "-p", str(folder)], timeout=30 * self.timeout))
+        self._publish(["datasets", "create"], folder, upload)
 
-    def version_dataset(self, folder: Path, notes: str) -> None:
+    def version_dataset(self, folder: Path, notes: str, upload: Upload | None = None) -> None:
         """A new version, which replaces all files of the previous one."""
-        self._published(self._run(["datasets", "version", "-p", str(folder), "-m", notes], timeout=30 * self.timeout))
+        self._publish(["datasets", "version", "-m", notes], folder, upload)
 
-    def _published(self, out: str) -> None:
+    def _publish(self, args: Sequence[str], folder: Path, upload: Upload | None) -> None:
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        timeout = 5 * self.timeout + size / SLOWEST_UPLOAD
+        out = self._run([*args, "-p", str(folder)], timeout=timeout, upload=upload)
         if not re.search(r"is being created", out):
             raise KaggleError("kaggle: the dataset was not published", last_line(out) or "no output", outcome="doubtful")
 
@@ -210,8 +231,12 @@ class Kaggle:
         return int(version[1])
 
     def kernel_status(self, kernel: str, version: int) -> tuple[str, str]:
-        """A version's status (QUEUED, RUNNING, COMPLETE, ERROR, ...), and its failure message. 2.2.4 looks at the latest one."""
-        out = self._run(["kernels", "status", f"{kernel}/{version}"], safe=True)
+        """A version's status (QUEUED, RUNNING, COMPLETE, ERROR, ...), and its failure message. 2.2.4 looks at the latest one.
+
+        Args:
+            version: 0 for the latest one.
+        """
+        out = self._run(["kernels", "status", _versioned(kernel, version)], safe=True)
         found = re.search(r'has status "([^"]+)"', out)
         if not found:
             raise KaggleError("kaggle: no kernel status", last_line(out))
@@ -219,9 +244,13 @@ class Kaggle:
         return found[1].rsplit(".", 1)[-1].upper(), message[1].strip() if message else ""
 
     def kernel_output(self, kernel: str, version: int, folder: Path) -> None:
-        """A version's files and log. 2.2.4 fetches those of the latest one."""
-        args = ["kernels", "output", f"{kernel}/{version}", "-p", str(folder), "-o", "-q"]
+        """A version's files and log. 2.2.4 fetches those of the latest one, as does version 0."""
+        args = ["kernels", "output", _versioned(kernel, version), "-p", str(folder), "-o", "-q"]
         self._run(args, safe=True, timeout=30 * self.timeout)
+
+    def follow_log(self, kernel: str, version: int, tell: Callable[[str], None]) -> Callable[[float], None]:
+        """Tell each line of a running kernel's log, as `command.follow` does. What fails here is of no account."""
+        return follow(["kernels", "logs", _versioned(kernel, version), "--follow"], tell)
 
     def wait(self, seconds: float) -> None:
         """Sleep at this client's pace."""
@@ -239,17 +268,20 @@ class Kaggle:
         timeout: float | None = None,
         trace: bool = True,
         growing: Path | None = None,
+        upload: Upload | None = None,
     ) -> Said:
         """Run the command.
 
         Args:
             safe: repeating changes nothing, so a doubtful failure is repeated, up to four calls in all.
-            trace, growing: see `command.call`.
+            trace, growing, upload: see `command.call`.
         """
         limit = timeout or self.timeout
         for attempt in range(4):
             try:
-                return check(f"kaggle {' '.join(args[:2])}", call(args, limit, trace=trace, growing=growing), limit)
+                said = call(args, limit, trace=trace, growing=growing, upload=upload)
+                check(f"kaggle {' '.join(args[:2])}", said, limit)
+                return said
             except KaggleError as error:
                 passing = error.outcome == "doubtful" or error.code in (408, 429)
                 if not safe or not passing or attempt == 3:
@@ -277,6 +309,10 @@ def _table(out: str, start: str) -> list[dict[str, str]] | None:
     lines = out.splitlines()
     first = next((i for i, line in enumerate(lines) if line.startswith(start)), None)
     return None if first is None else list(csv.DictReader(io.StringIO("\n".join(lines[first:]) + "\n")))
+
+
+def _versioned(kernel: str, version: int) -> str:
+    return f"{kernel}/{version}" if version else kernel
 
 
 def _score(text: str) -> float | None:

@@ -15,8 +15,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -75,29 +77,53 @@ class Said:
         return self.asked is None or any(re.fullmatch(function, name) for name in self.asked)
 
 
-def call(args: Sequence[str], timeout: float, *, trace: bool = True, growing: Path | None = None) -> Said:
+@dataclass(frozen=True)
+class Upload:
+    """An upload, which can be continued.
+
+    Args:
+        folder: where the command remembers half-finished uploads. It silently leaves out a file that Kaggle has forgotten since,
+            so what was uploaded must be checked.
+        tell: called with the file's name and percent.
+    """
+
+    folder: Path
+    tell: Callable[[str, int], None]
+
+
+def call(
+    args: Sequence[str],
+    timeout: float,
+    *,
+    trace: bool = True,
+    growing: Path | None = None,
+    upload: Upload | None = None,
+) -> Said:
     """Run the command once.
 
     Args:
         timeout: seconds after which it is killed.
         trace: ask for the trace; not for downloads, which it would read into memory.
         growing: the timeout counts from the last new byte in this folder.
+        upload: the call uploads files.
     """
     environment = os.environ | {"PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1"} | ({"VERBOSE": "true"} if trace else {})
-    # The command remembers half-finished uploads below TMPDIR, and silently leaves a file out if Kaggle has forgotten it.
+    if upload:
+        upload.folder.mkdir(parents=True, exist_ok=True)
     with (
-        tempfile.TemporaryDirectory(prefix="melfold-kaggle-") as scratch,
+        nullcontext(upload.folder) if upload else tempfile.TemporaryDirectory(prefix="melfold-kaggle-") as scratch,
         subprocess.Popen(
             [executable(), "-W", *args],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=environment | {"TMPDIR": scratch},
+            env=environment | {"TMPDIR": str(scratch)},
             start_new_session=True,  # Ctrl-C must not interrupt a call
         ) as process,
     ):
         try:
-            out, code = _communicate(process, timeout, growing), process.returncode
+            out = _listen(process, timeout, upload.tell) if upload else _communicate(process, timeout, growing)
+            code = process.returncode
         except subprocess.TimeoutExpired:
             _kill(process)  # first, so that what it printed is all that it did
             out, code = process.communicate()[0], None
@@ -199,7 +225,62 @@ def _communicate(process: subprocess.Popen[bytes], limit: float, growing: Path |
                 raise
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def _listen(process: subprocess.Popen[bytes], limit: float, tell: Callable[[str, int], None]) -> bytes:
+    """As `_communicate`, and tell how far the uploads are, by the bars that the command draws."""
+    assert process.stdout
+    stream, chunks, name = process.stdout, [], [""]
+
+    def read_on() -> None:
+        for chunk in iter(lambda: stream.read1(1 << 16), b""):
+            chunks.append(chunk)
+            for found in re.finditer(rb"Starting upload for file (\S+)|(\d+)%\|", chunk):
+                if found[1]:
+                    name[0] = found[1].decode(errors="replace")
+                else:
+                    tell(name[0], int(found[2]))
+
+    thread = threading.Thread(target=read_on, daemon=True)
+    thread.start()
+    process.wait(limit)
+    thread.join()
+    return b"".join(chunks)
+
+
+def follow(args: Sequence[str], tell: Callable[[str], None]) -> Callable[[float], None]:
+    """Run the command beside everything else, and tell each line that it prints.
+
+    Returns:
+        What ends it, after some seconds in which it may end by itself.
+    """
+    process = subprocess.Popen(
+        [executable(), "-W", *args],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1"},
+        start_new_session=True,
+        text=True,
+        errors="replace",
+    )
+
+    def read_on() -> None:
+        assert process.stdout
+        with process.stdout as lines:
+            for line in lines:
+                tell(redact(line.rstrip()))
+
+    def stop(patience: float) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+        _kill(process)
+        thread.join()
+
+    thread = threading.Thread(target=read_on, daemon=True)
+    thread.start()
+    return stop
+
+
+def _kill(process: subprocess.Popen[Any]) -> None:
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -20,7 +20,7 @@ MAX_BYTES = 1_000_000
 
 LEFT_OUT = {
     *("__main__.py", "cli", "stages.py", "dry_run.py", "kaggle", "report"),
-    *("data/demo.py", "learn/tracker.py", "learn/footprint.py", "combine/relabel.py", "kernels/copy_csv.py"),
+    *("data/demo.py", "learn/tracker.py", "combine/relabel.py", "kernels/copy_csv.py"),
 }
 """Files and folders of the package that no kernel needs, but for the one that copies."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from melfold.errors import MelfoldError
-from melfold.files import sha256_file, write_json, write_text
+from melfold.files import sha256_file, write_text
 from melfold.kernels.boot import Session, start
 
 
@@ -27,8 +27,7 @@ def _copy(session: Session) -> None:
     write_text(session.working / "submission.csv", text)
     rows = len(text.splitlines()) - 1
     session.say(f"copied {rows} rows" + (f"; left out {extra} that are not asked for" if extra else ""))
-    record = {"id": bundle["id"], "kind": "copy_csv", "clips": rows, "left_out": extra}
-    write_json(session.working / "melfold.json", record | {"build_id": bundle["build_id"], "versions": versions})
+    session.write_record({"id": bundle["id"], "clips": rows, "left_out": extra, "versions": versions})
 
 
 def pick_rows(submission: str, sample: str) -> tuple[str, int]:

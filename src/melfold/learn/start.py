@@ -47,14 +47,23 @@ def default_run_name(recipe: Recipe, shipped: Recipe | None) -> str:
     return name if shipped and shipped.fingerprint() == recipe.fingerprint() else f"{name}-{recipe.fingerprint()[:6]}"
 
 
+def check_name(name: str) -> None:
+    """Refuse a name that no run can have.
+
+    Raises:
+        MelfoldError: parts of a path, or other characters.
+    """
+    if not NAME.fullmatch(name):
+        raise MelfoldError("a run's name is letters, digits, dots, dashes", repr(name), "Use --run NAME")
+
+
 def start_run(home: Home, name: str, recipe: Recipe, competition: Competition, folds_path: Path) -> Run:
     """Make a run's folder, or open it to continue with the same training settings, folds and data.
 
     Raises:
         MelfoldError: a run of this name exists and was trained with different settings or data.
     """
-    if not NAME.fullmatch(name):
-        raise MelfoldError("a run's name is letters, digits, dots, dashes", repr(name), "Use --run NAME")
+    check_name(name)
     folder = home.runs / name
     folds = read_folds(folds_path, competition).sort_index()
     clips = folds.assign(labels=[join_labels(competition.curated.at[f, "labels"]) for f in folds.index]).to_csv(
