@@ -171,6 +171,7 @@ def _oof_jobs(prediction: Prediction, competition: Competition, home: Home, comp
     if not stale:
         return []
     folder = cache(competition, home, run.recipe, compute)
+    run.training_audio(folder)
     return [_job(prediction, f, folder, prediction.fold_oof(f), run.held_out(f), clips[f]) for f in stale]
 
 

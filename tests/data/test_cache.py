@@ -27,7 +27,7 @@ from melfold.data.clips import ClipStore
 from melfold.data.competition import Competition, load_competition
 from melfold.data.logmel import LogMel
 from melfold.errors import MelfoldError
-from melfold.files import Home
+from melfold.files import Home, digest
 from tests.conftest import write_wav
 
 Maker = Callable[..., Path]
@@ -373,7 +373,7 @@ def test_a_torn_last_line_of_the_journal_costs_one_clip(tiny_download: Maker, ho
     folder = build(competition, home)
     whole = content(folder)
     rows = read_manifest(folder).reset_index().to_dict("records")
-    lines = [json.dumps(row) for row in rows]
+    lines = [json.dumps(row | {"digest": digest(row)}) for row in rows]
     (folder / "manifest.csv").unlink()
     (folder / "journal.jsonl").write_text("\n".join(lines)[: -len(lines[-1]) // 2])
     (folder / ".c0001.npy.123.tmp").write_bytes(b"left behind")

@@ -225,7 +225,8 @@ PROBLEMS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda r: replace(r / "sample_submission.csv", "fname,Bark", "fname,Tone"),
         "sample_submission.csv: duplicate label: Tone",
     ),
-    "no vocabulary": (lambda r: replace(r / "sample_submission.csv", "fname,Bark,Hiss_(air),Tone", "fname"), "no labels"),
+    "no vocabulary": (lambda r: replace(r / "sample_submission.csv", "fname,Bark,Hiss_(air),Tone", "fname"), "two labels: none"),
+    "one label": (lambda r: replace(r / "sample_submission.csv", "fname,Bark,Hiss_(air),Tone", "fname,Bark"), "two labels: Bark"),
     "odd label": (lambda r: replace(r / "sample_submission.csv", "fname,Bark", "fname, Bark"), "not a label: ' Bark'"),
     "first column": (
         lambda r: replace(r / "sample_submission.csv", "fname,Bark,Hiss_(air)", "Bark,fname,Hiss_(air)"),

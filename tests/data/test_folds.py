@@ -117,6 +117,9 @@ def test_the_grouped_table_has_another_name() -> None:
 def test_more_folds_than_clips_are_refused() -> None:
     with pytest.raises(MelfoldError, match="more folds than clips: 5 folds, 4 clips"):
         make_folds(targets_of(4), 5, 0)
+    same = dict.fromkeys(targets_of(8).index, 0)
+    with pytest.raises(MelfoldError, match=r"more folds than clips: 2 folds, 8 clips \(1 that differ\). Use fewer folds"):
+        make_folds(targets_of(8), 2, 0, same)
 
 
 def test_identical_audio_is_found_whatever_its_container(tiny_download: Maker) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from learn_world import World
 
-from melfold.data.folds import make_folds, write_folds
+from melfold.data.folds import make_folds, read_folds, write_folds
 from melfold.errors import MelfoldError
 from melfold.files import Home, read_json, write_json
 from melfold.learn.runs import FULL, Run, open_run
@@ -40,12 +40,31 @@ def test_a_run_of_another_melfold_is_refused_in_one_line(world: World, tmp_path:
     run = world.start(tmp_path)
     current = read_json(run.folder / "run.json")
     newer = current | {"info": current["info"] | {"nosuch": 1}}
-    for content in ({"competition": "x", "nosuch": 1}, newer, current | {"made_from": None}, []):
+    for content in ({"competition": "x", "nosuch": 1}, newer, current | {"made_from": None}):
         write_json(run.folder / "run.json", content)
         with pytest.raises(MelfoldError, match="run tiny was made by another version of melfold") as caught:
             open_run(Home(tmp_path), "tiny")
         assert len(caught.value.lines) == 1
         assert str(caught.value).endswith("Use that version to read it, or train again under another name")
+
+
+@pytest.mark.parametrize("name", ["run.json", "recipe.json", "clips.csv"])
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe", b'{"made_from": {'], ids=["empty", "a list", "not UTF-8", "cut"])
+def test_damaged_files_of_a_run_are_reported_in_one_line(name: str, content: bytes, world: World, tmp_path: Path) -> None:
+    (world.start(tmp_path).folder / name).write_bytes(content)
+    with pytest.raises(MelfoldError, match=name.replace(".", r"\.")) as caught:
+        open_run(Home(tmp_path), "tiny")
+    assert len(caught.value.lines) == 1
+
+
+def test_a_fold_without_clips_is_refused_before_training(world: World, tmp_path: Path) -> None:
+    folds = read_folds(world.folds, world.competition)["fold"]
+    for left_out in (folds.index[folds == 1], folds.index[folds != 0], folds.index):
+        table = ", ".join(f"'{fname}' = 'a test'" for fname in left_out)
+        with pytest.raises(MelfoldError, match=r"data.exclude leaves a fold without clips: fold [012, ]+, \d+ of 150") as caught:
+            world.start(tmp_path, f"data.exclude={{{table}}}")
+        assert len(caught.value.lines) == 1
+    assert not (tmp_path / "runs").exists()
 
 
 def test_another_recipe_is_refused_naming_the_keys(world: World, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from melfold.artefacts import Artefact
 from melfold.cli.options import HomeOpt, JsonOpt, RunArg, YesOpt
 from melfold.cli.output import age, command, guarded, note, print_json, print_table, size
 from melfold.errors import MelfoldError
@@ -163,11 +164,13 @@ def _not_in_training(folder: Path) -> Iterator[None]:
 
 def _users(home: Home, name: str) -> list[str]:
     """What refers to a run by its name."""
+    from melfold.recipes import parse_recipe
+
     users = []
     for path in sorted(home.runs.glob("*/recipe.json")):
-        if read_json(path).get("noisy", {}).get("teacher") == name:
+        if parse_recipe(read_json(path), str(path)).noisy.teacher == name:
             users.append(f"the teacher of run {path.parent.name}")
     for path in sorted(home.submissions.glob("*/manifest.json")):
-        if any(part["name"] == name for part in read_json(path).get("runs", [])):
+        if any(part["name"] == name for part in Artefact(path).read()["runs"]):
             users.append(f"part of submission {path.parent.name}")
     return users

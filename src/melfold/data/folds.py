@@ -89,11 +89,11 @@ def make_folds(targets: pd.DataFrame, n_folds: int, seed: int, groups: dict[str,
     from iterstrat.ml_stratifiers import MultilabelStratifiedKFold
 
     targets = targets.sort_index()
-    if n_folds > len(targets):
-        raise MelfoldError("more folds than clips", f"{n_folds} folds, {len(targets)} clips")
-    groups = groups or {}
-    key = pd.Series([groups.get(fname, -1 - i) for i, fname in enumerate(targets.index)], index=targets.index)
+    key = pd.Series([(groups or {}).get(fname, -1 - i) for i, fname in enumerate(targets.index)], index=targets.index)
     units = targets.groupby(key, sort=False).max()
+    if n_folds > len(units):
+        same = f" ({len(units)} that differ)" if groups else ""
+        raise MelfoldError("more folds than clips", f"{n_folds} folds, {len(targets)} clips{same}", "Use fewer folds")
     fold_of_unit = pd.Series(-1, index=units.index)
     splitter = MultilabelStratifiedKFold(n_splits=n_folds, shuffle=True, random_state=seed)
     for fold, (_, held_out) in enumerate(splitter.split(np.zeros(len(units)), units.to_numpy(int))):

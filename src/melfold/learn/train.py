@@ -79,7 +79,7 @@ def less_memory(config: TrainConfig) -> str:
 def _train(run: Run, folder: FoldFolder, data: FoldData, device: Device, progress: Progress, place: tuple[int, int]) -> None:
     config, steps = run.recipe.train, data.steps
     title = f"{run.name} fold {folder.fold}, {place[0]} of {place[1]}"
-    made_from = {**_inputs(run, folder), "precision": device.precision}
+    made_from = {**data.made_from, "precision": device.precision}
     # A checkpoint replaces the initial weights, so they need not be there.
     state = start_state(run, data, device, initial=not folder.checkpoint.exists())
     if folder.checkpoint.exists():
@@ -109,12 +109,6 @@ def _train(run: Run, folder: FoldFolder, data: FoldData, device: Device, progres
             if stop.is_set():
                 raise KeyboardInterrupt
     _finish(run, folder, data, state, watch)
-
-
-def _inputs(run: Run, folder: FoldFolder) -> dict[str, str]:
-    """What a fold's weights are made from."""
-    pseudo = sha256_file(folder.pseudo_labels) if run.recipe.noisy.teacher and folder.pseudo_labels.exists() else ""
-    return {"fold": folder.fold, **run.made_from, "pseudo_labels": pseudo}
 
 
 def start_state(run: Run, data: FoldData, device: Device, *, initial: bool = True) -> TrainState:
@@ -204,7 +198,7 @@ def _finish(run: Run, folder: FoldFolder, data: FoldData, state: TrainState, wat
     facts |= {"seconds": round(state.seconds, 1), "device": state.device.describe(), "versions": versions()}
     facts |= {"cudnn_benchmark": state.device.torch.type == "cuda" and run.recipe.train.benchmark}
     facts |= {"peak_memory_mib": state.device.peak_memory() >> 20}
-    folder.artefact.commit(_inputs(run, folder), **facts)
+    folder.artefact.commit(data.made_from, **facts)
     folder.checkpoint.unlink(missing_ok=True)
     log.info("%s: %s%s", watch.title, score, duration(state.seconds))
 
