@@ -23,6 +23,7 @@ from melfold.files import (
     sha256_file,
     write_bytes,
     write_json,
+    write_text,
 )
 
 
