@@ -54,7 +54,15 @@ def runs(context: typer.Context, json: JsonOpt = False, home: HomeOpt = None) ->
 def _describe(folder: Path, name: str, run: Run | MelfoldError) -> dict[str, Any]:
     files = [path.stat() for path in folder.rglob("*") if path.is_file()]
     on_disk = {"bytes": sum(s.st_size for s in files), "changed": max((s.st_mtime for s in files), default=0.0)}
-    nothing = {"track": None, "folds_done": [], "n_folds": None, "oof_lwlrap": None, "low": None, "high": None, "predictions": []}
+    nothing: dict[str, Any] = {
+        "track": None,
+        "folds_done": [],
+        "n_folds": None,
+        "oof_lwlrap": None,
+        "low": None,
+        "high": None,
+        "predictions": [],
+    }
     if isinstance(run, MelfoldError):
         return {"run": name, "state": "unreadable", **nothing, **on_disk, "problem": str(run)}
     done, problem = run.done_folds(), ""

@@ -170,9 +170,9 @@ def _stale(folder: Path, paths: dict[str, Path], known: dict[str, ClipInfo], con
     for fname, path in paths.items():
         info = known.get(fname)
         stat = path.stat()
-        whole = info and sizes.get(npy_path(folder, fname).name) == NPY_HEADER + 2 * config.n_mels * info.frames
+        same = info and (info.size, info.mtime_ns) == (stat.st_size, stat.st_mtime_ns)
         # A clip that was unreadable is tried again: the disk may have been full, or a network drive away.
-        if not whole or (info.size, info.mtime_ns) != (stat.st_size, stat.st_mtime_ns):
+        if not info or not same or sizes.get(npy_path(folder, fname).name) != NPY_HEADER + 2 * config.n_mels * info.frames:
             stale[fname] = path
     return stale
 

@@ -93,7 +93,8 @@ def rehearse(
     limit = 60 * (minutes if training else max(facts["budget_minutes"].values()))
     if isolation == "auto":
         isolation = "namespaces" if sandbox.available() else "prefix"
-    equality, predicted = "", {}
+    equality = ""
+    predicted: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="melfold-rehearsal-") as folder:
         stages = (_Stage(built, competition, home, Path(folder) / layout, layout, isolation, python) for layout in LAYOUTS)
         stage = next(stages)

@@ -17,6 +17,7 @@ import tempfile
 import time
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 WATCH = '''"""Records every use of the network and every write to the inputs, in this Python and in those it starts."""
 import os
@@ -74,7 +75,7 @@ sys.addaudithook(_watch)
 _RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _NOATIME, _BIND, _REC, _RELATIME = 1, 2, 4, 8, 32, 1024, 4096, 16384, 1 << 21
 
 
-def run_inside(spec: dict) -> int:
+def run_inside(spec: dict[str, Any]) -> int:
     """Build the file tree of `spec` and run its command there. Returns: the command's exit code.
 
     `spec`: `root` (an empty folder), `binds` ([source, target, read-only]), `argv`, `env`, `cwd`, `counters` (a file for
@@ -105,7 +106,11 @@ def available() -> bool:
     with tempfile.TemporaryDirectory(prefix="melfold-sandbox-") as folder:
         place = Path(folder)
         (place / "new").mkdir()
-        spec = {"root": f"{folder}/new", "binds": [[folder, "/tmp", True]], "argv": ["/bin/sh", "-c", "test ! -w /tmp"]}
+        spec: dict[str, Any] = {
+            "root": f"{folder}/new",
+            "binds": [[folder, "/tmp", True]],
+            "argv": ["/bin/sh", "-c", "test ! -w /tmp"],
+        }
         spec |= {"env": {"PATH": os.environ.get("PATH", "")}, "cwd": "/tmp", "counters": f"{folder}/counters"}
         (place / "spec.json").write_text(json.dumps(spec))
         try:

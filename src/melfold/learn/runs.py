@@ -283,8 +283,8 @@ def open_run(home: Home, name: str | Path) -> Run:
     """
     folder = Path(name) if (Path(name) / "run.json").exists() else home.runs / str(name)
     if not (folder / "run.json").exists():
-        known = sorted(p.parent.name for p in home.runs.glob("*/run.json"))
-        fix = f"Known: {', '.join(known)}" if known else "Give the right --home, or run `melfold train` first"
+        names = ", ".join(sorted(p.parent.name for p in home.runs.glob("*/run.json")))
+        fix = f"Known: {names}" if names else "Give the right --home, or run `melfold train` first"
         raise MelfoldError("no such run", f"{name} in {home.runs}", fix)
     content = read_json(folder / "run.json")
     known = {each.name for each in fields(RunInfo)}

@@ -149,7 +149,7 @@ def train_step(
     log_mels, wanted, noisy = device.log_mels(batch.log_mels), device.tensor(targets), device.tensor(batch.noisy)
     if rng:
         groups = batch.noisy if apart else None  # clips that are treated differently are not mixed with each other
-        draw = draw_augment(recipe.augment, len(log_mels), *log_mels.shape[2:], rng, groups)
+        draw = draw_augment(recipe.augment, len(log_mels), log_mels.shape[2], log_mels.shape[3], rng, groups)
         log_mels, wanted = apply_augment(draw, log_mels, wanted, state.model.normalise.fill(noisy), device)
     size, losses = config.micro_batch or len(log_mels), []
     for part, aims, own in zip(log_mels.split(size), wanted.split(size), noisy.split(size), strict=True):
