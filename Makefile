@@ -50,4 +50,4 @@ gpu: setup  ## what only a GPU can show: placement, repeatability, speed, memory
 	$(BIN)/python -m tests.bench.gpu
 
 clean:  ## remove the environment and build/; data, caches, runs, folds and submissions stay
-	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis
