@@ -49,6 +49,15 @@ def test_an_atomic_write_appears_whole_and_makes_its_folder(tmp_path: Path, dura
     assert [(p.name, p.read_text()) for p in path.parent.iterdir()] == [("file", "whole")]
 
 
+def test_a_durable_write_waits_for_the_disk_before_the_file_gets_its_name(tmp_path: Path) -> None:
+    """/dev/null takes any write, but refuses to wait for a disk."""
+    with pytest.raises(OSError, match="Invalid argument"), atomic_path(tmp_path / "file") as temporary:
+        temporary.symlink_to("/dev/null")
+    assert list(tmp_path.iterdir()) == []
+    with atomic_path(tmp_path / "file", durable=False) as temporary:
+        temporary.symlink_to("/dev/null")
+
+
 @pytest.mark.parametrize("before", [None, "old"])
 def test_a_failed_write_leaves_what_was_there_and_no_temporary(tmp_path: Path, before: str | None) -> None:
     path = tmp_path / "file"

@@ -149,6 +149,21 @@ def test_edited_probabilities_of_one_fold_are_made_again_by_predict(run: Run, ma
         assert path.read_bytes() == (made.folder / path.relative_to(run.folder)).read_bytes()
 
 
+def test_after_a_fold_was_trained_anew_its_predictions_are_made_anew(run: Run, world: World, tmp_path: Path) -> None:
+    """The weights of another seed stand for those that another machine would give."""
+    other = train_fold(world.start(tmp_path / "other", "seed=1"), 0, world.cache, world.device)
+    own, folder = own_prediction(run), run.fold(0)
+    before = {path: path.read_bytes() for path in (own.fold_oof(0), own.fold_test(0), own.test)}
+    shutil.copy(other.weights, folder.weights)
+    folder.artefact.commit(folder.artefact.read()["made_from"])
+    for read in (own.read_oof, own.read_test):
+        refused(read, "tiny has no current", "weights: ")
+    stages.predict(own, world.competition, world.home, Compute(devices=("cpu",), jobs=1))
+    assert all(path.read_bytes() != content for path, content in before.items())
+    assert len(own.read_oof()) == len(run.held_out(0)) + len(run.held_out(1))
+    own.read_test()
+
+
 class Stop(Exception):
     """Stands for anything that ends a process."""
 
