@@ -38,6 +38,7 @@ lint: setup  ## ruff, import order, types
 
 soak: setup  ## long trials
 	$(BIN)/python -m pytest -m soak
+	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python -m tests.soak.chaos --seed 0 --kills 200 --damages 100
 
 browser:  ## install Chromium for the tests of reports, where apt-get is there; without it they are skipped
 	@command -v chromedriver >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver; } \
