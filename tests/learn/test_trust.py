@@ -234,10 +234,12 @@ def test_audio_that_was_replaced_before_a_resume_is_refused(world: World, tmp_pa
 
 
 def test_audio_files_that_were_only_copied_again_are_the_same(run: Run, world: World, tmp_path: Path) -> None:
-    home = Home(tmp_path / "home")
+    root, home = tmp_path / world.competition.root.name, Home(tmp_path / "home")
+    shutil.copytree(world.competition.root, root)
     shutil.copytree(world.home.cache, home.cache)
-    os.utime(world.competition.curated["path"].iloc[0])
-    cache = stages.cache(world.competition, home, world.recipe(), Compute(jobs=1))
+    competition = load_competition(root)
+    os.utime(competition.curated["path"].iloc[0])
+    cache = stages.cache(competition, home, world.recipe(), Compute(jobs=1))
     assert train_fold(run, 2, cache, world.device).done
 
 
