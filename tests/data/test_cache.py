@@ -293,9 +293,10 @@ def test_unreadable_test_clips_only_get_a_warning_and_cannot_be_excluded(tiny_do
     root = tiny_download()
     for name in ("t0002.wav", "t0001.wav"):
         (root / "test" / name).write_bytes(b"")
+    (root / "test" / "t0003.wav").unlink()
     with warnings_of("melfold.data.cache") as messages:
         folder = build(load_competition(root), home, exclude=["t0001.wav"])
-    assert [line[:39] for line in messages] == [f"TEST CLIP unreadable audio: t000{i}.wav (" for i in (1, 2)]
+    assert [line[:39] for line in messages] == [f"TEST CLIP unreadable audio: t000{i}.wav (" for i in (1, 2, 3)]
     assert "mean out-of-fold probabilities" in messages[0]
     assert read_manifest(folder).at["t0001.wav", "error"].startswith("unreadable audio")
 

@@ -126,7 +126,7 @@ def runs_rm(run: RunArg, yes: YesOpt = False, home: HomeOpt = None) -> None:
     typer.echo(f"Deleted {folder}: {size(freed)}.")
 
 
-@command(runs_app, "mv", "melfold runs mv open-3f2a1c best")
+@command(runs_app, "mv", "melfold runs mv audioset-3f2a1c best")
 def runs_mv(
     run: RunArg,
     new: Annotated[str, typer.Argument(metavar="NEW", help="The new name.")],
@@ -176,8 +176,11 @@ def _users(home: Home, name: str) -> list[str]:
 
     users = []
     for path in sorted(home.runs.glob("*/recipe.json")):
-        if parse_recipe(read_json(path), str(path)).noisy.teacher == name:
+        recipe = parse_recipe(read_json(path), str(path))
+        if recipe.noisy.teacher == name:
             users.append(f"the teacher of run {path.parent.name}")
+        if recipe.model.weights == f"run:{name}":
+            users.append(f"where run {path.parent.name} starts from")
     for path in sorted(home.submissions.glob("*/manifest.json")):
         if any(part["name"] == name for part in Artefact(path).read()["runs"]):
             users.append(f"part of submission {path.parent.name}")

@@ -169,12 +169,20 @@ def _stale(folder: Path, paths: dict[str, Path], known: dict[str, ClipInfo], con
     stale = {}
     for fname, path in paths.items():
         info = known.get(fname)
-        stat = path.stat()
-        same = info and (info.size, info.mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+        same = info and (info.size, info.mtime_ns) == _size_and_time(path)
         # A clip that was unreadable is tried again: the disk may have been full, or a network drive away.
         if not info or not same or sizes.get(npy_path(folder, fname).name) != NPY_HEADER + 2 * config.n_mels * info.frames:
             stale[fname] = path
     return stale
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    """A file's size and the time of its last change; zeros for one that does not exist, as a test clip may."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return 0, 0
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _damaged(folder: Path, paths: dict[str, Path], known: dict[str, ClipInfo], compute: Compute) -> dict[str, Path]:
@@ -252,7 +260,7 @@ def make_clip(folder: Path, fname: str, path: Path, transform: LogMel) -> ClipIn
 
     Memory does not grow with the clip's length.
     """
-    stat = path.stat()
+    size, mtime_ns = _size_and_time(path)
     target = npy_path(folder, fname)
     try:
         blocks, flags = open_waveform(path, transform.config.sr)
@@ -262,7 +270,7 @@ def make_clip(folder: Path, fname: str, path: Path, transform: LogMel) -> ClipIn
             array = _write_array(file, transform.stream(meter.measure(blocks)), transform.config)
     except MelfoldError as error:
         target.unlink(missing_ok=True)
-        return ClipInfo(fname, stat.st_size, stat.st_mtime_ns, flags="unreadable", error=str(error))
+        return ClipInfo(fname, size, mtime_ns, flags="unreadable", error=str(error))
     if meter.peak == 0:
         flags.append("silent")
     if meter.full_scale >= CLIPPED_SAMPLES:
@@ -271,8 +279,8 @@ def make_clip(folder: Path, fname: str, path: Path, transform: LogMel) -> ClipIn
         flags.append("short")
     return ClipInfo(
         fname,
-        stat.st_size,
-        stat.st_mtime_ns,
+        size,
+        mtime_ns,
         seconds=round(meter.samples / transform.config.sr, 4),
         **array,
         audio_crc32=crc32_of(path),

@@ -15,6 +15,8 @@ from melfold.kaggle.client import Kaggle
 
 log = logging.getLogger(__name__)
 
+TABLES = ("train_curated.csv", "train_noisy.csv", "sample_submission.csv")
+
 _DONE = ".melfold-downloaded"
 
 
@@ -45,10 +47,28 @@ def download(client: Kaggle, target: Path, *, progress: Progress = silent) -> Pa
         target.mkdir(parents=True, exist_ok=True)
         _unpack(archive, target, progress)
         for inner in sorted(target.glob("*.zip")):
+            if not inner.stem.strip("."):
+                raise MelfoldError("the archive holds a path outside it", inner.name, "Do not unpack it")
             _unpack(inner, target / inner.stem, progress)
             inner.unlink()
         (target / _DONE).touch()
         shutil.rmtree(parts)
+    return target
+
+
+def download_tables(client: Kaggle, target: Path) -> Path:
+    """Download the tables of a competition alone: enough to train on Kaggle. Those that are there stay.
+
+    Returns:
+        The folder.
+
+    Raises:
+        MelfoldError: no credentials, rules not accepted.
+    """
+    for name in TABLES:
+        if not (target / name).exists():
+            with atomic_path(target / name) as temporary:
+                client.download_file(name, temporary)
     return target
 
 

@@ -14,7 +14,6 @@ import pandas as pd
 from melfold.config import Recipe
 from melfold.data.clips import ClipStore
 from melfold.errors import MelfoldError
-from melfold.files import sha256_file
 from melfold.learn.batches import Batch, Phase, train_batches
 from melfold.learn.normalise import Level, statistics
 from melfold.learn.runs import FULL, Run
@@ -29,7 +28,7 @@ class FoldData:
         targets: float32 `(clips, labels)` in 0..1, a row for each clip of `train`.
         curated: how many clips of `train` are curated.
         held_out: the clips the fold is scored on, with `held_out_targets`; none for `full`.
-        made_from: what the fold's weights are made from.
+        training_audio: the digest of the audio of the run's clips.
     """
 
     recipe: Recipe
@@ -39,7 +38,7 @@ class FoldData:
     curated: int
     held_out: ClipStore
     held_out_targets: pd.DataFrame
-    made_from: dict[str, str]
+    training_audio: str
 
     @classmethod
     def read(cls, run: Run, fold: str, cache: Path) -> FoldData:
@@ -67,7 +66,7 @@ class FoldData:
             len(train),
             ClipStore(cache, held_out, front.n_mels, front.top_db),
             run.targets(held_out),
-            _made_from(run, fold, cache),
+            run.training_audio(cache),
         )
 
     @property
@@ -115,11 +114,6 @@ class FoldData:
             first_step=first_step,
             first_noisy=self.curated,
         )
-
-
-def _made_from(run: Run, fold: str, cache: Path) -> dict[str, str]:
-    pseudo = sha256_file(run.fold(fold).pseudo_labels) if run.recipe.noisy.teacher else ""
-    return {"fold": fold, **run.made_from, "pseudo_labels": pseudo, "training_audio": run.training_audio(cache)}
 
 
 def steps_in(epochs: float, clips: int, batch_size: int) -> int:

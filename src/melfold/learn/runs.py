@@ -35,7 +35,8 @@ class RunInfo:
     folds_sha256: str
     clips_sha256: str
     noisy_sha256: str
-    first_weights_sha256: str
+    first_weights: str
+    """SHA-256 of the weights file, or the name and the fingerprint of the run, that it starts from."""
     teacher: str
     """The teacher's name and its fingerprint."""
     track: str
@@ -44,6 +45,10 @@ class RunInfo:
     """`curated`, or `curated and noisy`."""
     licence: str
     """Of the weights it starts from; `unknown` if neither the recipe nor timm names it."""
+    seen: list[str]
+    """The data sets that these weights, and those of its teacher, were trained on."""
+    warnings: list[str]
+    """Weights that may have seen this competition's test clips."""
     commit: str
     data_folder: str
     """The download it was started with."""
@@ -56,7 +61,7 @@ class RunInfo:
             "fold_table": self.folds_sha256,
             "clips": self.clips_sha256,
             "noisy_clips": self.noisy_sha256,
-            "first_weights": self.first_weights_sha256,
+            "first_weights": self.first_weights,
             "teacher": self.teacher,
         }
 
@@ -175,7 +180,7 @@ class Run:
 
     @cached_property
     def clips(self) -> pd.DataFrame:
-        """`fold` and `labels` (a tuple) of the curated clips that take part, indexed by `fname`, sorted."""
+        """`fold`, `group` (text) and `labels` (a tuple) of the curated clips that take part, indexed by `fname`, sorted."""
         table = _read_clips(self.folder / "clips.csv")
         table["fold"] = table["fold"].astype(int)
         return table.loc[~table.index.isin(self.recipe.data.exclude)]
