@@ -137,7 +137,8 @@ def find_source(text: str) -> tuple[str, str]:
 
 def _first_weights(training: Training) -> tuple[Recipe, dict[str, Path], dict[str, list[str]]]:
     """The recipe as the kernel gets it, the file of weights to upload (if any), and what to attach."""
-    recipe, sources = training.recipe, {"kernel_sources": [], "dataset_sources": [], "model_sources": []}
+    recipe = training.recipe
+    sources: dict[str, list[str]] = {"kernel_sources": [], "dataset_sources": [], "model_sources": []}
     if not recipe.model.weights.startswith("file:"):
         if training.weights_from:
             found = f"model.weights = {recipe.model.weights}"
