@@ -145,7 +145,9 @@ def test_6_a_submission_built_again_is_the_same_and_passes_and_scores(road: Road
     built = road("submission", "build", "road", "--data", road.data)
     assert built.stdout.splitlines() == [
         str(road.submission),
-        "Track: open. Data: curated. Licences of initial weights: unknown.",
+        "Track: open. Data: curated. Licences of initial weights: unknown. They were trained on: unknown.",
+        "BREAKS: the weights of convnext_atto (initial.safetensors) may have seen clips of this competition: "
+        "their data sets are not known. Name them with --set model.seen=…",
         "BREAKS: no pretrained models and no external data (road)",
         "BREAKS: the licence of its first weights is not known: name it with --set model.licence=…",
     ]
