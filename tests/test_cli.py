@@ -238,7 +238,7 @@ def test_without_home_melfold_home_is_used(data: Path, tmp_path: Path, monkeypat
     monkeypatch.setenv("MELFOLD_HOME", str(tmp_path / "elsewhere"))
     result = CliRunner().invoke(app, ["folds", str(data), "--n-folds", "2"])
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "elsewhere" / "folds" / "tiny_curated_2fold_seed42.csv").exists()
+    assert (tmp_path / "elsewhere" / "folds" / "tiny_curated_2fold_grouped_seed42.csv").exists()
 
 
 def test_the_console_script_ends_with_the_same_code(tmp_path: Path) -> None:
@@ -293,7 +293,12 @@ def test_an_empty_home_says_where_it_looked(home: Path) -> None:
     ledger = CliRunner().invoke(app, ["ledger", "show", "--home", str(home)])
     assert (ledger.exit_code, str(home / "submissions" / "ledger.csv") in ledger.stdout) == (0, True)
     as_json = CliRunner().invoke(app, ["ledger", "show", "--json", "--home", str(home)]).stdout
-    assert json.loads(as_json) == {"ledger": str(home / "submissions" / "ledger.csv"), "rows": [], "select": []}
+    assert json.loads(as_json) == {
+        "ledger": str(home / "submissions" / "ledger.csv"),
+        "rows": [],
+        "select": [],
+        "private_from_oof": None,
+    }
     runs = CliRunner().invoke(app, ["runs", "--home", str(home)])
     assert str(home / "runs") in runs.stdout
     assert json.loads(CliRunner().invoke(app, ["runs", "--json", "--home", str(home)]).stdout) == []

@@ -123,8 +123,9 @@ class FoldsConfig(_Frozen):
     """Number of folds."""
     seed: Annotated[int, Field(ge=0)] = 42
     """Seed of the fold table; another seed is another table."""
-    group_identical: bool = False
-    """Keep clips with identical audio in the same fold, in a table with its own name."""
+    groups: str = "auto"
+    """Which clips must share a fold: `auto` (the competition's table of groups in folds/, else clips with identical audio),
+    `identical`, `none`, or the path of a table (fname, group). Each has a fold table with its own name."""
 
 
 class ModelConfig(_Frozen):

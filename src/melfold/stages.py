@@ -17,7 +17,7 @@ from melfold.compute import Compute
 from melfold.config import Recipe
 from melfold.data.cache import build_cache, read_manifest, stop_workers, unreadable
 from melfold.data.competition import SPLITS, Competition, load_competition, with_bad_clips
-from melfold.data.folds import fold_table
+from melfold.data.folds import Balance, fold_table
 from melfold.errors import MelfoldError
 from melfold.files import Home, digest
 from melfold.kaggle.ledger import Ledger
@@ -43,7 +43,7 @@ def cache(competition: Competition, home: Home, recipe: Recipe, compute: Compute
         stop_workers()
 
 
-def folds(competition: Competition, home: Home, recipe: Recipe) -> tuple[Path, int]:
+def folds(competition: Competition, home: Home, recipe: Recipe) -> tuple[Path, Balance]:
     """Make a recipe's fold table, or check the existing one: see `data.folds.fold_table`."""
     return fold_table(competition, home, recipe.folds)
 

@@ -401,7 +401,7 @@ def test_what_cannot_predict_the_real_number_of_clips_on_a_cpu_fails(
     done = {"run": "tiny", "fold": "0", "view": 0, "done": True, "seconds": seconds}
     facts = {"clips": 60, "late": 0, "passes": [done], "cache_s": 0, "cache_start_s": 0, "setup_s": 1, "audio_s": 60 * 11}
     (tmp_path / "melfold.json").write_text(json.dumps(facts | {"budget_s": 13_392, "device": "cpu"}))
-    built = {"id": "tiny", "gpu": gpu, "competition_slug": SLUG}
+    built = {"kind": "infer", "id": "tiny", "gpu": gpu, "competition_slug": SLUG}
     failures, _, predicted = judge_infer(tmp_path, built, own.competition, own.home)
     assert predicted["3361"] == pytest.approx(seconds / 60 * 3361, rel=0.01)
     assert [failure[:31] for failure in failures] == ([] if fits else ["it would exceed its budget: 336"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,10 @@ from melfold.cli.options import (
 from melfold.cli.output import bar, command, print_table, rows_of
 from melfold.files import Home
 from melfold.kaggle.client import COMPETITION
+
+if TYPE_CHECKING:
+    from melfold.config import Recipe
+    from melfold.data.competition import Competition
 
 app = typer.Typer()
 
@@ -111,21 +115,70 @@ def folds(
     data: DataArg,
     n_folds: Annotated[int | None, typer.Option("--n-folds", min=2, help="Number of folds (default: the recipe's).")] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the table (default: the recipe's).")] = None,
-    group_identical: Annotated[
-        bool,
-        typer.Option("--group-identical", help="Keep clips with identical audio in the same fold, in a table of its own."),
+    groups: Annotated[
+        str | None,
+        typer.Option("--groups", help="Clips that share a fold: auto, identical, none or a table (default: the recipe's)."),
+    ] = None,
+    suggest_groups: Annotated[
+        bool, typer.Option("--suggest-groups", help="Instead of a table, propose near-duplicates by audio, to listen to.")
     ] = False,
     recipe: RecipeOpt = DEFAULT_RECIPE,
     home: HomeOpt = None,
     set_: SetOpt = None,
 ) -> None:
-    """Write the fold table, stratified by the labels: the same for everyone."""
+    """Write the fold table, even in every label, with groups of clips kept together: the same for everyone."""
     from melfold import stages
     from melfold.data.competition import load_competition
 
-    asked = {"n_folds": n_folds, "seed": seed, "group_identical": "true" if group_identical else None}
+    asked = {"n_folds": n_folds, "seed": seed, "groups": groups}
     changes = [f"folds.{key}={value}" for key, value in asked.items() if value is not None]
     place = Home.find(home)
     resolved = resolve_recipe(recipe, [*(set_ or []), *changes], place)
-    path, deviation = stages.folds(load_competition(data, resolved.data.exclude), place, resolved)
-    typer.echo(f"{path}\nIn no fold is a label more than {deviation} clips away from an even split.")
+    competition = load_competition(data, resolved.data.exclude)
+    if suggest_groups:
+        _suggest_groups(competition, place, resolved)
+        return
+    path, balance = stages.folds(competition, place, resolved)
+    typer.echo(f"{path}\n{balance}")
+
+
+def _suggest_groups(competition: Competition, home: Home, recipe: Recipe) -> None:
+    from melfold.data.cache import build_cache, read_manifest, stop_workers, unreadable
+    from melfold.data.duplicates import suggest_groups
+    from melfold.data.groups import write_groups
+
+    folder = build_cache(competition, recipe.logmel, home, splits=["curated"], compute=resolve_compute())
+    stop_workers()
+    readable = competition.curated.index.difference(unreadable(read_manifest(folder)))
+    found, pairs = suggest_groups(competition.curated.loc[readable, "labels"], folder, bar())
+    print_table(rows_of(pairs.set_index("one").head(50), "one"), left=["other"], digits=2)
+    typer.echo(f"{len(pairs)} pairs, {len(found)} clips in {found.nunique()} groups. Some are false alarms: listen to them.")
+    if len(found):
+        path = home.folds / f"{competition.name}_suggested_groups.csv"
+        write_groups(path, found)
+        typer.echo(f"{path}\nDelete rows you do not believe, then use it with --groups {path}")
+
+
+@command(app, "groups", "melfold groups FSDKaggle2019.meta/train_curated_post_competition.csv")
+def groups(
+    table: Annotated[Path, typer.Argument(metavar="TABLE", help="fname,labels,freesound_id, as published with FSDKaggle2019.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write them as fname,group.")] = None,
+    home: HomeOpt = None,
+) -> None:
+    """Group clips of one series of uploads by their Freesound ids; and count, for each fold table, the clips whose twin is in
+    the training set of the model that scores them."""
+    from melfold.data import groups as grouping
+
+    clips = grouping.read_ids(table)
+    pairs = grouping.twin_pairs(clips)
+    found = grouping.join_pairs(list(clips.index), pairs)
+    sizes = found.value_counts()
+    typer.echo(f"{len(clips)} clips in {len(sizes)} groups, {(sizes > 1).sum()} of several clips, the largest of {sizes.max()}.")
+    rows = []
+    for path, folds in grouping.tables_of(Home.find(home).folds, clips.index):
+        outside = grouping.clips_with_twin_outside(pairs, folds.to_numpy())
+        rows.append({"fold table": path.name, "clips with a twin in training": outside, "share %": 100 * outside / len(clips)})
+    print_table(rows, digits=1)
+    if output:
+        grouping.write_groups(output, found)
+        typer.echo(output)

@@ -289,7 +289,7 @@ def _download(home: Home, built: Built, data: Path | None) -> Competition:
     places = [data] if data else [home.data / facts["competition_slug"], home.data / facts["competition"]]
     found = next((place for place in places if place.exists()), None)
     if not found:
-        raise MelfoldError("where is the competition's download?", f"not at {places[0]}", "Give its folder: --data DATA")
+        raise MelfoldError("the competition's download was not found", f"not at {places[0]}", "Give its folder: --data DATA")
     return load_competition(found, audio=False)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from melfold.cli.options import HomeOpt, IdArg, JsonOpt
-from melfold.cli.output import command, print_json, print_table, score
+from melfold.cli.output import command, interval, print_json, print_table, score
 from melfold.errors import MelfoldError
 from melfold.files import Home
 from melfold.kaggle.client import COMPETITION
@@ -115,6 +115,7 @@ def ledger_show(
     home: HomeOpt = None,
 ) -> None:
     """Show every submission, where it stands on the final Private leaderboard, and the two to select."""
+    from melfold.kaggle.board import line_of, waiting, why_no_line
     from melfold.kaggle.ledger import COLUMNS, Ledger, choose_two
     from melfold.kaggle.standings import place_at
 
@@ -127,17 +128,23 @@ def ledger_show(
         rows.sort(key=lambda row: -float(getattr(row, sort) or "-inf"))
     else:
         rows.sort(key=lambda row: getattr(row, sort))
+    line = line_of(rows)
     choices, places = choose_two(rows), [place_at(home_, row.competition, row.private) for row in rows]
     if json:
         selected = [{"id": c.row.id, "tag": c.row.tag, "ref": c.row.ref, "reason": c.reason} for c in choices]
         table = [_values(row) | {"place": place and vars(place)} for row, place in zip(rows, places, strict=True)]
-        print_json({"ledger": ledger.path, "rows": table, "select": selected})
+        print_json({"ledger": ledger.path, "rows": table, "select": selected, "private_from_oof": line and vars(line)})
         return
     if not rows:
         typer.echo(f"There are no submissions in {ledger.path}. If yours are elsewhere, give the right --home.")
     print_table([_shown(row, place) for row, place in zip(rows, places, strict=True)], left=["medal", "next", "status", "note"])
     for number, choice in enumerate(choices, 1):
         typer.echo(f"select {number}: {choice.row.id} ({choice.row.ref}), {choice.reason}")
+    if rows:
+        typer.echo(line or why_no_line(rows))
+    for row in waiting(rows) if line else ():
+        value, low, high = line.predict(row.oof)
+        typer.echo(f"{row.id}: expect Private {score(value)} (95 % {interval(low, high)}) from OOF {score(row.oof)}")
 
 
 def _shown(row: Row, place: Place | None) -> dict[str, Any]:
@@ -168,7 +175,7 @@ def _values(row: Row) -> dict[str, Any]:
 def ledger_plot(
     output: Annotated[Path, typer.Option("-o", "--output", help="The PNG to write.")] = Path("ledger.png"), home: HomeOpt = None
 ) -> None:
-    """Draw OOF scores against leaderboard scores with the medals' lines, and the scores over time."""
+    """Draw OOF against leaderboard scores with the medals' lines and the line that predicts Private, and scores over time."""
     from melfold.kaggle.ledger import Ledger
     from melfold.report.ledger import plot_ledger
 

@@ -104,10 +104,14 @@ def ensemble_suggest(
         list[str] | None,
         typer.Argument(metavar="[RUN...]", help="Runs or RUN@NAME (default: all finished runs with the same folds)."),
     ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option("--budget", metavar="MINUTES", min=0, help="Only what predicts the competition's test clips in this time."),
+    ] = None,
     json: JsonOpt = False,
     home: HomeOpt = None,
 ) -> None:
-    """Rank ways to combine runs by honest OOF scores: fitted weights are scored on folds they were not fitted on."""
+    """Rank ways to combine runs by honest OOF scores: what a search chose is scored on folds it did not see."""
     from melfold.combine.ensemble import predictions_alike, suggest
     from melfold.errors import MelfoldError
     from melfold.learn.predictions import open_predictions
@@ -118,12 +122,15 @@ def ensemble_suggest(
         found = f"{len(opened)} in {place.runs}" if not runs else ", ".join(runs)
         what = "an ensemble needs at least two finished runs with the same folds"
         raise MelfoldError(what, found, "Train another recipe or seed")
-    suggestions = suggest(opened)
+    suggestions = suggest(opened, None if budget is None else 60 * budget)
     if json:
         print_json([_as_json(item) for item in suggestions])
         return
     print_table([{"": number, **_as_row(item)} for number, item in enumerate(suggestions, 1)], left=["runs", "mean"])
     _print_next(suggestions[0], opened)
+    typer.echo(
+        "fitted: a search's score on the clips it chose by. seconds: to predict the real test clips, from recorded speeds."
+    )
     typer.echo("The best of many is a little lucky: if the interval of its gain includes 0, nothing is decided.")
 
 
@@ -141,6 +148,7 @@ def _as_row(item: Suggestion) -> dict[str, Any]:
         "low": item.low,
         "high": item.high,
         "fitted": item.fitted,
+        "seconds": None if item.seconds is None else round(item.seconds),
         "gain over best run": item.gain.value,
         "gain_low": item.gain.low,
         "gain_high": item.gain.high,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,7 +21,7 @@ from melfold.cli.options import (
     SchedulerOpt,
     resolve_compute,
 )
-from melfold.cli.output import command, note, print_json, print_table, rows_of
+from melfold.cli.output import command, interval, note, print_json, print_table, rows_of, score
 from melfold.errors import MelfoldError
 from melfold.files import Home
 
@@ -104,13 +105,38 @@ def submission_build(
     place = Home.find(home)
     opened, shares = open_predictions(place, runs), _numbers(weights)
     id = id or "+".join(prediction.label.replace("@", "-") for prediction in opened)
-    path = build_submission(place, opened, _competition(data, opened[0].run), id=id, mean=mean, weights=shares)
+    competition = _competition(data, opened[0].run)
+    path = build_submission(place, opened, competition, id=id, mean=mean, weights=shares)
     manifest = open_submission(place, id)
     licences = f" Licences of initial weights: {', '.join(manifest['licences'])}." if manifest["licences"] else ""
     seen = f" They were trained on: {', '.join(manifest['seen'])}." if manifest["seen"] else ""
     typer.echo(f"{path}\nTrack: {manifest['track']}. Data: {'; '.join(manifest['data'])}.{licences}{seen}")
     for rule in manifest["breaks"]:
         typer.secho(f"BREAKS: {rule}", fg="yellow")
+    _print_expected(opened, manifest, competition, place)
+
+
+def _print_expected(predictions: Sequence[Prediction], manifest: dict[str, Any], competition: Competition, home: Home) -> None:
+    """The score and the rank that a submission may expect, or why none can be told."""
+    from melfold.combine.expect import expected_score
+    from melfold.combine.rebuild import label_of
+    from melfold.kaggle.standings import place_at
+
+    shares = {label_of(member): member["share"] for member in manifest["runs"]}
+    members = [prediction for prediction in predictions if prediction.label in shares]
+    try:
+        found = expected_score(members, manifest["mean"], list(shares.values()), len(competition.test))
+    except MelfoldError as error:
+        note(str(error))
+        return
+    typer.echo(f"Expected score: {score(found.score)} ({interval(found.low, found.high)}), from OOF {score(found.oof)}")
+    typer.echo(f"and {score(found.gain)} for averaging the models of the folds. No truth of a test clip was used.")
+    places = [place_at(home, competition.name, value) for value in (found.score, found.high, found.low)]
+    if all(places):
+        expected, best, worst = places
+        typer.echo(f"On the final Private leaderboard: {expected} (rank {best.rank} to {worst.rank})")
+    if not found.grouped:
+        note("the folds keep no groups of clips together: if there are near-duplicates, expect less")
 
 
 def _numbers(text: str | None) -> list[float] | None:

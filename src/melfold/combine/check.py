@@ -107,7 +107,7 @@ def score_submission(path: Path, truth: Path) -> pd.DataFrame:
             own = [set(labels[f]) for f in fnames]
             values = np.array([[label in names for label in probs.columns] for names in own], np.float32)
             targets = pd.DataFrame(values, index=fnames, columns=probs.columns)
-            interval = interval_of(targets, probs)
+            interval = interval_of(targets, probs, None)
             rows.append((half, len(fnames), lwlrap(targets, probs), interval.low, interval.high))
     if not rows:
         raise MelfoldError(f"{path} covers neither half of {truth}", f"{len(probs)} clips", "Use the truth of this competition")

@@ -14,7 +14,8 @@ from melfold.compute import Compute
 from melfold.config import Recipe
 from melfold.data.audio import cut_short
 from melfold.data.competition import SPLITS, Competition, load_competition, with_bad_clips
-from melfold.data.folds import find_identical, fold_table_path, read_folds
+from melfold.data.folds import balance_of, fold_table_path, read_folds
+from melfold.data.groups import find_identical
 from melfold.errors import MelfoldError
 from melfold.files import Home
 
@@ -69,7 +70,7 @@ def check(root: Path, home: Home, recipe: Recipe, compute: Compute = Compute()) 
     for fname, why in recipe.data.exclude.items():
         if fname in competition.curated.index or fname in competition.noisy.index:
             notes.append(f"{fname} is left out by recipe {recipe.name}: {why}")
-    notes += _identical_notes(competition, home, recipe)
+    notes += _fold_notes(competition, home, recipe)
     return Checked(pd.DataFrame(rows).T, notes, all(path.exists() for path in competition.test["path"]))
 
 
@@ -97,15 +98,18 @@ def _summary(table: pd.DataFrame, headers: Sequence[Any]) -> dict[str, Any]:
     }
 
 
-def _identical_notes(competition: Competition, home: Home, recipe: Recipe) -> list[str]:
+def _fold_notes(competition: Competition, home: Home, recipe: Recipe) -> list[str]:
+    """Labels that no fold table can spread evenly, and clips with identical audio."""
     path = fold_table_path(home, competition.name, recipe.folds)
-    table = read_folds(path, competition)["fold"] if path.exists() else None
+    table = read_folds(path, competition) if path.exists() else None
     notes = []
+    if table is not None and balance_of(competition.targets(), table).too_large:
+        notes.append(f"{path.name}: {balance_of(competition.targets(), table)}")
     for group in find_identical(dict(competition.curated["path"])):
         where = ""
         if table is not None:
-            folds = sorted(set(table.loc[group]))
+            folds = sorted(set(table.loc[group, "fold"]))
             where = f" (fold {', '.join(map(str, folds))}"
-            where += ": `melfold folds --group-identical` keeps them together)" if len(folds) > 1 else ")"
+            where += ": `melfold folds --groups identical` keeps them together)" if len(folds) > 1 else ")"
         notes.append(f"identical audio: {', '.join(group)}{where}")
     return notes

@@ -17,7 +17,6 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from subprocess import Popen
 from typing import Any
 
 from melfold.facts import DEFAULT, facts_of
@@ -249,8 +248,8 @@ class Kaggle:
         args = ["kernels", "output", _versioned(kernel, version), "-p", str(folder), "-o", "-q"]
         self._run(args, safe=True, timeout=30 * self.timeout)
 
-    def follow_log(self, kernel: str, version: int, tell: Callable[[str], None]) -> Popen[str]:
-        """Tell each line of a running kernel's log, until `command.stop`. What fails here is of no account."""
+    def follow_log(self, kernel: str, version: int, tell: Callable[[str], None]) -> Callable[[float], None]:
+        """Tell each line of a running kernel's log, as `command.follow` does. What fails here is of no account."""
         return follow(["kernels", "logs", _versioned(kernel, version), "--follow"], tell)
 
     def wait(self, seconds: float) -> None:

@@ -246,8 +246,12 @@ def _listen(process: subprocess.Popen[bytes], limit: float, tell: Callable[[str,
     return b"".join(chunks)
 
 
-def follow(args: Sequence[str], tell: Callable[[str], None]) -> subprocess.Popen[str]:
-    """Run the command beside everything else, and tell each line that it prints. `stop` ends it."""
+def follow(args: Sequence[str], tell: Callable[[str], None]) -> Callable[[float], None]:
+    """Run the command beside everything else, and tell each line that it prints.
+
+    Returns:
+        What ends it, after some seconds in which it may end by itself.
+    """
     process = subprocess.Popen(
         [executable(), "-W", *args],
         stdin=subprocess.DEVNULL,
@@ -261,18 +265,19 @@ def follow(args: Sequence[str], tell: Callable[[str], None]) -> subprocess.Popen
 
     def read_on() -> None:
         assert process.stdout
-        for line in process.stdout:
-            tell(redact(line.rstrip()))
+        with process.stdout as lines:
+            for line in lines:
+                tell(redact(line.rstrip()))
 
-    threading.Thread(target=read_on, daemon=True).start()
-    return process
+    def stop(patience: float) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+        _kill(process)
+        thread.join()
 
-
-def stop(process: subprocess.Popen[str], patience: float) -> None:
-    """End a command that `follow` started, after some seconds in which it may end by itself."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(patience)
-    _kill(process)
+    thread = threading.Thread(target=read_on, daemon=True)
+    thread.start()
+    return stop
 
 
 def _kill(process: subprocess.Popen[Any]) -> None:

@@ -16,7 +16,7 @@ from melfold.errors import MelfoldError
 from melfold.files import Home, read_json, sha256_file
 from melfold.kaggle.built import Built
 from melfold.kaggle.client import Kaggle, wait_until
-from melfold.kaggle.command import KaggleError, Upload, stop
+from melfold.kaggle.command import KaggleError, Upload
 from melfold.kernels.boot import RECORD
 from melfold.learn.runs import FoldFolder, open_run
 
@@ -199,8 +199,8 @@ def _wait_until_ended(client: Kaggle, kernel: str, version: int, minutes: float)
     try:
         in_time = wait_until(client, ended, minutes=minutes, tell=tell)
     finally:
-        for follower in followers:
-            stop(follower, patience=5 * client.pace)
+        for stop in followers:
+            stop(5 * client.pace)
     if not in_time:
         raise MelfoldError(f"kernel {kernel} has not ended", f"after {minutes:.0f} minutes", "Look at it on kaggle.com")
     return seen[0]

@@ -48,7 +48,7 @@ def competition_for(manifest: dict[str, Any], asked: str | None) -> str:
         fix = "Leave out --competition" if own else "Name the competition that has this data"
         raise MelfoldError(f"submission {manifest['id']} is for another competition", f"{own or name}, not {asked}", fix)
     if not asked:
-        raise MelfoldError(f"which competition is submission {manifest['id']} for?", name, "Name it: --competition SLUG")
+        raise MelfoldError(f"no Kaggle competition is known for submission {manifest['id']}", name, "Name it: --competition SLUG")
     return asked
 
 

@@ -179,7 +179,7 @@ class Run:
 
     @cached_property
     def clips(self) -> pd.DataFrame:
-        """`fold` and `labels` (a tuple) of the curated clips that take part, indexed by `fname`, sorted."""
+        """`fold`, `group` (text) and `labels` (a tuple) of the curated clips that take part, indexed by `fname`, sorted."""
         table = _read_clips(self.folder / "clips.csv")
         table["fold"] = table["fold"].astype(int)
         return table.loc[~table.index.isin(self.recipe.data.exclude)]

@@ -23,7 +23,7 @@ from melfold.learn.devices import Device, explain_out_of_memory, repeatable
 from melfold.learn.fold_data import FoldData
 from melfold.learn.losses import bootstrapped
 from melfold.learn.model import Tagger, build_model
-from melfold.learn.predict import predict_probs
+from melfold.learn.predict import predict_probs, speed_since
 from melfold.learn.predictions import own_prediction, write_current
 from melfold.learn.provenance import versions
 from melfold.learn.runs import FULL, FoldFolder, Run, open_run
@@ -214,13 +214,15 @@ def _finish(run: Run, folder: FoldFolder, data: FoldData, state: TrainState, wat
     facts: dict[str, object] = {"clips": data.curated, "noisy_clips": data.noisy, "steps": data.steps}
     score = ""
     if len(data.held_out.fnames):
+        began = time.monotonic()
         watch.lwlrap, probs = _validate(run, data, state)
+        speed = speed_since(began, data.held_out, run.recipe)
         watch.write(lwlrap=watch.lwlrap)
         facts |= {"held_out_clips": len(data.held_out.fnames), "lwlrap": watch.lwlrap}
         score = f"lwlrap {watch.lwlrap:.5f} on {len(data.held_out.fnames)} clips, "
         own = own_prediction(run)
         inputs = own.inputs(folder.fold, digest(data.held_out.fnames), sha256_file(folder.weights))
-        write_current(own.fold_oof(folder.fold), probs, inputs)
+        write_current(own.fold_oof(folder.fold), probs, inputs, **speed)
     facts |= {"seconds": round(state.seconds, 1), "device": state.device.describe(), "versions": versions()}
     facts |= {"cudnn_benchmark": state.device.torch.type == "cuda" and run.recipe.train.benchmark}
     facts |= {"peak_memory_mib": state.device.peak_memory() >> 20}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from melfold.errors import MelfoldError
 from melfold.facts import facts_of
 from melfold.files import atomic_path
+from melfold.kaggle.board import Line, line_of
 from melfold.kaggle.ledger import Row
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ def plot_ledger(rows: Sequence[Row], path: Path) -> None:
 
 
 def draw_ledger(rows: Sequence[Row]) -> Figure:
-    """Left: OOF lwlrap against Public and Private scores, with Spearman's rank correlation of each. Right: scores over time.
+    """Left: OOF lwlrap against Public and Private scores, with Spearman's rank correlation of each, and the line that predicts
+    Private (see `kaggle.board`). Right: scores over time.
 
     Points are numbered, and the names stand in a list, so that long ones do not hide anything. Lines show the medals.
 
@@ -86,6 +88,8 @@ def draw_ledger(rows: Sequence[Row]) -> Figure:
     height = max(5.0, 1.2 + 0.2 * len(rows))
     figure, (left, right, names) = plt.subplots(1, 3, figsize=(15, height), width_ratios=[5, 4, 3], constrained_layout=True)
     _draw_oof(left, halves)
+    if line := line_of(rows):
+        _draw_line(left, line)
     _draw_times(right, halves)
     for axes in (left, right):
         _draw_medals(axes, medals)
@@ -110,6 +114,18 @@ def _draw_oof(axes: Axes, halves: Mapping[str, Sequence[Point]]) -> None:
         axes.scatter(oof, scores, color=colour, marker=marker, s=22, label=f"{half.title()} ({told})")
     axes.margins(0.12)
     axes.set_xlabel("out-of-fold lwlrap")
+    axes.legend(fontsize=8)
+
+
+def _draw_line(axes: Axes, line: Line) -> None:
+    """The line that predicts Private scores, with its interval."""
+    ends = axes.get_xlim()
+    values, low, high = zip(*(line.predict(oof) for oof in ends), strict=True)
+    colour = LOOK["private"][0]
+    axes.plot(ends, values, color=colour, linewidth=1, label=f"Private by OOF (leave-one-out error {line.error:.4f})")
+    limits = axes.get_ylim()
+    axes.fill_between(ends, low, high, color=colour, alpha=0.12, linewidth=0)
+    axes.set(xlim=ends, ylim=limits)  # an interval of few submissions is wide, and must not make all else small
     axes.legend(fontsize=8)
 
 
