@@ -22,6 +22,7 @@ from melfold.cli.main import app
 from melfold.data.competition import load_competition
 from melfold.data.demo import write_demo
 from melfold.files import Home, locked
+from melfold.kaggle.ledger import Ledger, Row
 from melfold.probs import read_probs
 from melfold.recipes import load_recipe
 
@@ -127,6 +128,24 @@ def test_4_a_second_run_makes_nothing_again(road: Road) -> None:
     road("predict", "road", "--data", road.data)
     assert times(road.run, *kept) == before
     assert road.submission.read_bytes() == bytes_before
+
+
+def test_4b_a_submission_that_kaggle_has_is_never_replaced(road: Road, tmp_path: Path) -> None:
+    home, audio = tmp_path / "home", road.data / "test" / load_competition(road.data).test.index[0]
+    shutil.copytree(road.home, home)
+    sound, folder = audio.read_bytes(), home / "submissions" / "road"
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    args = ("run", road.data, "--run", "road", "--device", "cpu", "--jobs", 1)
+    Ledger.of(Home(home)).add(Row("tag", "road", *[""] * 8))
+    try:
+        audio.write_bytes(b"RIFF and then nothing")
+        assert "submission road exists and was made from different inputs" in road(*args, recipe=True, home=home, code=2).stderr
+        assert {path: path.read_bytes() for path in folder.iterdir()} == before
+        (home / "submissions" / "ledger.csv").unlink()
+        road(*args, recipe=True, home=home)
+        assert {path: path.read_bytes() for path in folder.iterdir()} != before
+    finally:
+        audio.write_bytes(sound)
 
 
 def test_5_prediction_needs_no_initial_weights(road: Road) -> None:
