@@ -165,8 +165,8 @@ def test_6_a_submission_built_again_is_the_same_and_passes_and_scores(road: Road
     assert built.stdout.splitlines() == [
         str(road.submission),
         "Track: open. Data: curated. Licences of initial weights: unknown. They were trained on: unknown.",
-        f"BREAKS: the weights of convnext_atto (file:{road.weights}) may have seen clips of this competition: data sets unknown. "
-        "FAT2019's clips come from Freesound, as FSD50K's do",
+        "BREAKS: the weights of convnext_atto (initial.safetensors) may have seen clips of this competition: "
+        "their data sets are not known. Name them with --set model.seen=…",
         "BREAKS: no pretrained models and no external data (road)",
         "BREAKS: the licence of its first weights is not known: name it with --set model.licence=…",
     ]
