@@ -323,3 +323,19 @@ def test_ctrl_c_says_whether_the_command_continues(
     monkeypatch.setattr("melfold.data.check.load_competition", interrupted)
     result = CliRunner().invoke(app, [*(arg.replace("DATA", str(data)) for arg in args), "--home", str(home)])
     assert (result.exit_code, result.stderr) == (130, said)
+
+
+@pytest.mark.parametrize("module", ["melfold.cli.main", "typer", "melfold.cli.training"])
+def test_ctrl_c_while_the_program_is_still_being_loaded_is_one_line(module: str, tmp_path: Path) -> None:
+    script = f"""
+import os, signal, sys
+class Watch:
+    def find_spec(name, *_):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Watch)
+from melfold.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "melfold: stopped.\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 from kaggle_world import SLUG, environment
 from PIL import Image
+from typer.testing import CliRunner
 
+from melfold.cli.main import app
 from melfold.errors import MelfoldError
 from melfold.facts import facts_of
 from melfold.files import Home
@@ -46,6 +49,32 @@ def test_writers_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert {r.id for r in ledger.rows()} == {f"r{i}" for i in range(16)}
+
+
+DAMAGE = {
+    "not UTF-8": (lambda text: text[:-20] + b"\xff" + text[-20:], "is no ledger"),
+    "cut in a line": (lambda text: text[:-30], "is cut: row 2 is not whole"),
+    "cut in the last cell": (lambda text: text[:-2], "is cut: row 2 is not whole"),
+    "a row twice": (lambda text: text + text.splitlines(keepends=True)[-1], "has a row twice"),
+    "a score that is none": (lambda text: text.replace(b"0.7", b"O.7"), "not a score: 'O.7' of a"),
+    "an open quote": (lambda text: text.replace(b"a,a,", b'"a,a,'), "ledger.csv"),
+    "empty": (lambda text: b"", "is no ledger"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_ledger_is_refused_in_one_line_and_stays_as_it_is(kind: str, tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.csv")
+    for one in (row("a", 0.9, 0.7), row("b", note="a note")):
+        ledger.add(one)
+    damage, said = DAMAGE[kind]
+    damaged = damage(ledger.path.read_bytes())
+    ledger.path.write_bytes(damaged)
+    for use in (ledger.rows, lambda: ledger.add(row("c"))):
+        with pytest.raises(MelfoldError, match=said) as caught:
+            use()
+        assert len(caught.value.lines) == 1
+    assert ledger.path.read_bytes() == damaged
 
 
 @pytest.mark.parametrize("text", ["id,other\n1,2\n", f"{','.join(COLUMNS)}\n{'x,' * 15}lost,\n"])
@@ -137,6 +166,18 @@ def test_the_full_leaderboard_is_fetched_once_and_must_be_the_final_one(tmp_path
     assert place
     assert str(place) == "rank 51 of 417 (top 12 %), bronze; 0.01810 below silver"
     assert place_at(home, "demo", 0.70) is place_at(home, "fat2019", None) is None
+
+
+def test_the_table_shows_where_each_submission_stands(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    Ledger.of(home).add(row("late", 0.9, 0.0, 0.70, competition=SLUG))
+    Ledger.of(home).add(row("demo", 0.8, 0.5, 0.6, competition="demo"))
+    shown = CliRunner().invoke(app, ["ledger", "show", "--home", str(tmp_path)]).stdout.splitlines()
+    assert "0.90000 - 0.70000 ~85/417 20 % bronze silver +0.01810" in " ".join(shown[1].split())
+    assert "0.80000 0.50000 0.60000 - - - -" in " ".join(shown[2].split())
+    assert [line.split(",")[0] for line in shown if line.startswith("select")] == ["select 1: demo ()"]
+    found = json.loads(CliRunner().invoke(app, ["ledger", "show", "--json", "--home", str(tmp_path)]).stdout)["rows"]
+    assert (found[0]["public_score"], found[0]["place"]["rank"], found[1]["place"]) == (0.0, 85, None)
 
 
 def test_twenty_submissions_with_long_names_are_readable() -> None:

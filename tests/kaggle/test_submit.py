@@ -248,7 +248,7 @@ def killed(fake: FakeKaggle, own: World, rpc: str) -> None:
 
 
 def test_a_call_outlives_melfold_and_is_waited_for(fake: FakeKaggle, client: Kaggle, own: World) -> None:
-    fake.faults.append(Fault("StartSubmissionUpload", "delay", seconds=2))
+    fake.faults.append(Fault("StartSubmissionUpload", "delay", seconds=6))  # longer than all looks
     killed(fake, own, "StartSubmissionUpload")
     assert [row.status for row in Ledger.of(own.home).rows()] == ["pending"]
     row = submit(client, own.home, "tiny")

@@ -236,10 +236,10 @@ def _adopt(client: Kaggle, ledger: Ledger, manifest: dict[str, Any], theirs: Sub
     tag = re.search(r"melfold:(\w+)", theirs.description)
     assert tag
     log.warning("%s is at Kaggle already, from another ledger: %s", manifest["id"], theirs.ref)
-    row = Row(tag=tag[1], id=manifest["id"], time=f"{theirs.date[:19].replace(' ', 'T')}Z", commit="", **_provenance(manifest))
-    ledger.add(row)
-    ledger.update(row.tag, account=client.username(), competition=client.competition)
-    return ledger.settle(row.tag, theirs, client.why_failed(theirs.ref) if theirs.status == "ERROR" else "")
+    time = f"{theirs.date[:19].replace(' ', 'T')}Z"
+    account = {"account": client.username(), "competition": client.competition}
+    ledger.add(Row(tag=tag[1], id=manifest["id"], time=time, commit="", **account, **_provenance(manifest)))
+    return ledger.settle(tag[1], theirs, client.why_failed(theirs.ref) if theirs.status == "ERROR" else "")
 
 
 def _unknown(row: Row) -> MelfoldError:

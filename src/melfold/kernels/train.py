@@ -16,7 +16,7 @@ from melfold.combine.oof import score
 from melfold.compute import Compute
 from melfold.config import Recipe
 from melfold.data.cache import build_cache, stop_workers
-from melfold.data.competition import Competition, load_competition, with_bad_clips
+from melfold.data.competition import Competition, Split, load_competition, with_bad_clips
 from melfold.errors import MelfoldError
 from melfold.files import Home, read_json, write_text
 from melfold.kernels import boot
@@ -78,7 +78,7 @@ def fetch_earlier(session: boot.Session) -> None:
 
 def make_log_mels(session: boot.Session, competition: Competition, recipe: Recipe) -> Path:
     """Cache the clips that the recipe trains on. Returns: the cache's folder."""
-    splits = ["curated", "noisy"] if recipe.noisy.use else ["curated"]
+    splits: list[Split] = ["curated", "noisy"] if recipe.noisy.use else ["curated"]
     cache = build_cache(competition, recipe.logmel, Home(session.scratch), splits=splits, exclude=recipe.data.exclude)
     stop_workers()
     session.say("log-mels are made")
