@@ -206,5 +206,9 @@ def _run_session(
             log.info("pushed %s, version %d", built.facts["kernel"], version)
         output = wait_for_kernel(client, built)
         fetch_run(built, output, home)
-        built.fetch_stamp.commit(built.inputs, folds=read_json(output / RECORD)["folds"])
+        record = read_json(output / RECORD)
+        built.fetch_stamp.commit(built.inputs, folds=record["folds"])
+        if record["failure"]:
+            fix = "What it trained is here; the same command continues with the next session"
+            raise MelfoldError(f"session {session} of run {training.name} failed", record["failure"], fix)
     return built, built.fetch_stamp.read()["folds"]
