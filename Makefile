@@ -26,17 +26,20 @@ $(READY): requirements.txt pyproject.toml
 demo: setup  ## the whole job on a synthetic competition, shipped to a local stand-in for Kaggle: a few minutes
 	$(BIN)/melfold demo
 	MELFOLD_HOME=build/demo MELFOLD_PACE=0.2 $(BIN)/python -m tests.fake_kaggle --root build/demo/kaggle \
-		--data build/demo/data/demo --truth build/demo/data/demo/test_post_competition.csv -- $(BIN)/melfold ship demo --cpu
+		--data build/demo/data/demo --truth build/demo/data/demo/test_post_competition.csv --competition demo \
+		-- $(BIN)/melfold ship demo --cpu --competition demo
 
 test: setup lint  ## lint and tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-lint: setup  ## ruff and import order
+lint: setup  ## ruff, import order, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 soak: setup  ## long trials
 	$(BIN)/python -m pytest -m soak
+	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python -m tests.soak.chaos --seed 0 --kills 200 --damages 100
 
 browser:  ## install Chromium for the tests of reports, where apt-get is there; without it they are skipped
 	@command -v chromedriver >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver; } \
@@ -49,4 +52,4 @@ gpu: setup  ## what only a GPU can show: placement, repeatability, speed, memory
 	$(BIN)/python -m tests.bench.gpu
 
 clean:  ## remove the environment and build/; data, caches, runs, folds and submissions stay
-	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis

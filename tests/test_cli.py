@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import melfold
 from melfold.cli.main import app
-from melfold.recipes import load_recipe, recipe_keys
+from melfold.recipes import load_recipe, recipe_keys, recipe_names
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +66,14 @@ def options_of(words: tuple[str, ...]) -> set[str]:
     return {option for param in found.params for option in param.opts if option.startswith("--")}  # type: ignore[attr-defined]
 
 
+def default_of(words: tuple[str, ...], option: str) -> object:
+    """The value that an option of a command has if it is not given."""
+    found: object = root_command()
+    for word in words:
+        found = found.commands[word]  # type: ignore[attr-defined]
+    return next(param.default for param in found.params if option in param.opts)  # type: ignore[attr-defined]
+
+
 def test_there_is_a_command_for_every_stage() -> None:
     words = {" ".join(w) for w in commands()}
     assert words >= {"download", "check", "show", "cache", "folds", "train", "resume", "oof", "predict", "run", "demo", "clean"}
@@ -78,6 +86,12 @@ def test_set_is_offered_only_where_it_changes_something() -> None:
     takes = {" ".join(words) for words in commands() if "--set" in options_of(words)}
     from_a_recipe = {" ".join(words) for words in commands() if "--recipe" in options_of(words)}
     assert takes == from_a_recipe | {"demo", "recipe show", "predict"}
+
+
+def test_the_default_recipe_is_one_of_the_shipped_ones() -> None:
+    taking = [words for words in commands() if "--recipe" in options_of(words)]
+    assert ("run",) in taking
+    assert {default_of(words, "--recipe") for words in taking} == {"audioset"} <= set(recipe_names())
 
 
 def test_home_is_offered_only_where_it_is_used() -> None:
@@ -224,7 +238,7 @@ def test_without_home_melfold_home_is_used(data: Path, tmp_path: Path, monkeypat
     monkeypatch.setenv("MELFOLD_HOME", str(tmp_path / "elsewhere"))
     result = CliRunner().invoke(app, ["folds", str(data), "--n-folds", "2"])
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "elsewhere" / "folds" / "tiny_curated_2fold_seed42.csv").exists()
+    assert (tmp_path / "elsewhere" / "folds" / "tiny_curated_2fold_grouped_seed42.csv").exists()
 
 
 def test_the_console_script_ends_with_the_same_code(tmp_path: Path) -> None:
@@ -279,7 +293,12 @@ def test_an_empty_home_says_where_it_looked(home: Path) -> None:
     ledger = CliRunner().invoke(app, ["ledger", "show", "--home", str(home)])
     assert (ledger.exit_code, str(home / "submissions" / "ledger.csv") in ledger.stdout) == (0, True)
     as_json = CliRunner().invoke(app, ["ledger", "show", "--json", "--home", str(home)]).stdout
-    assert json.loads(as_json) == {"ledger": str(home / "submissions" / "ledger.csv"), "rows": [], "select": []}
+    assert json.loads(as_json) == {
+        "ledger": str(home / "submissions" / "ledger.csv"),
+        "rows": [],
+        "select": [],
+        "private_from_oof": None,
+    }
     runs = CliRunner().invoke(app, ["runs", "--home", str(home)])
     assert str(home / "runs") in runs.stdout
     assert json.loads(CliRunner().invoke(app, ["runs", "--json", "--home", str(home)]).stdout) == []
@@ -304,3 +323,19 @@ def test_ctrl_c_says_whether_the_command_continues(
     monkeypatch.setattr("melfold.data.check.load_competition", interrupted)
     result = CliRunner().invoke(app, [*(arg.replace("DATA", str(data)) for arg in args), "--home", str(home)])
     assert (result.exit_code, result.stderr) == (130, said)
+
+
+@pytest.mark.parametrize("module", ["melfold.cli.main", "typer", "melfold.cli.training"])
+def test_ctrl_c_while_the_program_is_still_being_loaded_is_one_line(module: str, tmp_path: Path) -> None:
+    script = f"""
+import os, signal, sys
+class Watch:
+    def find_spec(name, *_):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Watch)
+from melfold.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "melfold: stopped.\n")

@@ -1,38 +1,28 @@
-"""Training in a Kaggle kernel: unpack melfold, then call `melfold.kernels.train`.
+"""Training in a Kaggle kernel: put melfold on the path, then call `melfold.kernels.train`.
 
 `melfold kernel build train` appends one line to this file, which calls `run`.
 """
 
 import base64
-import io
 import json
 import os
-import shutil
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 STARTED = time.monotonic()
 
 
 def run(bundle: str, pack: str) -> None:
-    """Unpack the package (a zip in base85) and start it. The bundle, in JSON, says what to do."""
-    root = Path(os.environ.get("MELFOLD_KERNEL_ROOT", "/"))  # a rehearsal has its own
-    settings = json.loads(bundle)
-    source = root / "tmp" / f"melfold-{settings['build_id'][:12]}"
-    if not source.exists():
-        unpacked = source.with_name(f"{source.name}.{os.getpid()}")
-        zipfile.ZipFile(io.BytesIO(base64.b85decode(pack))).extractall(unpacked)
-        try:
-            unpacked.rename(source)
-        except OSError:  # another process of this kernel was faster
-            shutil.rmtree(unpacked)
-    sys.path.insert(0, str(source))
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(source), os.environ.get("PYTHONPATH")]))
+    """Start the package (a zip in base85). The bundle, in JSON, says what to do."""
+    settings, root = json.loads(bundle), Path(os.environ.get("MELFOLD_KERNEL_ROOT", "/"))  # a rehearsal has its own
+    package = root / "tmp" / f"melfold-{settings['build_id'][:12]}.zip"
+    temporary = package.with_suffix(f".{os.getpid()}")
+    temporary.write_bytes(base64.b85decode(pack))
+    temporary.replace(package)
+    sys.path.insert(0, str(package))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
     os.environ.setdefault("NUMBA_CACHE_DIR", str(root / "tmp" / "numba"))
-
     from melfold.kernels import train
 
-    assert Path(train.__file__).is_relative_to(source), f"another melfold was imported: {train.__file__}"
     train.main(settings, root, STARTED)

@@ -123,8 +123,9 @@ class FoldsConfig(_Frozen):
     """Number of folds."""
     seed: Annotated[int, Field(ge=0)] = 42
     """Seed of the fold table; another seed is another table."""
-    group_identical: bool = False
-    """Keep clips with identical audio in the same fold, in a table with its own name."""
+    groups: str = "auto"
+    """Which clips must share a fold: `auto` (the competition's table of groups in folds/, else clips with identical audio),
+    `identical`, `none`, or the path of a table (fname, group). Each has a fold table with its own name."""
 
 
 class ModelConfig(_Frozen):
@@ -133,7 +134,8 @@ class ModelConfig(_Frozen):
     name: str = "convnext_tiny"
     """Any timm model that gives a feature map or a grid of tokens."""
     weights: str = "none"
-    """Initial weights: `none`, `hub` (timm's), `hf:OWNER/REPO[/FILE]`, or `file:PATH` (safetensors, or a .pth of tensors)."""
+    """Initial weights: `none`, `hub` (timm's), `hf:OWNER/REPO[/FILE]`, `file:PATH` (safetensors, or a .pth of tensors), or
+    `run:NAME`: each fold starts from that run's weights of the same fold."""
     axes: Literal["auto", "mel_time", "time_mel"] = "auto"
     """Which axis of the weights' kernels comes first; `auto`: time in files with a `bn0`, such as AudioSet's, else mel."""
     normalise: Literal["scalar", "band", "checkpoint"] = "scalar"
@@ -160,9 +162,14 @@ class ModelConfig(_Frozen):
     @field_validator("weights")
     @classmethod
     def _known(cls, value: str) -> str:
-        if not re.fullmatch(r"none|hub|file:.+|hf:\w[\w.-]*(/\w[\w.-]*)+", value):
-            raise ValueError(f"needs none, hub, hf:OWNER/REPO[/FILE] or file:PATH, found {value!r}")
+        if not re.fullmatch(r"none|hub|file:.+|hf:\w[\w.-]*(/\w[\w.-]*)+|run:[\w.-]+", value):
+            raise ValueError(f"needs none, hub, hf:OWNER/REPO[/FILE], file:PATH or run:NAME, found {value!r}")
         return value
+
+    @property
+    def first_run(self) -> str:
+        """The name of the run whose weights the folds start from; empty if they start from none."""
+        return self.weights.removeprefix("run:") if self.weights.startswith("run:") else ""
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -328,8 +335,11 @@ class Recipe(_Frozen):
 
     @property
     def track(self) -> Literal["scratch", "open"]:
-        """`scratch`: the competition's data alone, as its rules ask. `open`: weights from elsewhere."""
-        return "scratch" if self.model.weights == "none" else "open"
+        """`scratch`: the competition's data alone, as its rules ask. `open`: weights from elsewhere.
+
+        The run that this recipe starts from, and its teacher, may open it still: see `RunInfo.track`.
+        """
+        return "scratch" if self.model.weights == "none" or self.model.first_run else "open"
 
     def training(self) -> dict[str, Any]:
         """The settings that decide a run's weights: two recipes with the same ones give the same run.

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from melfold import stages
 from melfold.combine.oof import score
@@ -22,12 +22,12 @@ from melfold.data.competition import Competition, load_competition, with_bad_cli
 from melfold.files import Home
 from melfold.learn.predictions import own_prediction
 from melfold.learn.runs import Run, open_run
+from melfold.learn.shorten import few_clips, shorten
 
 if TYPE_CHECKING:
     from melfold.learn.devices import Device
     from melfold.learn.fold_data import FoldData
 
-CLIPS_PER_FOLD = 8
 _MEASURED_SECONDS = 60.0
 _WARM_UP = {"cpu": 1, "cuda": 10}
 """Steps before the clock starts: memory, kernels and cuDNN's choices are made in them."""
@@ -102,14 +102,9 @@ def dry_run(root: Path, home: Home, recipe: Recipe, compute: Compute) -> DryRun:
     """
     from melfold.learn.fetch import hub_file, share_weights
 
-    whole = load_competition(root)
+    whole = load_competition(root, recipe.data.exclude)
     recipe = with_bad_clips(recipe, whole)
-    few = replace(
-        whole,
-        curated=whole.curated.loc[~whole.curated.index.isin(recipe.data.exclude)].head(CLIPS_PER_FOLD * recipe.folds.n_folds),
-        noisy=whole.noisy.loc[~whole.noisy.index.isin(recipe.data.exclude)].head(2 * CLIPS_PER_FOLD),
-        test=whole.test.head(CLIPS_PER_FOLD),
-    )
+    few = few_clips(whole, recipe.folds.n_folds, recipe.data.exclude)
     place = Home(home.root / "build" / "dry-run")
     shutil.rmtree(place.root, ignore_errors=True)
     recipes = [recipe]
@@ -118,13 +113,13 @@ def dry_run(root: Path, home: Home, recipe: Recipe, compute: Compute) -> DryRun:
     if any(hub_file(each.model) for each in recipes):
         share_weights(home, place)
     for number, each in enumerate(recipes):
-        short = _shortened(each, few, f"try{number - 1}", batch_size=min(4, each.train.batch_size), steps=3)
+        short = shorten(each, few, f"try{number - 1}", batch_size=min(4, each.train.batch_size), steps=3)
         run = stages.train(few, place, short, f"try{number}", range(recipe.folds.n_folds), compute)
         prediction = own_prediction(run)
         score(prediction)
     stages.predict(prediction, few, place, compute)
     path = build_submission(place, [prediction], few, id=run.name, mean=recipe.predict.fold_mean)
-    full = _shortened(recipe, few, f"try{number - 1}", batch_size=recipe.train.batch_size, steps=10_000)
+    full = shorten(recipe, few, f"try{number - 1}", batch_size=recipe.train.batch_size, steps=10_000)
     cache = stages.cache(few, place, full, compute)
     return DryRun(run.folder, path, forecast(replace(run, recipe=full), cache, whole, recipe, compute.devices))
 
@@ -207,26 +202,3 @@ def _measure(run: Run, data: FoldData, device: Device) -> tuple[float, float, fl
         predict_probs(state.averaged, clips, run.info.labels, run.recipe, device)
         per_clip = (time.perf_counter() - mark) / len(clips.fnames)
     return per_step, start, per_clip, peak
-
-
-def _shortened(recipe: Recipe, few: Competition, teacher: str, *, batch_size: int, steps: int) -> Recipe:
-    """A recipe with a few steps in each phase, the last one without augmentation."""
-    curated, noisy = len(few.curated) * (recipe.folds.n_folds - 1) // recipe.folds.n_folds, len(few.noisy)
-    rows = curated * recipe.noisy.curated_times + noisy if recipe.noisy.use else curated
-    wanted = steps - 0.5  # rounded up
-    last = batch_size / (curated if recipe.noisy.curated_epochs or not recipe.noisy.use else rows)
-    epochs = wanted * batch_size / rows
-    alone: dict[str, Any] = {"teacher": teacher} if recipe.noisy.teacher else {}
-    if recipe.noisy.curated_epochs:
-        alone["curated_epochs"] = wanted * batch_size / curated
-    corrections = {f: c for f, c in recipe.data.corrections.items() if f in few.curated.index}
-    changes = {"epochs": epochs, "warmup_epochs": epochs / 3, "batch_size": batch_size}
-    changes |= {"validate_every": 0.0}  # the end is validated in any case, outside the time measured
-    return recipe.model_copy(
-        update={
-            "data": recipe.data.model_copy(update={"corrections": corrections}),
-            "train": recipe.train.model_copy(update=changes),
-            "noisy": recipe.noisy.model_copy(update=alone),
-            "augment": recipe.augment.model_copy(update={"off_epochs": last / 2}),
-        }
-    )

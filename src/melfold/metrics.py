@@ -69,59 +69,85 @@ def per_label_lwlrap(targets: pd.DataFrame, scores: Probs) -> pd.DataFrame:
 
 
 def bootstrap_interval(
-    targets: pd.DataFrame, scores: Probs, *, rng: np.random.Generator, draws: int = 1000, level: float = 0.95
+    targets: pd.DataFrame,
+    scores: Probs,
+    *,
+    rng: np.random.Generator,
+    groups: pd.Series | None = None,
+    draws: int = 1000,
+    level: float = 0.95,
 ) -> Interval:
-    """Percentile interval of lwlrap over resampled clips."""
-    sums, counts = _by_clip(targets, scores)
-    totals = _resampled(np.stack([sums, counts], axis=1), draws, rng)
-    low, high = np.quantile(totals[:, 0] / totals[:, 1], [(1 - level) / 2, (1 + level) / 2])
+    """Percentile interval of lwlrap over resampled groups of clips.
+
+    Args:
+        groups: the group of each clip, by `fname`: clips of one recording are not independent, so whole groups are drawn. Without
+            it every clip is alone.
+    """
+    means = resampled_means(*_by_group(targets, scores, groups), draws, rng)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(low), float(high))
 
 
 def paired_bootstrap(
-    targets: pd.DataFrame, a: Probs, b: Probs, *, rng: np.random.Generator, draws: int = 2000, level: float = 0.95
+    targets: pd.DataFrame,
+    a: Probs,
+    b: Probs,
+    *,
+    rng: np.random.Generator,
+    groups: pd.Series | None = None,
+    draws: int = 2000,
+    level: float = 0.95,
 ) -> Difference:
-    """Is `a` better than `b`? Both are scored on the same resampled clips, so that what makes a clip hard falls out."""
-    sums_a, counts = _by_clip(targets, a)
-    sums_b, _ = _by_clip(targets, b)
-    totals = _resampled(np.stack([sums_a - sums_b, counts], axis=1), draws, rng)
-    differences = totals[:, 0] / totals[:, 1]
+    """Is `a` better than `b`? Both are scored on the same resampled groups, so that what makes a clip hard falls out.
+
+    Args:
+        groups: as in `bootstrap_interval`.
+    """
+    sums_a, counts = _by_group(targets, a, groups)
+    sums_b, _ = _by_group(targets, b, groups)
+    differences = resampled_means(sums_a - sums_b, counts, draws, rng)
     low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
     # Resamples in which nothing differs count half, so that a run is no better than itself.
     better = float(np.mean(differences > 0) + np.mean(differences == 0) / 2)
     return Difference(float((sums_a - sums_b).sum() / counts.sum()), float(low), float(high), better)
 
 
-def interval_of(targets: pd.DataFrame, scores: Probs) -> Interval:
-    """The 95 % interval that every command prints: 1,000 resamples from one fixed seed."""
-    return bootstrap_interval(targets, scores, rng=np.random.default_rng(0))
+def interval_of(targets: pd.DataFrame, scores: Probs, groups: pd.Series | None) -> Interval:
+    """The 95 % interval that every command prints: 1,000 resamples of the groups from one fixed seed."""
+    return bootstrap_interval(targets, scores, groups=groups, rng=np.random.default_rng(0))
 
 
-def difference_of(targets: pd.DataFrame, a: Probs, b: Probs) -> Difference:
-    """The paired difference that every command prints: 2,000 resamples from one fixed seed."""
-    return paired_bootstrap(targets, a, b, rng=np.random.default_rng(0))
+def difference_of(targets: pd.DataFrame, a: Probs, b: Probs, groups: pd.Series | None) -> Difference:
+    """The paired difference that every command prints: 2,000 resamples of the groups from one fixed seed."""
+    return paired_bootstrap(targets, a, b, groups=groups, rng=np.random.default_rng(0))
 
 
-def _by_clip(targets: pd.DataFrame, scores: Probs) -> tuple[np.ndarray, np.ndarray]:
-    """The sum of precisions and the number of labels, of each clip that has any."""
+def _by_group(targets: pd.DataFrame, scores: Probs, groups: pd.Series | None) -> tuple[np.ndarray, np.ndarray]:
+    """The sum of precisions and the number of labels, of each group that has any."""
     precision, clips, _ = pair_precisions(targets, scores)
-    sums = np.bincount(clips, weights=precision, minlength=len(targets))
-    counts = np.bincount(clips, minlength=len(targets))
+    own = np.arange(len(targets)) if groups is None else pd.factorize(groups.loc[targets.index])[0]
+    sums = np.bincount(own[clips], weights=precision, minlength=own.max(initial=0) + 1)
+    counts = np.bincount(own[clips], minlength=own.max(initial=0) + 1)
     keep = counts > 0
     if not keep.any():
         raise MelfoldError("lwlrap needs at least one true label", f"{len(targets)} clips without labels")
     return sums[keep], counts[keep]
 
 
-def _resampled(values: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """Sums of `(clips, columns)` over as many clips drawn with replacement, `(draws, columns)`."""
-    clips = len(values)
-    at_once = max(1, _DRAWN // clips)
-    sums = []
+def resampled_means(sums: np.ndarray, counts: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """Means over as many groups as there are, drawn with replacement.
+
+    Args:
+        sums, counts: of each group.
+    """
+    groups, values = len(sums), np.stack([sums, counts], axis=1)
+    at_once = max(1, _DRAWN // groups)
+    means = []
     for begin in range(0, draws, at_once):
-        times_drawn = rng.multinomial(clips, np.full(clips, 1 / clips), size=min(at_once, draws - begin))
-        sums.append(times_drawn @ values)
-    return np.concatenate(sums)
+        times_drawn = rng.multinomial(groups, np.full(groups, 1 / groups), size=min(at_once, draws - begin))
+        totals = times_drawn @ values
+        means.append(totals[:, 0] / totals[:, 1])
+    return np.concatenate(means)
 
 
 def constant_lwlrap(targets: pd.DataFrame) -> float:
@@ -147,11 +173,16 @@ def pair_precisions(targets: pd.DataFrame, scores: Probs) -> tuple[np.ndarray, n
         raise MelfoldError(
             "scores must be finite", f"{rows.sum()} clips with NaN or infinity, first {targets.index[rows.argmax()]}"
         )
+    return rank_precisions(truth > 0, values)
+
+
+def rank_precisions(truth: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`pair_precisions` of arrays `(clips, labels)`, without checks."""
     clips, labels = np.nonzero(truth)
     precision = np.empty(len(clips))
     for begin in range(0, len(clips), _PAIRS):
         part = slice(begin, begin + _PAIRS)
         # One row a true pair: which labels are at or above it.
         above = values[clips[part]] >= values[clips[part], labels[part]][:, None]
-        precision[part] = (above & (truth[clips[part]] > 0)).sum(axis=1) / above.sum(axis=1)
+        precision[part] = (above & truth[clips[part]]).sum(axis=1) / above.sum(axis=1)
     return precision, clips, labels

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -17,7 +17,7 @@ from melfold.compute import Compute
 from melfold.config import Recipe
 from melfold.data.cache import build_cache, read_manifest, stop_workers, unreadable
 from melfold.data.competition import SPLITS, Competition, load_competition, with_bad_clips
-from melfold.data.folds import fold_table
+from melfold.data.folds import Balance, fold_table
 from melfold.errors import MelfoldError
 from melfold.files import Home, digest
 from melfold.kaggle.ledger import Ledger
@@ -37,13 +37,13 @@ def cache(competition: Competition, home: Home, recipe: Recipe, compute: Compute
     splits = SPLITS if recipe.noisy.use else ("curated", "test")
     exclude = with_bad_clips(recipe, competition).data.exclude
     try:
-        options = {"exclude": exclude, "compute": compute, "verify": verify}
+        options: dict[str, Any] = {"exclude": exclude, "compute": compute, "verify": verify}
         return build_cache(competition, recipe.logmel, home, splits=splits, **options)
     finally:
         stop_workers()
 
 
-def folds(competition: Competition, home: Home, recipe: Recipe) -> tuple[Path, int]:
+def folds(competition: Competition, home: Home, recipe: Recipe) -> tuple[Path, Balance]:
     """Make a recipe's fold table, or check the existing one: see `data.folds.fold_table`."""
     return fold_table(competition, home, recipe.folds)
 
@@ -57,10 +57,9 @@ def start(competition: Competition, home: Home, recipe: Recipe, name: str, which
     """
     recipe = with_bad_clips(recipe, competition)
     check_recipe(recipe, competition)
-    if recipe.noisy.teacher:
-        teacher = open_run(home, recipe.noisy.teacher)
-        if missing := [str(fold) for fold in which if fold != FULL and not teacher.fold(fold).done]:
-            raise MelfoldError(f"teacher {teacher.name} lacks folds", ", ".join(missing), "Train them first")
+    for other, needed in ((recipe.noisy.teacher, [k for k in which if k != FULL]), (recipe.model.first_run, which)):
+        if other and (missing := [str(fold) for fold in needed if not open_run(home, other).fold(fold).done]):
+            raise MelfoldError(f"run {other}, which this one learns from, lacks folds", ", ".join(missing), "Train them first")
     if (home.runs / name / "run.json").exists() and (run := open_run(home, name)).has_data():
         refuse_changes(run, recipe)
     else:
@@ -90,7 +89,8 @@ def resume(home: Home, name: str, compute: Compute, data: Path | None = None) ->
         raise MelfoldError(f"the download of run {run.name} is gone", str(folder), "Give its folder: --data DATA")
     folds = range(run.recipe.folds.n_folds)
     only_full = run.fold(FULL).path.exists() and not any(run.fold(fold).path.exists() for fold in folds)
-    return train(load_competition(folder), home, run.recipe, run.name, [FULL] if only_full else folds, compute)
+    competition = load_competition(folder, run.recipe.data.exclude)
+    return train(competition, home, run.recipe, run.name, [FULL] if only_full else folds, compute)
 
 
 def train_folds(run: Run, competition: Competition, which: Sequence[int | str], folder: Path, compute: Compute) -> None:
@@ -171,6 +171,7 @@ def _oof_jobs(prediction: Prediction, competition: Competition, home: Home, comp
     if not stale:
         return []
     folder = cache(competition, home, run.recipe, compute)
+    run.training_audio(folder)
     return [_job(prediction, f, folder, prediction.fold_oof(f), run.held_out(f), clips[f]) for f in stale]
 
 
@@ -188,7 +189,7 @@ def _prior_rows(prediction: Prediction, fnames: list[str]) -> Probs:
 
 def run(root: Path, home: Home, recipe: Recipe, name: str, compute: Compute) -> tuple[Prediction, OofScores, Path]:
     """All stages, from a download to a checked `submission.csv`, skipping what is done."""
-    competition = load_competition(root)
+    competition = load_competition(root, recipe.data.exclude)
     every = range(recipe.folds.n_folds)
     sizes = [len(table) for table in (competition.curated, competition.noisy, competition.test, competition.labels)]
     log.info("1/6 %s: %d curated, %d noisy, %d test clips, %d labels", competition.name, *sizes)

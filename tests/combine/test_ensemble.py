@@ -11,14 +11,15 @@ import pandas as pd
 import pytest
 from made_up import LABELS, MadeUp, oracle
 
-from melfold.combine.ensemble import compare, fold_mean, greedy_weights, nested_probs, predictions_alike, suggest
-from melfold.combine.oof import Together, prior_of, read_together, score
+from melfold.combine.ensemble import compare, fold_mean, inference_seconds, predictions_alike, suggest
+from melfold.combine.oof import Together, prior_of, score
+from melfold.combine.search import choose, nested_probs
 from melfold.config import PredictConfig
 from melfold.errors import MelfoldError
 from melfold.learn.predictions import Prediction, own_prediction, start_prediction, write_current
 from melfold.learn.runs import FULL, open_run
 from melfold.metrics import lwlrap
-from melfold.probs import MEANS, make_probs, mean_probs, read_probs, write_probs
+from melfold.probs import MEANS, make_probs, read_probs, write_probs
 
 
 def test_pooled_and_mean_fold_scores_are_two_numbers_and_both_right(made_up: MadeUp) -> None:
@@ -143,46 +144,70 @@ def sharpen(source: Prediction, target: Prediction, fold: int, skill: float) -> 
     write_current(target.fold_oof(fold), probs, target.inputs(fold))
 
 
-def test_greedy_weights_take_what_helps_and_leave_what_does_not(made_up: MadeUp) -> None:
-    rng = np.random.default_rng(0)
-    truth = np.eye(4)[rng.integers(0, 4, 400)]
-    names = [f"c{i}" for i in range(400)]
-    targets = pd.DataFrame(truth, names, LABELS)
-    skills = (0.2, 0.18, 0)
-    good, other, useless = (make_probs(w * truth + (1 - w) * rng.random(truth.shape), names, LABELS) for w in skills)
-    weights = greedy_weights(targets, [useless, good, other], "arithmetic")
-    assert weights.sum() == pytest.approx(1)
-    assert weights[0] < 0.1 < weights[2] <= weights[1] + 0.2
-    fitted = lwlrap(targets, mean_probs([useless, good, other], "arithmetic", list(weights)))
-    assert fitted >= max(lwlrap(targets, t) for t in (useless, good, other))
+def problem(skills: dict[str, float], clips: int = 400, seed: int = 0) -> Together:
+    """Made-up runs that know something of the truth, over five folds."""
+    rng = np.random.default_rng(seed)
+    truth = np.eye(4)[rng.integers(0, 4, clips)]
+    names = [f"c{i}" for i in range(clips)]
+    tables = {n: make_probs(w * truth + (1 - w) * rng.random(truth.shape), names, LABELS) for n, w in skills.items()}
+    folds = pd.Series(np.arange(clips) % 5, index=names)
+    return Together(pd.DataFrame(truth, names, LABELS), folds, pd.Series(names, names), tables)
 
 
-def test_a_clip_is_never_scored_with_weights_fitted_on_it(made_up: MadeUp) -> None:
-    together = read_together([skilled(made_up, "a", 0.4, 1), skilled(made_up, "b", 0.3, 2)])
-    nested = nested_probs(together, "arithmetic")
-    # Other labels for the clips of fold 1 change the weights of all folds but theirs.
+def test_a_search_takes_what_pays_and_leaves_out_what_does_not() -> None:
+    together = problem({"useless": 0.0, "good": 0.2, "other": 0.18})
+    choice = choose(together.targets, together.tables)
+    assert set(choice.runs) == {"good", "other"}
+    assert sum(choice.weights) == pytest.approx(1)
+    assert choice.fitted == pytest.approx(lwlrap(together.targets, choice.mean(together.tables)), abs=1e-6)
+    assert choice.fitted > max(lwlrap(together.targets, table) for table in together.tables.values())
+    copies = dict.fromkeys(("a", "b", "c"), together.tables["good"])
+    assert choose(together.targets, copies).runs == ("a",), "copies add nothing"
+
+
+def test_the_best_pair_is_found_even_without_the_best_run() -> None:
+    together = problem({"best": 0.3})
+    truth, rng = together.targets.to_numpy(), np.random.default_rng(3)
+    noise = rng.normal(0, 0.25, truth.shape)
+    for name, sign in (("up", 1), ("down", -1)):  # each of them is poor, but their errors cancel out
+        values = np.clip(0.35 + 0.2 * truth + sign * noise, 0, 1)
+        together.tables[name] = make_probs(values, list(together.targets.index), LABELS)
+    assert max(together.tables, key=lambda name: lwlrap(together.targets, together.tables[name])) == "best"
+    assert set(choose(together.targets, together.tables, kinds=["arithmetic"], most=2).runs) == {"up", "down"}
+
+
+def test_a_search_keeps_to_a_budget() -> None:
+    together = problem({"slow": 0.3, "fast": 0.2, "other": 0.2})
+    choice = choose(together.targets, together.tables, costs=[10, 2, 3], budget=6)
+    assert set(choice.runs) == {"fast", "other"}
+    assert choose(together.targets, together.tables, costs=[10, 2, 3], budget=4).runs in {("fast",), ("other",)}
+
+
+def test_a_clip_is_never_scored_by_an_ensemble_that_was_chosen_on_it() -> None:
+    together = problem({"a": 0.2, "b": 0.2, "c": 0.1, "d": 0.0}, clips=100)
+    nested = nested_probs(together, choose)
+    # Other labels for the clips of fold 1 change the choice of all folds but theirs.
     inside = together.folds.index[together.folds == 1]
     targets = together.targets.copy()
     targets.loc[inside] = targets.loc[inside].to_numpy()[:, ::-1]
-    again = nested_probs(Together(targets, together.folds, together.tables), "arithmetic")
+    again = nested_probs(dataclasses.replace(together, targets=targets), choose)
     pd.testing.assert_frame_equal(again.loc[inside], nested.loc[inside])
+    assert not again.equals(nested)
 
 
-def test_on_runs_that_know_nothing_fitted_weights_gain_nothing_once_nested() -> None:
-    rng = np.random.default_rng(4)
-    names = [f"c{i}" for i in range(150)]
-    targets = pd.DataFrame(np.eye(4)[rng.integers(0, 4, 150)], names, LABELS)
-    tables = {f"r{i}": make_probs(rng.random((150, 4)), names, LABELS) for i in range(6)}
-    folds = pd.Series(np.arange(150) % 5, index=names)
-    fitted = lwlrap(
-        targets, mean_probs(list(tables.values()), "rank", list(greedy_weights(targets, list(tables.values()), "rank")))
-    )
-    nested = lwlrap(targets, nested_probs(Together(targets, folds, tables), "rank"))
-    chance = np.mean([lwlrap(targets, t) for t in tables.values()])
-    assert fitted - chance > 0.02 > nested - chance
+def test_on_runs_that_know_nothing_a_search_gains_nothing_and_its_suggestion_says_so(
+    made_up: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = problem({f"r{i}": 0.0 for i in range(6)}, clips=150, seed=4)
+    runs = [own_prediction(made_up.run(name, seed=number)) for number, name in enumerate(together.tables)]
+    monkeypatch.setattr("melfold.combine.ensemble.read_together", lambda predictions: together)
+    (searched, *_) = [item for item in suggest(runs) if item.fitted is not None and len(item.runs) > 2]
+    chance = np.mean([lwlrap(together.targets, table) for table in together.tables.values()])
+    assert searched.fitted - chance > 0.02 > searched.oof_lwlrap - chance
+    assert searched.oof_lwlrap == lwlrap(together.targets, nested_probs(together, choose))
 
 
-def test_suggestions_hold_single_runs_and_every_mean_and_the_best_comes_first(made_up: MadeUp) -> None:
+def test_suggestions_hold_single_runs_every_mean_and_two_searches_the_best_first(made_up: MadeUp) -> None:
     runs = [skilled(made_up, "a", 0.4, 1), skilled(made_up, "b", 0.3, 2)]
     found = suggest(runs)
     assert [s.oof_lwlrap for s in found] == sorted((s.oof_lwlrap for s in found), reverse=True)
@@ -191,16 +216,32 @@ def test_suggestions_hold_single_runs_and_every_mean_and_the_best_comes_first(ma
         (("b",), "-"),
         *((("a", "b"), kind) for kind in MEANS),
     }
-    fitted = [s for s in found if s.fitted is not None]
-    assert {s.mean for s in fitted} == set(MEANS)
-    assert all(s.weights and len(s.weights) == len(s.runs) and min(s.weights) > 0 for s in fitted)
-    single = {s.runs[0]: s for s in found if len(s.runs) == 1}
+    assert len([s for s in found if s.fitted is not None]) == 2
+    single = {s.runs[0]: s for s in found if len(s.runs) == 1 and s.fitted is None}
     assert single["a"].oof_lwlrap == pytest.approx(score(runs[0]).oof_lwlrap)
     best = max(single.values(), key=lambda s: s.oof_lwlrap)
     assert (best.gain.value, best.gain.better) == (0, 0.5)
     for item in found:
         assert item.gain.value == pytest.approx(item.oof_lwlrap - best.oof_lwlrap)
         assert item.weights is None or sum(item.weights) == pytest.approx(1, abs=1e-3)
+        assert item.seconds is None, "made-up runs have no speed"
+
+
+def test_a_budget_in_seconds_is_kept_by_recorded_speeds(made_up: MadeUp) -> None:
+    runs = [skilled(made_up, "a", 0.4, 1), skilled(made_up, "b", 0.3, 2)]
+    with pytest.raises(MelfoldError, match="the speed of a run was not recorded: a, b. `melfold predict a --data DATA` records"):
+        suggest(runs, 60)
+    for prediction, speed in zip(runs, (100.0, 400.0), strict=True):
+        for fold in range(3):
+            inputs = prediction.inputs(fold)
+            write_current(prediction.fold_test(fold), read_probs(prediction.fold_test(fold)), inputs, speed=speed)
+    one, other = (inference_seconds(prediction) for prediction in runs)
+    audio = 3361 * 12.9 * 3600 / 4481  # FAT2019's test clips stand in for an unknown competition's
+    assert (one, other) == pytest.approx((3 * audio / 100, 3 * audio / 400))
+    assert {tuple(s.runs) for s in suggest(runs, one + other + 1)} >= {("a",), ("b",), ("a", "b")}
+    assert {tuple(s.runs) for s in suggest(runs, one - 1)} == {("b",)}
+    with pytest.raises(MelfoldError, match="no run fits the budget: b takes 4.4 minutes"):
+        suggest(runs, 1)
 
 
 def test_one_run_or_runs_of_other_folds_are_no_ensemble(made_up: MadeUp) -> None:

@@ -44,6 +44,16 @@ def test_wrong_and_missing_labels_are_found() -> None:
     assert found["doubt"].is_monotonic_decreasing
 
 
+def test_a_clip_whose_only_label_is_wrong_gets_the_likeliest_other_label() -> None:
+    truth = named([[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1]])
+    oof = named([[0.9, 0.1, 0.1], [0.01, 0.2, 0.6], [0.1, 0.9, 0.1], [0.1, 0.9, 0.1], [0.1, 0.1, 0.9], [0.1, 0.1, 0.9]])
+    found = doubtful(truth, oof)
+    assert list(found.index) == ["n1.wav"]
+    assert (found.at["n1.wav", "wrong"], found.at["n1.wav", "suggested"]) == (("A",), ("C",))
+    found = doubtful(named([[1], [0]], "A"), named([[0.1], [0.5]], "A"))
+    assert list(found.index) == ["n1.wav"], "where there is no other label, there is nothing to suggest"
+
+
 def test_a_label_that_no_clip_has_is_never_missing() -> None:
     assert doubtful(named([[1, 0], [1, 0]], "AB"), named([[0.9, 0.99], [0.9, 0.99]], "AB")).empty
 
@@ -61,7 +71,7 @@ def test_suggestions_are_written_as_a_table_that_a_recipe_reads_and_never_over_a
     found = read_corrections(path)
     assert list(found) == list(doubts.index)
     for fname, row in doubts.iterrows():
-        assert tuple(found[fname]["labels"]) == (row["suggested"] or row["labels"])
+        assert tuple(found[fname]["labels"]) == row["suggested"] != row["labels"]
         assert set(found[fname]["labels"]) <= set(LABELS)
         assert found[fname]["why"].startswith("one: ")
     before = path.read_bytes()

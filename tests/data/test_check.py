@@ -18,7 +18,7 @@ from melfold.files import Home
 from melfold.recipes import load_recipe
 
 Maker = Callable[..., Path]
-RECIPE = load_recipe("demo", ["folds.n_folds=2"])
+RECIPE = load_recipe("demo", ["folds.n_folds=2", "folds.groups=none"])
 
 
 @pytest.fixture
@@ -77,4 +77,16 @@ def test_identical_clips_are_named_with_their_folds(tiny_download: Maker, home: 
     assert notes(one, other) == [f"identical audio: {one}, {other} (fold 1)"]
     (found,) = notes(one, zero)
     names = ", ".join(sorted([zero, one, other]))
-    assert found == f"identical audio: {names} (fold 0, 1: `melfold folds --group-identical` keeps them together)"
+    assert found == f"identical audio: {names} (fold 0, 1: `melfold folds --groups identical` keeps them together)"
+
+
+def test_labels_that_no_table_can_spread_evenly_are_named(tiny_download: Maker, home: Home) -> None:
+    competition = load_competition(root := tiny_download())
+    home.folds.mkdir(parents=True)
+    own = [fname for fname, labels in competition.curated["labels"].items() if "Bark" in labels]
+    (home.folds / "tiny_groups.csv").write_text("fname,group\n" + "".join(f"{fname},x\n" for fname in own))
+    recipe = load_recipe("demo", ["folds.n_folds=2"])
+    fold_table(competition, home, recipe.folds)
+    (note,) = check(root, home, recipe).notes
+    assert note.startswith("tiny_curated_2fold_grouped_seed42.csv: Folds of ")
+    assert f"more clips in one group than fit a fold: Bark {len(own)} of {len(own)}" in note

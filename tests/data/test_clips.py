@@ -110,13 +110,20 @@ def test_windows_cover_the_whole_clip(frames: int, length: int, overlap: float, 
     covered = np.zeros(frames, bool)
     for start in starts:
         covered[max(start, 0) : start + length] = True
-    assert covered.all()
+    assert covered[: length if frames == length + 1 else frames].all()
     assert len(starts) == len(set(starts))
-    if frames >= length:
+    if frames > length + 1:
         assert (starts[0], starts[-1]) == (0, frames - length)
         assert max(np.diff(starts), default=0) <= max(1, round(length * (1 - overlap)))
     else:
         assert len(starts) == 1
+
+
+@pytest.mark.parametrize("pad", PADS)
+def test_a_clip_of_just_a_crops_time_is_one_window(pad: Pad) -> None:
+    samples, hop, crop = 5 * 44_100, 441, 500
+    assert window_starts(samples // hop + 1, crop, 0.5, 0, pad) == [0]
+    assert len(window_starts(samples // hop + 3, crop, 0.5, 0, pad)) == 2
 
 
 @given(st.integers(1, 400), st.integers(1, 120), st.floats(0, 0.95), st.integers(-150, 150), st.sampled_from(PADS))
@@ -125,9 +132,18 @@ def test_shifted_windows_stay_on_the_clip(frames: int, length: int, overlap: flo
     assert starts
     assert starts == sorted(set(starts))
     for start in starts:
-        if frames > length:
+        if frames > length + 1:
             assert 0 <= start <= frames - length
+            assert {starts[0], starts[-1]} == {0, frames - length}, "no shift leaves out the start or the end"
         elif pad == "wrap":
             assert 0 <= start < frames
         else:
-            assert frames - length <= start <= 0
+            assert min(frames - length, 0) <= start <= 0
+
+
+@pytest.mark.parametrize("pad", PADS)
+def test_a_positive_shift_moves_windows_to_later_frames(pad: Pad) -> None:
+    assert window_starts(100, 20, 0.5, 0, pad)[:3] == [0, 10, 20]
+    assert window_starts(100, 20, 0.5, 3, pad)[:3] == [3, 13, 23]
+    assert window_starts(100, 20, 0.5, -3, pad)[:3] == [0, 7, 17]
+    assert window_starts(10, 16, 0.5, 2, pad) == [2 if pad == "wrap" else -1]

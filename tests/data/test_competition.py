@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -116,6 +117,15 @@ def test_targets_are_multi_hot_in_vocabulary_order() -> None:
     assert table.to_numpy().dtype == np.float32
 
 
+def test_labels_keep_the_order_of_the_vocabulary(tiny_download: Maker, tiny_zenodo: Maker) -> None:
+    labels = ("Tone", "Bark", "Hiss_(air)")
+    for root in (tiny_download(labels=labels), tiny_zenodo(labels=labels)):
+        competition = load_competition(root)
+        assert competition.labels == labels
+        assert tuple(competition.targets().columns) == labels
+        assert competition.targets().loc["c0000.wav"].tolist() == [1, 0, 0]
+
+
 def test_a_download_with_the_real_vocabulary_is_fat2019_whatever_its_folder(tiny_zenodo: Maker, fsdkaggle2019: Path) -> None:
     root = tiny_zenodo("anything", labels=("Bark", "Accordion", "Yell"))
     (vocabulary,) = fsdkaggle2019.rglob("vocabulary.csv")
@@ -225,7 +235,8 @@ PROBLEMS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda r: replace(r / "sample_submission.csv", "fname,Bark", "fname,Tone"),
         "sample_submission.csv: duplicate label: Tone",
     ),
-    "no vocabulary": (lambda r: replace(r / "sample_submission.csv", "fname,Bark,Hiss_(air),Tone", "fname"), "no labels"),
+    "no vocabulary": (lambda r: replace(r / "sample_submission.csv", "fname,Bark,Hiss_(air),Tone", "fname"), "two labels: none"),
+    "one label": (lambda r: replace(r / "sample_submission.csv", "fname,Bark,Hiss_(air),Tone", "fname,Bark"), "two labels: Bark"),
     "odd label": (lambda r: replace(r / "sample_submission.csv", "fname,Bark", "fname, Bark"), "not a label: ' Bark'"),
     "first column": (
         lambda r: replace(r / "sample_submission.csv", "fname,Bark,Hiss_(air)", "Bark,fname,Hiss_(air)"),
@@ -237,7 +248,14 @@ PROBLEMS: dict[str, tuple[Callable[[Path], object], str]] = {
     "absolute": (lambda r: add_row(r / "sample_submission.csv", "/etc/x.wav,0,0,0"), "plain file name: '/etc/x.wav'"),
     "no name": (lambda r: add_row(r / "train_curated.csv", ",Bark"), "fname must be a plain file name: ''"),
     "suffix": (lambda r: add_row(r / "train_curated.csv", "c0001.mp3,Bark"), "fname must end in .wav, .flac, .ogg: c0001.mp3"),
-    "row without file": (lambda r: (r / "test/t0002.wav").unlink(), "a row without a file: test/t0002.wav"),
+    "row without file": (
+        lambda r: (r / "train_curated/c0002.wav").unlink(),
+        "a row without a file: train_curated/c0002.wav. Download it again, or leave it out: --set data.exclude.'c0002.wav'='why'",
+    ),
+    "dangling link": (
+        lambda r: ((r / "train_noisy/n0001.wav").unlink(), (r / "train_noisy/n0001.wav").symlink_to(r / "gone.wav")),
+        "a row without a file: train_noisy/n0001.wav",
+    ),
     "file without row": (
         lambda r: (r / "train_noisy/extra.wav").touch(),
         "a file without a row in train_noisy.csv: train_noisy/extra.wav",
@@ -272,13 +290,45 @@ def test_zenodos_vocabulary_is_checked_too(tiny_zenodo: Maker) -> None:
 
 def test_several_problems_are_listed_at_once_in_the_same_order_each_time(tiny_download: Maker) -> None:
     root = tiny_download()
-    for name in ("t0000.wav", "t0001.wav", "t0003.wav"):
-        (root / "test" / name).unlink()
+    for name in ("c0002.wav", "c0001.wav", "c0003.wav"):
+        (root / "train_curated" / name).unlink()
     replace(root / "train_curated.csv", "c0000.wav,Bark", "c0000.wav,Brk")
     replace(root / "train_noisy.csv", "n0000.wav,Bark", "n0000.wav,")
     lines = refused(root)
     assert len(lines) == 5
-    assert [line.split("test/")[1].split(".")[0] for line in lines if "without a file" in line] == ["t0000", "t0001", "t0003"]
+    missing = [re.search(r"train_curated/(\w+)\.wav", line)[1] for line in lines if "without a file" in line]
+    assert missing == ["c0001", "c0002", "c0003"]
+
+
+def test_test_clips_without_a_file_and_files_that_are_no_test_clips_are_only_warned_about(
+    tiny_download: Maker, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tiny_download()
+    (root / "test/t0001.wav").unlink()
+    (root / "test/t0002.wav").unlink()
+    (root / "test/t0002.wav").symlink_to(root / "gone.wav")
+    (root / "test/extra.wav").touch()
+    assert len(load_competition(root).test) == 4
+    missing, extra = caplog.messages
+    assert missing == "2 TEST CLIPS HAVE NO FILE and will get the prior: t0001.wav, t0002.wav"
+    assert extra.startswith("1 files in ")
+    assert extra.endswith("are not in sample_submission.csv and are ignored: extra.wav")
+
+
+def test_training_clips_that_are_left_out_need_no_file(tiny_download: Maker) -> None:
+    root = tiny_download()
+    (root / "train_curated/c0002.wav").unlink()
+    assert "c0002.wav" in load_competition(root, {"c0002.wav": "lost"}).curated.index
+
+
+def test_the_tables_alone_are_enough_where_no_audio_is_needed(tiny_download: Maker) -> None:
+    root = tiny_download()
+    whole = load_competition(root)
+    for folder in ("train_curated", "train_noisy", "test"):
+        shutil.rmtree(root / folder)
+    tables = load_competition(root, audio=False)
+    for split in ("curated", "noisy", "test"):
+        pd.testing.assert_frame_equal(tables.split(split), whole.split(split))
 
 
 @pytest.mark.parametrize("found", ["nothing", "no folder"])

@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from melfold.config import FoldsConfig
 from melfold.data.competition import Competition, load_competition, multi_hot
 from melfold.data.folds import (
-    find_identical,
+    balance_of,
     fold_inputs,
     fold_table,
     fold_table_path,
-    label_deviation,
     make_folds,
     read_folds,
     write_folds,
 )
+from melfold.data.groups import find_identical, number_groups, read_groups
 from melfold.errors import MelfoldError
 from melfold.facts import split_labels
 from melfold.files import Home, read_json
@@ -46,6 +46,17 @@ def real_targets(real_labels: pd.Series, fsdkaggle2019: Path) -> pd.DataFrame:
     with (fsdkaggle2019 / "vocabulary.csv").open(newline="") as file:
         labels = [row[-1] for row in csv.reader(file)]
     return multi_hot(real_labels, labels)
+
+
+@pytest.fixture(scope="module")
+def real_groups(repo: Path) -> pd.Series:
+    """The committed groups of FAT2019's clips."""
+    return read_groups(repo / "folds" / "fat2019_groups.csv")
+
+
+def alone(folds: pd.DataFrame) -> pd.DataFrame:
+    """A table in which no clip is in a group, as `read_folds` gives it."""
+    return folds.assign(group=folds.index)
 
 
 def targets_of(n: int, n_labels: int = 4, seed: int = 0) -> pd.DataFrame:
@@ -73,45 +84,67 @@ def test_another_seed_gives_another_table() -> None:
 
 def test_the_real_clips_are_spread_evenly(real_targets: pd.DataFrame) -> None:
     assert real_targets.shape == (4970, 80)
-    assert label_deviation(real_targets, make_folds(real_targets, 5, 42)) <= 3
+    assert balance_of(real_targets, alone(make_folds(real_targets, 5, 42))).deviation <= 3
     shuffled = np.random.default_rng(0).permutation(4970) % 5
-    assert label_deviation(real_targets, pd.DataFrame({"fold": shuffled}, real_targets.index)) > 3
+    assert balance_of(real_targets, alone(pd.DataFrame({"fold": shuffled}, real_targets.index))).deviation > 3
 
 
-def test_the_committed_table_and_stamp_are_what_the_kit_makes(
-    real_labels: pd.Series, real_targets: pd.DataFrame, repo: Path, tmp_path: Path
+@pytest.mark.parametrize("seed", [0, 1, 42])
+def test_real_groups_stay_together_and_the_folds_are_even(seed: int, real_targets: pd.DataFrame, real_groups: pd.Series) -> None:
+    folds = make_folds(real_targets, 5, seed, real_groups)
+    assert folds["fold"].groupby(real_groups).nunique().max() == 1
+    assert folds["group"].nunique() == real_groups.nunique() == 3187
+    balance = balance_of(real_targets, folds)
+    assert 991 <= balance.sizes[0] <= balance.sizes[1] <= 996
+    assert balance.deviation <= 3
+    assert balance.too_large["Gurgling"] == (40, 75)
+    assert len(balance.too_large) == 12
+    assert "Gurgling 40 of 75" in str(balance)
+
+
+@pytest.mark.parametrize("groups", ["auto", "none"])
+def test_the_committed_tables_and_stamps_are_what_the_kit_makes(
+    groups: str, real_labels: pd.Series, real_targets: pd.DataFrame, real_groups: pd.Series, repo: Path, tmp_path: Path
 ) -> None:
-    config = FoldsConfig(n_folds=5, seed=42)
+    config = FoldsConfig(n_folds=5, seed=42, groups=groups)
     path = fold_table_path(Home(tmp_path), "fat2019", config)
-    assert path.name == "fat2019_curated_5fold_seed42.csv"
-    write_folds(path, make_folds(real_targets, 5, 42), fold_inputs(real_labels, config))
+    assert path.name == f"fat2019_curated_5fold_{'grouped_' if groups == 'auto' else ''}seed42.csv"
+    own = real_groups if groups == "auto" else None
+    write_folds(path, make_folds(real_targets, 5, 42, own), fold_inputs(real_labels, config, own))
     for made in (path, path.with_suffix(".json")):
         assert (repo / "folds" / made.name).read_bytes() == made.read_bytes()
 
 
 def test_deviation_is_the_most_clips_off_an_even_split() -> None:
     targets = pd.DataFrame({"A": [1, 1, 1, 1], "B": [1, 0, 0, 0]}, list("abcd"))
-    assert label_deviation(targets, pd.DataFrame({"fold": [0, 1, 0, 1]}, list("abcd"))) == 1  # B: 1 and 0, even is 0.5
-    assert label_deviation(targets[["A"]], pd.DataFrame({"fold": [0, 1, 0, 1]}, list("abcd"))) == 0
-    assert label_deviation(targets[["A"]], pd.DataFrame({"fold": [1, 0, 0, 0]}, list("dcba"))) == 1
+    table = alone(pd.DataFrame({"fold": [0, 1, 0, 1]}, list("abcd")))
+    assert balance_of(targets, table).deviation == 1  # B: 1 and 0, even is 0.5
+    assert balance_of(targets[["A"]], table).deviation == 0
+    assert balance_of(targets[["A"]], alone(pd.DataFrame({"fold": [1, 0, 0, 0]}, list("dcba")))).deviation == 1
+    assert balance_of(targets[["A"]], table.assign(group=["x", "y", "x", "x"])).too_large == {"A": (3, 4)}
 
 
-def test_clips_of_a_group_stay_in_one_fold_and_the_rest_is_even() -> None:
-    targets = targets_of(90)
+@given(st.integers(30, 90), st.integers(2, 4), st.integers(0, 2**31), st.randoms())
+def test_clips_of_a_group_stay_in_one_fold_and_the_rest_is_even(n: int, n_folds: int, seed: int, random: object) -> None:
+    targets = targets_of(n)
     names = sorted(targets.index)
-    groups = {name: i // 3 for i, name in enumerate(names[:30])}
-    folds = make_folds(targets, 3, 0, groups)
-    for start in range(0, 30, 3):
-        assert folds.loc[names[start : start + 3], "fold"].nunique() == 1
+    groups = pd.Series({name: i // 3 for i, name in enumerate(names[: n // 2])})
+    folds = make_folds(targets, n_folds, seed, groups)
+    assert folds["fold"].groupby(groups).nunique().max() == 1
     assert list(folds.index) == names
-    assert folds["fold"].value_counts().min() >= 25
+    assert np.ptp(folds["fold"].value_counts()) <= 3
+    order = list(targets.index)
+    random.shuffle(order)  # type: ignore[attr-defined]
+    pd.testing.assert_frame_equal(folds, make_folds(targets.loc[order], n_folds, seed, groups))
 
 
-def test_the_grouped_table_has_another_name() -> None:
-    config = FoldsConfig(n_folds=3, seed=7)
-    grouped = config.model_copy(update={"group_identical": True})
-    names = [fold_table_path(Home(Path()), "x", each).name for each in (config, grouped)]
-    assert names == ["x_curated_3fold_seed7.csv", "x_curated_3fold_seed7_grouped.csv"]
+def test_each_way_of_grouping_has_its_own_table() -> None:
+    names = [
+        fold_table_path(Home(Path()), "x", FoldsConfig(n_folds=3, seed=7, groups=groups)).name
+        for groups in ("none", "auto", "identical", "some/mine.csv")
+    ]
+    kinds = ("", "grouped_", "identical_", "grouped_mine_")
+    assert names == [f"x_curated_3fold_{kind}seed7.csv" for kind in kinds]
 
 
 def test_more_folds_than_clips_are_refused() -> None:
@@ -141,7 +174,7 @@ def competition(tiny_download: Maker) -> Competition:
 def test_a_table_comes_back_as_written(competition: Competition, tmp_path: Path) -> None:
     folds = make_folds(competition.targets(), 2, 0)
     write_folds(tmp_path / "f.csv", folds)
-    pd.testing.assert_frame_equal(read_folds(tmp_path / "f.csv", competition), folds)
+    pd.testing.assert_frame_equal(read_folds(tmp_path / "f.csv", competition), alone(folds))
     assert (tmp_path / "f.csv").read_text().startswith("fname,fold\nc0000.wav,")
 
 
@@ -168,6 +201,7 @@ REFUSED = {
     "a clip twice": ("fname,fold\n" + ROWS + "c0003.wav,0\n", r"1 differ, first c0003\.wav"),
     "a gap": ("fname,fold\n" + ROWS.replace(",1", ",2"), r"folds must be 0, 1, …: \[0, 2\]"),
     "from 1": ("fname,fold\n" + ROWS.replace(",1", ",2").replace(",0", ",1"), r"folds must be 0, 1, …: \[1, 2\]"),
+    "a split group": ("fname,fold,group\n" + ROWS.replace("\n", ",x\n"), r"splits groups over folds: 1, first x"),
     "one fold": ("fname,fold\n" + ROWS.replace(",1", ",0"), r"folds must be 0, 1, …: \[0\]"),
 }
 
@@ -190,7 +224,7 @@ def test_a_table_saved_by_a_spreadsheet_is_read(competition: Competition, tmp_pa
     assert list(read_folds(tmp_path / "f.csv", competition)["fold"]) == [0, 1] * 4
 
 
-CONFIG = FoldsConfig(n_folds=2, seed=0)
+CONFIG = FoldsConfig(n_folds=2, seed=0, groups="none")
 
 
 @pytest.fixture
@@ -199,28 +233,57 @@ def home(tmp_path: Path) -> Home:
 
 
 def test_a_fold_table_is_made_once_with_a_stamp(competition: Competition, home: Home) -> None:
-    path, deviation = fold_table(competition, home, CONFIG)
+    path, balance = fold_table(competition, home, CONFIG)
     assert path == home.folds / "tiny_curated_2fold_seed0.csv"
-    assert deviation == label_deviation(competition.targets(), read_folds(path, competition))
+    assert balance == balance_of(competition.targets(), read_folds(path, competition))
     made = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in home.folds.iterdir()}
     assert set(made) == {"tiny_curated_2fold_seed0.csv", "tiny_curated_2fold_seed0.json"}
     stamp = read_json(path.with_suffix(".json"))
     assert stamp["made_from"] == fold_inputs(competition.curated["labels"], CONFIG)
-    assert fold_table(competition, home, CONFIG) == (path, deviation)
+    assert fold_table(competition, home, CONFIG) == (path, balance)
     assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in home.folds.iterdir()} == made
 
 
-def test_the_stamp_of_a_grouped_table_says_which_clips_stay_together(tiny_download: Maker, home: Home) -> None:
+@pytest.mark.parametrize("groups", ["auto", "identical"])
+def test_identical_clips_share_a_fold_and_the_stamp_says_so(groups: str, tiny_download: Maker, home: Home) -> None:
     root = tiny_download()
     shutil.copyfile(root / "train_curated/c0001.wav", root / "train_curated/c0005.wav")
     competition = load_competition(root)
-    grouped = CONFIG.model_copy(update={"group_identical": True})
+    grouped = CONFIG.model_copy(update={"groups": groups})
     path, _ = fold_table(competition, home, grouped)
-    folds = read_folds(path, competition)["fold"]
-    assert folds["c0001.wav"] == folds["c0005.wav"]
-    inputs = fold_inputs(competition.curated["labels"], grouped, [["c0005.wav", "c0001.wav"]])
+    folds = read_folds(path, competition)
+    assert folds.loc["c0001.wav"].equals(folds.loc["c0005.wav"])
+    assert folds["group"].nunique() == 7
+    inputs = fold_inputs(competition.curated["labels"], grouped, number_groups([["c0005.wav", "c0001.wav"]]))
     assert read_json(path.with_suffix(".json"))["made_from"] == inputs
-    assert inputs["groups"] not in ("", fold_inputs(competition.curated["labels"], grouped, [["c0001.wav"]])["groups"])
+    assert inputs["groups"] not in ("", fold_inputs(competition.curated["labels"], grouped, None)["groups"])
+
+
+def test_groups_come_from_a_table_and_a_changed_one_is_noticed(competition: Competition, home: Home, tmp_path: Path) -> None:
+    table = tmp_path / "mine.csv"
+    config = CONFIG.model_copy(update={"groups": str(table)})
+    with pytest.raises(MelfoldError, match=r"cannot read folds.groups: .*mine.csv \(No such file"):
+        fold_table(competition, home, config)
+    table.write_text("fname,sources\nc0001.wav,x\n")
+    with pytest.raises(MelfoldError, match="is no table of groups: .*Its columns are fname,group"):
+        fold_table(competition, home, config)
+    table.write_text("fname,group\nelsewhere.wav,x\n")
+    with pytest.raises(MelfoldError, match="has no curated clip: 1 clips"):
+        fold_table(competition, home, config)
+    table.write_text("fname,group,sources\nc0001.wav,x,1\nc0004.wav,x,1\nc0006.wav,x,1\n")
+    path, _ = fold_table(competition, home, config)
+    assert path.name == "tiny_curated_2fold_grouped_mine_seed0.csv"
+    assert read_folds(path, competition).loc[["c0001.wav", "c0004.wav", "c0006.wav"], "fold"].nunique() == 1
+    table.write_text("fname,group\nc0001.wav,x\nc0004.wav,x\n")
+    with pytest.raises(MelfoldError, match="is no longer as it was made: groups: "):
+        fold_table(competition, home, config)
+
+
+def test_auto_takes_the_table_of_the_competition_where_there_is_one(competition: Competition, home: Home) -> None:
+    home.folds.mkdir(parents=True)
+    (home.folds / "tiny_groups.csv").write_text("fname,group\nc0002.wav,x\nc0003.wav,x\nelsewhere.wav,x\n")
+    path, _ = fold_table(competition, home, CONFIG.model_copy(update={"groups": "auto"}))
+    assert read_folds(path, competition).loc[["c0002.wav", "c0003.wav"], "group"].nunique() == 1
 
 
 def test_an_edited_table_is_refused_until_its_stamp_is_deleted(competition: Competition, home: Home) -> None:

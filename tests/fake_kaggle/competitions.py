@@ -29,17 +29,19 @@ class Submission:
     public_score: str = ""
     private_score: str = ""
     error: str = ""
+    hidden: int = 0
 
 
 class Competitions(State):
     """The calls about a competition."""
 
-    def data_files(self) -> dict[str, Path]:
-        """The competition's download, without the truth."""
-        if self.data is None:
+    def data_files(self, data: Path | None = None) -> dict[str, Path]:
+        """The competition's download (or another one), without the truth."""
+        data = data or self.data
+        if data is None:
             return {}
         hidden = self.truth and self.truth.resolve()
-        return {n: p for n, p in tree_files(self.data.resolve()).items() if p.name != TRUTH and p != hidden}
+        return {n: p for n, p in tree_files(data.resolve()).items() if p.name != TRUTH and p != hidden}
 
     def _ListCompetitions(self, _: Request) -> Request:
         own = {"id": 1, "ref": f"{SITE}/competitions/{self.competition}", "title": title_of(self.competition)}
@@ -89,11 +91,13 @@ class Competitions(State):
             raise Refused(400, "You have reached the daily limit of submissions")
         ref = len(self.submissions) + 1
         kept = copy_once(path, self.store / "submissions" / f"{ref}.csv")
-        self.submissions.append(Submission(ref, request.get("submissionDescription", ""), name, kept, kernel))
-        self.spawn(self._score, self.submissions[-1])
+        message = request.get("submissionDescription", "")
+        self.submissions.append(Submission(ref, message, name, kept, kernel, hidden=self.list_late))
+        self.spawn(self.score, self.submissions[-1])
         return {"message": f"Successfully submitted to {title_of(self.competition)}", "ref": ref}
 
-    def _score(self, submission: Submission) -> None:
+    def score(self, submission: Submission) -> None:
+        """Score a submission, or say what is wrong with it."""
         from melfold.combine.check import score_submission
         from melfold.errors import MelfoldError
 
@@ -106,6 +110,8 @@ class Competitions(State):
         except MelfoldError as refused:
             error = str(refused)
         submission.public_score, submission.private_score = scores.get("Public", ""), scores.get("Private", "")
+        if self.late and scores:  # only the Private half is scored after the deadline
+            submission.public_score = "0.00000"
         submission.error = error
         submission.status = "ERROR" if error else "COMPLETE"
 
@@ -117,7 +123,7 @@ class Competitions(State):
             return "Submission is not a CSV file"
         if any(len(row) != len(header) or any(v.strip().lower() in ("", "nan") for v in row) for row in rows):
             return "Submission contains null values"
-        sample = self.data_files().get("sample_submission.csv")
+        sample = self.data_files(self.rerun).get("sample_submission.csv")
         if sample is not None:
             wanted, *asked = csv.reader(io.StringIO(sample.read_text(encoding="utf-8-sig"), newline=""))
             if sorted(header) != sorted(wanted):
@@ -134,13 +140,25 @@ class Competitions(State):
         return self._limits()
 
     def _ListSubmissions(self, request: Request) -> Request:
-        return page("submissions", [self._shown(s) for s in reversed(self.submissions)], request)
+        shown = [s for s in self.submissions if s.hidden <= 0]
+        for submission in self.submissions:
+            submission.hidden -= 1
+        return page("submissions", [self._shown(s) for s in reversed(shown)], request)
 
     def _GetSubmission(self, request: Request) -> Request:
         for submission in self.submissions:
             if submission.ref == request.get("ref"):
                 return self._shown(submission)
         raise Refused(404, "Submission not found")
+
+    def _DownloadLeaderboard(self, _: Request) -> Reply:
+        path = self.store / "downloads" / f"{self.competition}-leaderboard.zip"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        head = "Rank,TeamId,TeamName,LastSubmissionDate,Score,SubmissionCount,TeamMemberUserNames"
+        rows = [f'{n},{n},"team, {n}",2019-06-10 12:00:00,{score:.5f},3,user{n}' for n, score in enumerate(self.leaderboard, 1)]
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(f"{self.competition}-publicleaderboard-2026-11-25.csv", "\ufeff" + "\n".join([head, *rows]) + "\n")
+        return Reply(302, headers={"Location": self.link(path)})
 
     def _GetLeaderboard(self, request: Request) -> Request:
         scored = [s for s in self.submissions if s.public_score]

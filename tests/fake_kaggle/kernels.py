@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from tests.fake_kaggle.competitions import Competitions
+from tests.fake_kaggle.competitions import Competitions, Submission
 from tests.fake_kaggle.datasets import Datasets
 from tests.fake_kaggle.wire import SITE, Refused, Request, clean_environ, copy_once, page, title_of, tree_files
+
+ROOMS = {"competition": "competitions", "dataset": "datasets", "model": "models", "kernel": "notebooks"}
 
 MAX_SOURCE = 1_000_000
 """Bytes; a kernel's source must be smaller."""
@@ -32,6 +34,8 @@ class Session:
     tree: Path
     status: str = "QUEUED"
     failure: str = ""
+    data: Path | None = None
+    """The download it runs on, if it is another one."""
 
     @property
     def done(self) -> bool:
@@ -50,12 +54,21 @@ class Session:
 
 
 class Kernels(Competitions, Datasets):
-    """The calls about kernels, whose inputs are the competition, datasets and other kernels."""
+    """The calls about kernels, whose inputs are the competition, datasets, models and other kernels.
+
+    Set at any time: `public`, the folders of datasets, models and kernels' outputs of other users, by name; `rerun`, a download:
+    a kernel that is submitted runs again on it, as on the hidden clips of a code competition, and that output is scored.
+    """
+
+    public: Mapping[str, Path] = {}
+    rerun: Path | None = None
 
     def _source(self, kind: str, name: str) -> dict[str, Path] | None:
         """What a kernel finds mounted for one of its sources; none if there is no such thing."""
         owner, _, slug = name.partition("/")
         slug = slug.partition("/")[0]
+        if kind != "competition" and name in self.public:
+            return tree_files(self.public[name])
         if kind == "competition" and name == self.competition and self.rules_accepted:
             return self.data_files()
         if kind == "dataset" and owner == self.owner and slug in self.datasets:
@@ -123,16 +136,31 @@ class Kernels(Competitions, Datasets):
             session.failure = f"Your notebook threw an exception (exit code {code})"
         session.status = "ERROR" if session.failure else "COMPLETE"
 
+    def score(self, submission: Submission) -> None:
+        """Score a submission; a kernel's after it has run again, if the competition does that."""
+        if submission.kernel and self.rerun:
+            _, slug, number = submission.kernel.split("/")
+            before = self.kernels[slug][int(number) - 1]
+            again = Session(before.number, before.request, before.sources, self.root / "reruns" / str(submission.ref))
+            again.data = self.rerun
+            self._run(again)
+            submission.path = again.outputs.get(submission.file_name, submission.path)
+            if again.status != "COMPLETE":
+                submission.status, submission.error = "ERROR", f"Notebook Threw Exception. {again.failure}"
+                return
+        super().score(submission)
+
     def _mount(self, session: Session) -> None:
         """Lay out the sources below `kaggle/input`, read-only and linked; the competition, which is not ours, is copied once."""
-        for kind, room in (("competition", "competitions"), ("dataset", "datasets"), ("kernel", "notebooks")):
+        for kind, room in ROOMS.items():
             for source in session.sources[kind]:
-                place = source if kind == "competition" else "/".join(source.split("/")[:2])
+                place = "/".join(source.split("/")[:2]) if kind in ("dataset", "kernel") else source
                 place = f"{room}/{place}" if self.layout == "nested" else place.rpartition("/")[2]
                 (session.tree / "kaggle" / "input" / place).mkdir(parents=True)
-                for name, path in (self._source(kind, source) or {}).items():
+                found = self.data_files(session.data) if kind == "competition" else self._source(kind, source)
+                for name, path in (found or {}).items():
                     if kind == "competition":
-                        path = copy_once(path, self.store / "competition" / name)
+                        path = copy_once(path, self.store / "competition" / str(session.data or "").strip("/") / name)
                     mounted = session.tree / "kaggle" / "input" / place / name
                     mounted.parent.mkdir(parents=True, exist_ok=True)
                     os.link(path, mounted)
@@ -144,6 +172,14 @@ class Kernels(Competitions, Datasets):
             return subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode == 0
         except OSError:
             return False
+
+    def add_kernel(self, slug: str, outputs: Mapping[str, bytes]) -> int:
+        """A version of a kernel that has run, as if it had been pushed. Returns: its number."""
+        sessions = self.kernels.setdefault(slug, [])
+        number = len(sessions) + 1
+        sessions.append(Session(number, {}, {}, self.root / "sessions" / slug / str(number)))
+        self.finish_kernel(slug, outputs)
+        return number
 
     def finish_kernel(
         self, slug: str, outputs: Mapping[str, bytes] | None = None, *, status: str = "COMPLETE", failure: str = "", log: str = ""
@@ -157,6 +193,10 @@ class Kernels(Competitions, Datasets):
             path.write_bytes(content)
         session.failure, session.status = failure, status
         return session
+
+    def _GetAcceleratorQuotaStatistics(self, _: Request) -> Request:
+        quota = {"timeUsed": f"{(30 - self.gpu_hours) * 3600:.0f}s", "totalTimeAllowed": "108000s"}
+        return {"gpuQuota": quota, "tpuQuota": quota, "quotaRefreshTime": "2026-11-28T00:00:00Z"}
 
     def _GetKernelSessionStatus(self, request: Request) -> Request:
         session = self._session(request["userName"], request["kernelSlug"], request.get("versionLabel"))

@@ -79,7 +79,10 @@ class Handler(BaseHTTPRequestHandler):
         self._serve("PUT", request, lambda: self.fake.put(token, span, body))
 
     def do_GET(self) -> None:
-        """Files that were linked to."""
+        """Files that were linked to, and the logs of running kernels."""
+        if "/kernels/logs/stream/" in self.path:
+            self._stream(*urlsplit(self.path).path.split("/")[-2:])
+            return
         _, number, *name = urlsplit(self.path).path.rsplit("/", 2)
         request = {"path": "/".join(name), "range": self.headers.get("Range")}
         self._serve("GET", request, lambda: self._part(number))
@@ -105,10 +108,10 @@ class Handler(BaseHTTPRequestHandler):
             return self._drop()
         status = re.match(r"\d+", {"error_body": "400", "refuse_upload": "403"}.get(kind, kind))
         if kind == "reply_error":
-            return self._send(Reply(body={"status": "error", "error": "Something went wrong"}))
+            return self._send(Reply(body={"status": "error", "error": fault.message}))
         if status and not kind.endswith("_after"):
             retry = {"Retry-After": f"{fault.seconds:g}"} if fault.seconds is not None else {}
-            return self._send(self._error(int(status[0]), "Something went wrong", retry))
+            return self._send(self._error(int(status[0]), fault.message, retry))
         if kind == "delay":
             self.fake.pause(when)
         reply = self._done(action)
@@ -117,7 +120,7 @@ class Handler(BaseHTTPRequestHandler):
         if kind in ("hang_after", "drop_after"):
             return self._drop()
         if status:
-            reply = self._error(int(status[0]), "Something went wrong")
+            reply = self._error(int(status[0]), fault.message)
         return self._send(reply, cut=kind == "cut")
 
     def _done(self, action: Callable[[], Reply]) -> Reply:
@@ -136,6 +139,21 @@ class Handler(BaseHTTPRequestHandler):
     def _drop(self) -> None:
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
+
+    def _stream(self, owner: str, slug: str) -> None:
+        """The lines of a kernel's log as they come."""
+        self.fake.note("LogStream", {"userName": owner, "kernelSlug": slug})
+        session, sent, ended = self.fake._session(owner, slug), 0, False
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        while not ended:
+            ended = session.done or not self.fake.pause(0.1)
+            lines = session.text.splitlines(keepends=True)
+            for line in lines[sent : len(lines) if ended else -1]:
+                self.wfile.write(f"data: {json.dumps({'stream_name': 'stdout', 'time': 0.0, 'data': line})}\n\n".encode())
+                sent += 1
+        self.wfile.write(b"data: END_OF_LOG\n\n")
 
     def _part(self, number: str) -> Reply:
         """A file, or the rest of it from `Range` on if it is still the one that `If-Range` names."""

@@ -189,7 +189,7 @@ def test_every_value_that_does_not_fit_gets_its_own_line() -> None:
         ("model.weights=file:/x y/w=1.safetensors", "model.weights", "file:/x y/w=1.safetensors"),
         ("predict.shift_seconds=[0.0, 0.5]", "predict.shift_seconds", (0.0, 0.5)),
         ("seed=7", "seed", 7),
-        ("folds.group_identical=true", "folds.group_identical", True),
+        ("folds.groups=none", "folds.groups", "none"),
     ],
 )
 def test_set_takes_toml_values_or_plain_words(item: str, path: str, value: Any) -> None:

@@ -156,6 +156,19 @@ def test_a_wider_level_gives_a_wider_interval() -> None:
     assert wide.low < narrow.low < narrow.high < wide.high
 
 
+def test_clips_of_one_group_count_as_one_draw() -> None:
+    targets, scores = noisy_problem(60)
+    doubled = [pd.concat([table, table.rename(index=lambda name: f"{name} again")]) for table in (targets, scores)]
+    groups = pd.Series([*targets.index, *targets.index], doubled[0].index)
+    alone, together = (bootstrap_interval(*doubled, groups=g, rng=np.random.default_rng(0)) for g in (None, groups))
+    assert together == bootstrap_interval(targets, scores, rng=np.random.default_rng(0)), "copies tell nothing new"
+    assert together.high - together.low > 1.2 * (alone.high - alone.low)
+    worse = doubled[1] + 0.15 * np.random.default_rng(1).standard_normal(doubled[1].shape)
+    alone, together = (paired_bootstrap(*doubled, worse, groups=g, rng=np.random.default_rng(0)) for g in (None, groups))
+    assert together.value == pytest.approx(alone.value)
+    assert together.high - together.low > 1.2 * (alone.high - alone.low)
+
+
 def test_a_run_is_no_better_than_itself() -> None:
     targets, scores = noisy_problem(50)
     found = paired_bootstrap(targets, scores, scores, rng=np.random.default_rng(0))

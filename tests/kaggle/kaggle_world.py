@@ -21,9 +21,12 @@ from melfold.data.demo import write_demo
 from melfold.files import Home
 from melfold.kaggle.build import Target, build_infer
 from melfold.kaggle.built import Built
+from melfold.kaggle.rehearsal import link_inputs, mounts
 from melfold.recipes import load_recipe
 
 SLUG = "freesound-audio-tagging-2019"
+DEMO = "demo"
+"""A competition of the demo's data, which takes files; the real one is not for it."""
 SETS = (
     "logmel.n_fft=256",
     "logmel.hop_length=320",
@@ -75,8 +78,8 @@ class World:
             path.write_bytes(content)
         return World(Home(target), self.data)
 
-    def build(self, *, minutes: float | None = None, source: str = "") -> Built:
-        return build_infer(self.home, "tiny", Target("tester", SLUG, gpu=False, minutes=minutes), source=source)
+    def build(self, *, gpu: bool = False, minutes: float | None = None, source: str = "") -> Built:
+        return build_infer(self.home, "tiny", Target("tester", SLUG, gpu=gpu, minutes=minutes), source=source)
 
 
 def melfold(*args: object, env: Mapping[str, str], home: Home, timeout: float = 300) -> subprocess.CompletedProcess[str]:
@@ -126,3 +129,11 @@ def bundle_of(built: Built) -> dict:
 def record(folder: Path) -> dict:
     """`melfold.json` of a kernel's working folder."""
     return json.loads((folder / "melfold.json").read_text())
+
+
+def lay_out(built: Built, world: World, root: Path) -> Path:
+    """The folders of a kernel. Returns: the working folder."""
+    link_inputs(mounts(built, world.competition, world.home, root, "nested"), root)
+    working = root / "kaggle/working"
+    working.mkdir(parents=True)
+    return working

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from kaggle_world import World, environment
 from melfold.data.competition import load_competition
 from melfold.errors import MelfoldError
 from melfold.kaggle.client import Kaggle
-from melfold.kaggle.download import download
+from melfold.kaggle.download import TABLES, download, download_tables
 from tests.fake_kaggle import FakeKaggle, Fault
 
 
@@ -36,6 +37,16 @@ def test_the_download_is_the_competition(fake: FakeKaggle, kaggle_world: World, 
     calls = len(fake.calls)
     assert download(Kaggle(), target) == target
     assert len(fake.calls) == calls, "what is complete is not asked for again"
+
+
+def test_the_tables_alone(fake: FakeKaggle, kaggle_world: World, tmp_path: Path) -> None:
+    target = download_tables(Kaggle(), tmp_path / "data")
+    assert {p.name for p in target.iterdir()} == set(TABLES)
+    assert all((target / name).read_bytes() == (kaggle_world.data / name).read_bytes() for name in TABLES)
+    calls = len(fake.calls)
+    download_tables(Kaggle(), target)
+    assert len(fake.calls) == calls
+    assert len(load_competition(download(Kaggle(), target)).test) == 60
 
 
 def test_a_refused_download_leaves_nothing(fake: FakeKaggle, tmp_path: Path) -> None:
@@ -104,14 +115,37 @@ def test_an_archive_within_the_archive_is_unpacked_flat(tmp_path: Path, monkeypa
     assert visible == {"test/a.wav", "sample_submission.csv"}
 
 
-def test_a_path_that_leads_out_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["../out.csv", "...zip"])
+def test_a_path_that_leads_out_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def made(self: Kaggle, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(folder / "all.zip", "w") as pack:
-            pack.writestr("../out.csv", b"a")
+            inner = io.BytesIO()
+            zipfile.ZipFile(inner, "w").writestr("out.csv", b"a")
+            pack.writestr(name, inner.getvalue())
         return folder / "all.zip"
 
     monkeypatch.setattr(Kaggle, "download", made)
     with pytest.raises(MelfoldError, match="path outside"):
         download(Kaggle(), tmp_path / "data")
     assert not (tmp_path / "out.csv").exists()
+
+
+@pytest.mark.parametrize(("field", "value", "said"), [("flags", 1, "encrypted"), ("method", 97, "compression method")])
+def test_an_archive_that_cannot_be_unpacked_is_reported_and_kept(
+    field: str, value: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(self: Kaggle, folder: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(folder / "all.zip", "w") as pack:
+            pack.writestr("a.csv", b"a")
+        content = bytearray((folder / "all.zip").read_bytes())
+        for header, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):  # the file's own header, and the one in the directory
+            content[content.index(header) + offset + (2 if field == "method" else 0)] = value
+        (folder / "all.zip").write_bytes(content)
+        return folder / "all.zip"
+
+    monkeypatch.setattr(Kaggle, "download", made)
+    with pytest.raises(MelfoldError, match=f"all.zip cannot be unpacked: .*{said}") as caught:
+        download(Kaggle(), tmp_path / "data")
+    assert len(caught.value.lines) == 1

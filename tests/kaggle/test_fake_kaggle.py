@@ -242,6 +242,36 @@ def test_a_kernel_runs_on_what_is_mounted_and_is_submitted(server: FakeKaggle, s
     assert [row["publicScore"] for row in listed(server)] == ["1.00000"]
 
 
+def test_a_submitted_kernel_runs_again_on_the_hidden_rows_with_what_others_made_public(
+    server: FakeKaggle, tmp_path: Path
+) -> None:
+    server.rerun, server.public = (
+        tmp_path / "hidden",
+        {"someone/weights": tmp_path / "weights", "a/b/c/d/1": tmp_path / "weights"},
+    )
+    for folder in (server.rerun, tmp_path / "weights"):
+        folder.mkdir()
+    (tmp_path / "weights/w.bin").write_bytes(b"w")
+    header, *_ = server.data_files()["sample_submission.csv"].read_text().splitlines()
+    rows = [f"{i:08x}.wav{',0' * header.count(',')}" for i in range(3361)]
+    (server.rerun / "sample_submission.csv").write_text("\n".join([header, *rows]) + "\n")
+    code = """
+import os
+from pathlib import Path
+inputs = Path(os.environ["MELFOLD_KERNEL_ROOT"]) / "kaggle/input"
+assert {p.parent.name for p in inputs.rglob("w.bin")} == {"weights", "1"}
+Path("submission.csv").write_bytes(next(inputs.rglob("sample_submission.csv")).read_bytes())
+"""
+    sources = {"dataset_sources": ["someone/weights"], "model_sources": ["a/b/c/d/1"], "competition_sources": [SLUG]}
+    call(server, "kernels", "push", "-p", write_kernel(tmp_path / "kernel", code, **sources))
+    session = server.kernels["my-kernel"][0]
+    wait_for(lambda: session.done)
+    assert len(session.outputs["submission.csv"].read_text().splitlines()) < 3361, session.text
+    call(server, "competitions", "submit", SLUG, "-k", "tester/my-kernel", "-v", 1, "-m", "from code", "-f", "submission.csv")
+    wait_for(lambda: server.submissions[0].status != "PENDING")
+    assert len(server.submissions[0].path.read_text().splitlines()) == 1 + 3361
+
+
 def test_a_kernel_fails_stops_in_time_and_feeds_the_next(server: FakeKaggle, tmp_path: Path) -> None:
     server.layout = "flat"
     folder = write_kernel(tmp_path / "kernel", "open('made.txt', 'w').write('by one')")

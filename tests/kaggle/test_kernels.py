@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import shutil
 import sys
 import time
@@ -14,28 +15,29 @@ from pathlib import Path
 import pytest
 import torch
 from kaggle_world import CPU as COMPUTE
-from kaggle_world import SETS, SLUG, World, bundle_of, record, restamp, rewrite
+from kaggle_world import SETS, SLUG, World, bundle_of, lay_out, record, restamp, rewrite
 from slugify import slugify
 
 from melfold import stages
 from melfold.artefacts import Artefact
+from melfold.combine.check import check_submission
 from melfold.combine.oof import prior_of
 from melfold.combine.submission import build_submission
 from melfold.data.competition import load_competition
 from melfold.errors import MelfoldError
-from melfold.files import sha256_file
+from melfold.files import digest, sha256_file
 from melfold.kaggle import pack, sandbox
-from melfold.kaggle.build import Target, build_infer, build_train
-from melfold.kaggle.built import Built, slug_of, title_for
+from melfold.kaggle.build import Target, build_infer
+from melfold.kaggle.built import slug_of, title_for
 from melfold.kaggle.client import Kaggle
-from melfold.kaggle.push import check_output, fetch_run, push
-from melfold.kaggle.rehearsal import link_inputs, mounts, rehearse
+from melfold.kaggle.judge import judge_infer
+from melfold.kaggle.push import check_output, push
+from melfold.kaggle.rehearsal import rehearse
 from melfold.kernels.boot import Session
 from melfold.kernels.infer import infer
-from melfold.learn.fetch import hub_file
+from melfold.learn.predict import predict_logits
 from melfold.learn.predictions import open_prediction
 from melfold.learn.runs import open_run
-from melfold.learn.weights import save_weights
 from melfold.probs import read_probs
 from melfold.recipes import load_recipe
 
@@ -60,12 +62,22 @@ def test_a_kernels_slug_is_the_one_its_title_gives(name: str) -> None:
     assert slug_of(title) == slugify(title)
 
 
-def test_long_names_do_not_share_a_slug() -> None:
-    assert title_for("infer", "a" * 80) != title_for("infer", "a" * 81)
+@pytest.mark.parametrize(("one", "other"), [("a" * 80, "a" * 81), ("x_1", "x-1"), ("X", "x"), ("x.1", "x_1")])
+def test_two_names_do_not_share_a_slug(one: str, other: str) -> None:
+    assert title_for("infer", one) != title_for("infer", other)
+    assert title_for("train", one, 2) != title_for("train", other, 2)
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", ".."])
+def test_names_with_parts_of_a_path_are_refused(name: str, own: World) -> None:
+    with pytest.raises(MelfoldError, match="not a Kaggle user name"):
+        Target(name, SLUG)
+    with pytest.raises(MelfoldError, match="not a kernel"):
+        own.build(source=f"{name}/x/y")
 
 
 def test_the_pack_imports_only_what_kaggles_image_has() -> None:
-    archive = zipfile.ZipFile(BytesIO(pack.pack_source()))
+    archive = zipfile.ZipFile(BytesIO(pack.pack_source("infer")))
     sources = {name: archive.read(name).decode() for name in archive.namelist() if name.endswith(".py")}
     sources |= {f"kernels/{kind}": pack.read_source(kind, "kernel.py") for kind in ("infer", "train")}
     modules = {name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in sources}
@@ -174,6 +186,12 @@ def test_a_script_too_large_for_kaggle_is_refused(own: World, monkeypatch: pytes
     assert not (own.home.root / "build" / "kernels" / "melfold-infer-tiny").exists()
 
 
+def edit_stamp(path: Path, **changes: object) -> None:
+    """Change what a stamp says, as if it had been written so."""
+    content = Artefact(path).read() | changes
+    path.write_text(json.dumps(content | {"digest": digest(content)}))
+
+
 @pytest.mark.parametrize("change", ["result", "weights"])
 def test_a_run_that_has_changed_is_not_built(change: str, own: World) -> None:
     fold = open_run(own.home, "tiny").fold(0)
@@ -181,7 +199,8 @@ def test_a_run_that_has_changed_is_not_built(change: str, own: World) -> None:
     content = path.read_bytes()
     path.unlink()  # it is a hard link to the shared world's file
     if change == "result":
-        path.write_text(json.dumps(json.loads(content) | {"files": {"weights.safetensors": "0" * 64}}))
+        path.write_bytes(content)
+        edit_stamp(path, files={"weights.safetensors": "0" * 64})
     else:
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(MelfoldError, match="has changed since" if change == "result" else "changed after it was written"):
@@ -200,18 +219,23 @@ def test_a_weighted_ensemble_of_front_ends_and_views_gives_the_bytes_of_home(own
 
 @pytest.mark.parametrize("isolation", ISOLATIONS)
 def test_a_rehearsal_gives_the_bytes_of_home(isolation: str, own: World, tmp_path: Path) -> None:
-    built = own.build()
+    gpu = isolation == "prefix"
+    built = own.build(gpu=gpu)
     report = rehearse(built, own.competition, own.home, isolation=isolation, keep=tmp_path / "kept")
     assert report.failures == []
     assert report.equality == "the same bytes as at home"
     assert report.isolation == isolation
     assert set(report.predicted_seconds) == {"1120", "3361"}
     assert report.peak_mib > 50
-    passes = record(tmp_path / "kept")["passes"]
+    kept = record(tmp_path / "kept")
+    passes = kept["passes"]
     assert [(p["fold"], p["view"]) for p in passes] == [("0", 0), ("1", 0), ("0", 1), ("1", 1)]
     assert built.passed
     assert {p.name for p in (tmp_path / "kept").iterdir()} == {"submission.csv", "melfold.json", "log.txt"}
-    assert own.build().passed, "the same build still counts as rehearsed"
+    assert own.build(gpu=gpu).passed, "the same build still counts as rehearsed"
+    if not torch.cuda.is_available():
+        assert kept["budget_s"] == pytest.approx(0.93 * 240 * 60), "a GPU kernel may take its time in a rehearsal without one"
+        assert ("nothing is known" in report.note) == ("NO GPU: this kernel asked for one" in report.log) == gpu
 
 
 @pytest.mark.parametrize("isolation", ISOLATIONS)
@@ -242,6 +266,34 @@ def test_a_kernel_that_misbehaves_fails_with_the_reason(code: str, why: str, iso
         push(Kaggle(SLUG), built)
 
 
+@pytest.mark.parametrize("isolation", ISOLATIONS)
+def test_a_kernel_can_neither_write_outside_its_folders_nor_read_the_environment_of_others(
+    isolation: str, own: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KAGGLE_KEY", "a-secret-key")
+    outside = [Path(f"/var/tmp/melfold-test-{os.getpid()}"), own.home.root / "written", own.home.root / "linked"]
+    code = f"""
+import os, pathlib
+for path in {list(map(str, outside[:2]))!r}:
+    try: pathlib.Path(path).write_text('x')
+    except OSError: pass
+try: os.symlink('/tmp', {str(outside[2])!r})
+except OSError: pass
+seen = []
+for path in pathlib.Path('/proc').glob('[0-9]*/environ'):
+    try: seen.append(path.read_bytes())
+    except OSError: pass
+pathlib.Path('submission.csv').write_text(str(any(b'a-secret-key' in text for text in seen)))
+"""
+    built = own.build()
+    rewrite(built, code)
+    report = rehearse(built, own.competition, own.home, isolation=isolation, keep=tmp_path / "kept")
+    assert [path for path in outside if path.exists()] == []
+    assert (tmp_path / "kept" / "submission.csv").read_text() == "False"
+    if isolation == "prefix":
+        assert "it writes outside its folders" in report.failures[0]
+
+
 @pytest.mark.skipif(not sandbox.available(), reason="no user namespaces here")
 def test_use_of_the_network_outside_python_is_seen_too(own: World) -> None:
     built = own.build()
@@ -254,8 +306,7 @@ def test_use_of_the_network_outside_python_is_seen_too(own: World) -> None:
 def test_a_kernel_over_its_limit_is_stopped(own: World) -> None:
     built = own.build()
     rewrite(built, "import time\ntime.sleep(600)\n")
-    facts = built.facts | {"budget_minutes": {"cpu": -0.3}}
-    (built.folder / "build.json").write_text(json.dumps(facts))
+    edit_stamp(built.folder / "build.json", budget_minutes=-0.3)
     report = rehearse(built, own.competition, own.home)
     assert "exceeds its time limit" in report.failures[0]
     assert report.seconds < 60
@@ -263,20 +314,19 @@ def test_a_kernel_over_its_limit_is_stopped(own: World) -> None:
 
 def test_with_a_budget_far_too_small_the_file_is_complete_and_in_time(own: World, tmp_path: Path) -> None:
     built = own.build(minutes=0.01)
-    (built.folder / "build.json").write_text(
-        json.dumps(built.facts | {"budget_minutes": {"cpu": 2}})
-    )  # Python's start takes longer
+    edit_stamp(built.folder / "build.json", budget_minutes=2)  # Python's start takes longer
     report = rehearse(built, own.competition, own.home, keep=tmp_path / "kept")
     assert "exceeds its budget" in report.failures[0]
-    check_output(tmp_path / "kept", own.competition)
+    check_submission(tmp_path / "kept" / "submission.csv", own.competition)
+    with pytest.raises(MelfoldError, match="predicted nothing: its submission holds the prior alone: 0 of 0"):
+        check_output(tmp_path / "kept", own.competition)
     kept = record(tmp_path / "kept")
     assert kept["seconds"] - kept["setup_s"] < 20, "Python's start is not counted"
 
 
 def test_when_time_is_up_after_the_first_pass_the_others_are_left_out(own: World, tmp_path: Path) -> None:
-    built, working = own.build(), tmp_path / "kaggle/working"
-    link_inputs(mounts(built, own.competition, own.home, tmp_path, "nested"), tmp_path)
-    working.mkdir(parents=True)
+    built = own.build()
+    working = lay_out(built, own, tmp_path)
 
     def clock() -> float:
         done = (working / "melfold.json").exists() and any(p["done"] for p in record(working)["passes"])
@@ -286,6 +336,82 @@ def test_when_time_is_up_after_the_first_pass_the_others_are_left_out(own: World
     done = [(p["fold"], p["done"]) for p in record(working)["passes"]]
     assert done == [("0", True), ("1", False), ("0", False), ("1", False)]
     check_output(working, own.competition)
+
+
+def test_when_time_is_up_during_the_log_mels_the_other_clips_keep_the_prior(
+    own: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    built = own.build()
+    working = lay_out(built, own, tmp_path)
+    budget = 0.93 * 240 * 60
+
+    def clock() -> float:
+        """Half of the budget is gone after the first 16 clips."""
+        return time.monotonic() + 0.5 * budget * (len(list(tmp_path.glob("tmp/melfold/cache/*/*/*.npy"))) >= 16)
+
+    infer(Session(bundle_of(built), tmp_path, time.monotonic(), clock))
+    kept, probs = record(working), read_probs(working / "submission.csv")
+    assert (kept["late"], sum(p["done"] for p in kept["passes"])) == (60 - 16, 4)
+    assert "NO TIME for more log-mels: 44 clips keep the prior" in capsys.readouterr().out
+    assert len(probs.drop_duplicates()) == 16 + 1
+    with pytest.raises(MelfoldError, match="no time for all log-mels: 44 of 60 clips keep the prior"):
+        check_output(working, own.competition)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_pass_that_fails_is_left_out_unless_all_fail(
+    first: bool, own: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    built = own.build()
+    working = lay_out(built, own, tmp_path)
+    predict = predict_logits
+
+    def fail(*args: object) -> object:
+        if first or any(p["done"] for p in record(working)["passes"]):
+            raise RuntimeError("CUDA out of memory")
+        return predict(*args)
+
+    monkeypatch.setattr("melfold.kernels.infer.predict_logits", fail)
+    session = Session(bundle_of(built), tmp_path, time.monotonic())
+    if first:
+        with pytest.raises(RuntimeError):
+            infer(session)
+    else:
+        infer(session)
+        check_output(working, own.competition)
+        assert "the kernel did 1 of 4 passes" in caplog.text
+    kept = record(working)
+    assert [p["done"] for p in kept["passes"]] == [not first, False, False, False]
+    assert kept["passes"][1]["error"] == "RuntimeError: CUDA out of memory"
+    failures, _, _ = judge_infer(working, built.facts, own.competition, own.home)
+    assert failures[0].startswith(f"tiny fold {0 if first else 1}, view 0 fails: RuntimeError: CUDA out of memory")
+
+
+def test_a_competition_with_other_labels_is_refused(own: World, tmp_path: Path) -> None:
+    built = own.build()
+    lay_out(built, own, tmp_path)
+    sample = next(tmp_path.glob("kaggle/input/competitions/*/sample_submission.csv"))
+    header, *rows = sample.read_text().splitlines()
+    fname, first, second, *others = header.split(",")
+    sample.unlink()
+    sample.write_text("\n".join([",".join([fname, second, first, *others]), *rows]) + "\n")
+    with pytest.raises(MelfoldError, match="the mounted competition has other labels"):
+        infer(Session(bundle_of(built), tmp_path, time.monotonic()))
+
+
+@pytest.mark.parametrize(("gpu", "seconds", "fits"), [(False, 60, True), (False, 600, False), (True, 600, True)])
+def test_what_cannot_predict_the_real_number_of_clips_on_a_cpu_fails(
+    gpu: bool, seconds: float, fits: bool, own: World, tmp_path: Path
+) -> None:
+    """60 clips in 600 s are 3,361 in more than nine hours."""
+    shutil.copy(own.home.submissions / "tiny" / "submission.csv", tmp_path)
+    done = {"run": "tiny", "fold": "0", "view": 0, "done": True, "seconds": seconds}
+    facts = {"clips": 60, "late": 0, "passes": [done], "cache_s": 0, "cache_start_s": 0, "setup_s": 1, "audio_s": 60 * 11}
+    (tmp_path / "melfold.json").write_text(json.dumps(facts | {"budget_s": 13_392, "device": "cpu"}))
+    built = {"kind": "infer", "id": "tiny", "gpu": gpu, "competition_slug": SLUG}
+    failures, _, predicted = judge_infer(tmp_path, built, own.competition, own.home)
+    assert predicted["3361"] == pytest.approx(seconds / 60 * 3361, rel=0.01)
+    assert [failure[:31] for failure in failures] == ([] if fits else ["it would exceed its budget: 336"])
 
 
 def test_a_test_clip_that_cannot_be_read_keeps_the_prior(own: World, tmp_path: Path) -> None:
@@ -304,13 +430,12 @@ def test_a_test_clip_that_cannot_be_read_keeps_the_prior(own: World, tmp_path: P
 
 
 def test_weights_may_come_from_a_training_kernels_output(own: World) -> None:
-    output = own.home.root / "build/kernels/melfold-train-far-s1/output/runs"
-    shutil.copytree(open_run(own.home, "tiny").folder, output / "tiny")
+    """Its output is not here: the rehearsal takes those of the run itself."""
     built = own.build(source="tester/melfold-train-far-s1")
     assert not built.dataset.exists()
     metadata = json.loads((built.kernel / "kernel-metadata.json").read_text())
     assert (metadata["dataset_sources"], metadata["kernel_sources"]) == ([], ["tester/melfold-train-far-s1"])
-    report = rehearse(built, own.competition, own.home)
+    report = rehearse(built, own.competition, own.home, isolation="prefix")
     assert report.failures == [], report.log
     assert report.equality == "the same bytes as at home"
 
@@ -324,61 +449,6 @@ def test_weights_that_are_damaged_on_the_way_are_refused(own: World) -> None:
     restamp(built)
     report = rehearse(built, own.competition, own.home)
     assert "missing or damaged" in report.failures[0]
-
-
-def build_training(world: World, *sets: str, session: int = 1, folds: list[int | str]) -> Built:
-    recipe = load_recipe("demo", [*SETS, *sets])
-    table, _ = stages.folds(world.competition, world.home, recipe)
-    return build_train(world.home, recipe, "far", table, world.competition, CPU, folds=folds, session=session)
-
-
-def test_a_training_kernel_brings_its_run_home(own: World) -> None:
-    built = build_training(own, "seed=3", folds=[0, 1])
-    report = rehearse(built, own.competition, own.home, minutes=10, keep=built.folder / "output")
-    assert report.failures == [], report.log
-    assert set(record(built.folder / "output")["folds"].values()) == {"done"}
-    assert "OOF lwlrap" in report.log
-    fetch_run(built, built.folder / "output", own.home)
-    assert open_run(own.home, "far").done_folds() == ["0", "1"]
-
-
-def steps_in(checkpoint: Path) -> int:
-    """The step a checkpoint was saved at; its content follows a hash of 32 bytes."""
-    return torch.load(BytesIO(checkpoint.read_bytes()[32:]), weights_only=True)["step"]
-
-
-@pytest.mark.soak
-def test_training_stops_in_time_and_continues_in_a_second_session(own: World) -> None:
-    """Each session gets more time until it has trained at all; the second must continue where the first one stopped."""
-    steps = [0]
-    for session in (1, 2):
-        built = build_training(own, "train.epochs=5000", session=session, folds=[0])
-        checkpoint = built.folder / "output/runs/far/fold0/checkpoint.pt"
-        for minutes in (0.3, 0.6, 1.2, 2.4):
-            report = rehearse(built, own.competition, own.home, minutes=minutes, keep=built.folder / "output")
-            step = steps_in(checkpoint) if checkpoint.exists() else 0
-            if step > steps[-1]:
-                break
-        assert report.failures == [], report.log
-        assert record(built.folder / "output")["folds"] == {"0": "saved, not finished"}, report.log
-        steps.append(step)
-    assert f"continuing at step {steps[1]} of" in report.log
-    assert 0 < steps[1] < steps[2]
-
-
-def test_a_training_kernel_takes_weights_of_the_hub_from_the_home(own: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    recipe = load_recipe("demo", [*SETS, "model.weights=hub"])
-    table, _ = stages.folds(own.competition, own.home, recipe)
-    with pytest.raises(MelfoldError, match="melfold weights fetch"):
-        build_train(own.home, recipe, "hub", table, own.competition, CPU, folds=[0])
-    file = hub_file(recipe.model)
-    save_weights(file.path(own.home), {"stem.0.bias": torch.ones(1)})
-    Artefact.of(file.path(own.home)).commit({"source": str(file)}, licence="mit")
-    built = build_train(own.home, recipe, "hub", table, own.competition, CPU, folds=[0])
-    name = str(file).replace("/", "--")
-    assert (built.dataset / name).read_bytes() == file.path(own.home).read_bytes()
-    assert f"file:{name}" in (built.kernel / "kernel.py").read_text()
 
 
 def test_no_such_submission(own: World) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from melfold.metrics import lwlrap, per_label_lwlrap
 from melfold.report.diagnosis import (
-    by_group,
+    by_kind,
     by_label,
     calibration,
     confusions,
@@ -23,6 +23,7 @@ from melfold.report.diagnosis import (
 LABELS = ["Bark", "Meow", "Rain"]
 FNAMES = pd.Index(["a.wav", "b.wav", "c.wav", "d.wav"], name="fname")
 TARGETS = pd.DataFrame([[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 0, 1]], FNAMES, LABELS, dtype=np.float32)
+ALONE = pd.Series(FNAMES, FNAMES)
 PROBS = pd.DataFrame([[0.2, 0.7, 0.1], [0.9, 0.4, 0.6], [0.1, 0.8, 0.8], [0.3, 0.2, 0.9]], FNAMES, LABELS, dtype=np.float32)
 
 
@@ -40,7 +41,7 @@ def test_true_pairs_are_what_lwlrap_is_the_mean_of() -> None:
 
 
 def test_labels_have_an_interval_and_the_scores_of_the_metric() -> None:
-    table = by_label(true_pairs(TARGETS, PROBS), [*LABELS, "Absent"])
+    table = by_label(true_pairs(TARGETS, PROBS), [*LABELS, "Absent"], ALONE)
     expected = per_label_lwlrap(TARGETS, PROBS)
     assert table.loc[LABELS, "lwlrap"].tolist() == pytest.approx(expected["lwlrap"].tolist())
     assert table.loc[LABELS, "clips"].tolist() == expected["clips"].tolist()
@@ -78,7 +79,7 @@ def test_clips_are_grouped_by_length_labels_and_flags() -> None:
     assert count_groups(TARGETS)["b.wav"] == "two labels"
     flags = flag_groups(pd.Series(["", "short|clipped", "", "silent"], FNAMES))
     assert flags["b.wav"] == "short, clipped"
-    table = by_group(TARGETS, PROBS, flags)
+    table = by_kind(TARGETS, PROBS, flags, ALONE)
     assert list(table.index) == ["no flag", "short, clipped", "silent"]
     assert table["clips"].tolist() == [2, 1, 1]
     assert table.at["no flag", "lwlrap"] == pytest.approx(lwlrap(TARGETS.loc[["a.wav", "c.wav"]], PROBS))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from melfold.cli.options import (
+    DEFAULT_RECIPE,
     DataArg,
     EngineOpt,
     HomeOpt,
@@ -22,25 +23,34 @@ from melfold.cli.output import bar, command, print_table, rows_of
 from melfold.files import Home
 from melfold.kaggle.client import COMPETITION
 
+if TYPE_CHECKING:
+    from melfold.config import Recipe
+    from melfold.data.competition import Competition
+
 app = typer.Typer()
 
 
 @command(app, "download", "melfold download", continues=True)
 def download(
     to: Annotated[Path | None, typer.Option("--to", help="The folder (default: data/<competition>).")] = None,
+    tables: Annotated[bool, typer.Option("--tables", help="Only the three small tables: enough for `kaggle train`.")] = False,
     competition: Annotated[str, typer.Option("--competition", help="The competition's name in its address.")] = COMPETITION,
     home: HomeOpt = None,
 ) -> None:
     """Download the competition's files, check and unpack them."""
     from melfold.kaggle.client import Kaggle
     from melfold.kaggle.download import download as fetch
+    from melfold.kaggle.download import download_tables
 
     target = (to or Home.find(home).data / competition).resolve()
+    if tables:
+        typer.echo(f"{download_tables(Kaggle(competition), target)}\nNext: melfold kaggle train")
+        return
     typer.echo(f"{fetch(Kaggle(competition), target, progress=bar())}\nNext: melfold check {target}")
 
 
 @command(app, "check", "melfold check data/fat2019")
-def check(data: DataArg, recipe: RecipeOpt = "open", home: HomeOpt = None, set_: SetOpt = None) -> None:
+def check(data: DataArg, recipe: RecipeOpt = DEFAULT_RECIPE, home: HomeOpt = None, set_: SetOpt = None) -> None:
     """Is this download complete? Reads the tables and the header of every file."""
     from melfold.data.check import check as check_download
 
@@ -49,7 +59,7 @@ def check(data: DataArg, recipe: RecipeOpt = "open", home: HomeOpt = None, set_:
     print_table(rows_of(found.splits, "split"), left=["audio"], digits=2)
     for line in found.notes:
         typer.echo(f"note: {line}")
-    typer.echo("This download is complete.")
+    typer.echo("This download is complete." if found.complete else "This download can be used, but test clips are missing.")
 
 
 @command(app, "show", "melfold show data/fat2019 0006ae4e.wav -o clips.png")
@@ -60,7 +70,7 @@ def show(
     run: Annotated[
         str | None, typer.Option("--run", help="Draw the predictions of this run or RUN@NAME, with its recipe.")
     ] = None,
-    recipe: RecipeOpt = "open",
+    recipe: RecipeOpt = DEFAULT_RECIPE,
     home: HomeOpt = None,
     set_: SetOpt = None,
 ) -> None:
@@ -79,10 +89,10 @@ def show(
     typer.echo(output)
 
 
-@command(app, "cache", "melfold cache data/fat2019 --recipe open", continues=True)
+@command(app, "cache", "melfold cache data/fat2019 --recipe audioset", continues=True)
 def cache(
     data: DataArg,
-    recipe: RecipeOpt = "open",
+    recipe: RecipeOpt = DEFAULT_RECIPE,
     verify: Annotated[bool, typer.Option("--verify", help="Also read every log-mel, and make damaged ones again.")] = False,
     jobs: JobsOpt = -1,
     engine: EngineOpt = "joblib",
@@ -97,7 +107,7 @@ def cache(
     place, compute = Home.find(home), resolve_compute(jobs=jobs, engine=engine, scheduler=scheduler)
     resolved = resolve_recipe(recipe, set_, place)
     with compute.connected(place.root):
-        typer.echo(stages.cache(load_competition(data.resolve()), place, resolved, compute, verify=verify))
+        typer.echo(stages.cache(load_competition(data.resolve(), resolved.data.exclude), place, resolved, compute, verify=verify))
 
 
 @command(app, "folds", "melfold folds data/fat2019 --n-folds 5 --seed 42")
@@ -105,21 +115,70 @@ def folds(
     data: DataArg,
     n_folds: Annotated[int | None, typer.Option("--n-folds", min=2, help="Number of folds (default: the recipe's).")] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the table (default: the recipe's).")] = None,
-    group_identical: Annotated[
-        bool,
-        typer.Option("--group-identical", help="Keep clips with identical audio in the same fold, in a table of its own."),
+    groups: Annotated[
+        str | None,
+        typer.Option("--groups", help="Clips that share a fold: auto, identical, none or a table (default: the recipe's)."),
+    ] = None,
+    suggest_groups: Annotated[
+        bool, typer.Option("--suggest-groups", help="Instead of a table, propose near-duplicates by audio, to listen to.")
     ] = False,
-    recipe: RecipeOpt = "open",
+    recipe: RecipeOpt = DEFAULT_RECIPE,
     home: HomeOpt = None,
     set_: SetOpt = None,
 ) -> None:
-    """Write the fold table, stratified by the labels: the same for everyone."""
+    """Write the fold table, even in every label, with groups of clips kept together: the same for everyone."""
     from melfold import stages
     from melfold.data.competition import load_competition
 
-    asked = {"n_folds": n_folds, "seed": seed, "group_identical": "true" if group_identical else None}
+    asked = {"n_folds": n_folds, "seed": seed, "groups": groups}
     changes = [f"folds.{key}={value}" for key, value in asked.items() if value is not None]
     place = Home.find(home)
     resolved = resolve_recipe(recipe, [*(set_ or []), *changes], place)
-    path, deviation = stages.folds(load_competition(data), place, resolved)
-    typer.echo(f"{path}\nIn no fold is a label more than {deviation} clips away from an even split.")
+    competition = load_competition(data, resolved.data.exclude)
+    if suggest_groups:
+        _suggest_groups(competition, place, resolved)
+        return
+    path, balance = stages.folds(competition, place, resolved)
+    typer.echo(f"{path}\n{balance}")
+
+
+def _suggest_groups(competition: Competition, home: Home, recipe: Recipe) -> None:
+    from melfold.data.cache import build_cache, read_manifest, stop_workers, unreadable
+    from melfold.data.duplicates import suggest_groups
+    from melfold.data.groups import write_groups
+
+    folder = build_cache(competition, recipe.logmel, home, splits=["curated"], compute=resolve_compute())
+    stop_workers()
+    readable = competition.curated.index.difference(unreadable(read_manifest(folder)))
+    found, pairs = suggest_groups(competition.curated.loc[readable, "labels"], folder, bar())
+    print_table(rows_of(pairs.set_index("one").head(50), "one"), left=["other"], digits=2)
+    typer.echo(f"{len(pairs)} pairs, {len(found)} clips in {found.nunique()} groups. Some are false alarms: listen to them.")
+    if len(found):
+        path = home.folds / f"{competition.name}_suggested_groups.csv"
+        write_groups(path, found)
+        typer.echo(f"{path}\nDelete rows you do not believe, then use it with --groups {path}")
+
+
+@command(app, "groups", "melfold groups FSDKaggle2019.meta/train_curated_post_competition.csv")
+def groups(
+    table: Annotated[Path, typer.Argument(metavar="TABLE", help="fname,labels,freesound_id, as published with FSDKaggle2019.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write them as fname,group.")] = None,
+    home: HomeOpt = None,
+) -> None:
+    """Group clips of one series of uploads by their Freesound ids; and count, for each fold table, the clips whose twin is in
+    the training set of the model that scores them."""
+    from melfold.data import groups as grouping
+
+    clips = grouping.read_ids(table)
+    pairs = grouping.twin_pairs(clips)
+    found = grouping.join_pairs(list(clips.index), pairs)
+    sizes = found.value_counts()
+    typer.echo(f"{len(clips)} clips in {len(sizes)} groups, {(sizes > 1).sum()} of several clips, the largest of {sizes.max()}.")
+    rows = []
+    for path, folds in grouping.tables_of(Home.find(home).folds, clips.index):
+        outside = grouping.clips_with_twin_outside(pairs, folds.to_numpy())
+        rows.append({"fold table": path.name, "clips with a twin in training": outside, "share %": 100 * outside / len(clips)})
+    print_table(rows, digits=1)
+    if output:
+        grouping.write_groups(output, found)
+        typer.echo(output)

@@ -24,7 +24,7 @@ app.add_typer(ensemble_app, name="ensemble")
 app.add_typer(relabel_app, name="relabel")
 
 
-@command(app, "oof", "melfold oof open")
+@command(app, "oof", "melfold oof audioset")
 def oof(run: PredictionArg, json: JsonOpt = False, home: HomeOpt = None) -> None:
     """Score the held-out predictions of a run: pooled, by fold and by label."""
     from melfold.combine import oof as scoring
@@ -52,7 +52,7 @@ def print_oof(scores: OofScores) -> None:
     typer.echo(f"constant          {score(scores.constant_lwlrap)}")
 
 
-@command(app, "compare", "melfold compare open open-seed1 small")
+@command(app, "compare", "melfold compare audioset audioset-seed1 small")
 def compare(
     runs: Annotated[
         list[str], typer.Argument(metavar="RUN...", help="Runs or RUN@NAME; the others are compared with the first one.")
@@ -98,16 +98,20 @@ def _without_unfinished(predictions: Sequence[Prediction]) -> Sequence[Predictio
     return finished
 
 
-@command(ensemble_app, "suggest", "melfold ensemble suggest open small")
+@command(ensemble_app, "suggest", "melfold ensemble suggest audioset small")
 def ensemble_suggest(
     runs: Annotated[
         list[str] | None,
         typer.Argument(metavar="[RUN...]", help="Runs or RUN@NAME (default: all finished runs with the same folds)."),
     ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option("--budget", metavar="MINUTES", min=0, help="Only what predicts the competition's test clips in this time."),
+    ] = None,
     json: JsonOpt = False,
     home: HomeOpt = None,
 ) -> None:
-    """Rank ways to combine runs by honest OOF scores: fitted weights are scored on folds they were not fitted on."""
+    """Rank ways to combine runs by honest OOF scores: what a search chose is scored on folds it did not see."""
     from melfold.combine.ensemble import predictions_alike, suggest
     from melfold.errors import MelfoldError
     from melfold.learn.predictions import open_predictions
@@ -118,12 +122,15 @@ def ensemble_suggest(
         found = f"{len(opened)} in {place.runs}" if not runs else ", ".join(runs)
         what = "an ensemble needs at least two finished runs with the same folds"
         raise MelfoldError(what, found, "Train another recipe or seed")
-    suggestions = suggest(opened)
+    suggestions = suggest(opened, None if budget is None else 60 * budget)
     if json:
         print_json([_as_json(item) for item in suggestions])
         return
     print_table([{"": number, **_as_row(item)} for number, item in enumerate(suggestions, 1)], left=["runs", "mean"])
     _print_next(suggestions[0], opened)
+    typer.echo(
+        "fitted: a search's score on the clips it chose by. seconds: to predict the real test clips, from recorded speeds."
+    )
     typer.echo("The best of many is a little lucky: if the interval of its gain includes 0, nothing is decided.")
 
 
@@ -141,6 +148,7 @@ def _as_row(item: Suggestion) -> dict[str, Any]:
         "low": item.low,
         "high": item.high,
         "fitted": item.fitted,
+        "seconds": None if item.seconds is None else round(item.seconds),
         "gain over best run": item.gain.value,
         "gain_low": item.gain.low,
         "gain_high": item.gain.high,
@@ -160,7 +168,7 @@ def _print_next(best: Suggestion, opened: Sequence[Prediction]) -> None:
     typer.echo(f"Next: melfold submission build {' '.join(best.runs)}{how}")
 
 
-@command(relabel_app, "suggest", "melfold relabel suggest open -o corrections.csv")
+@command(relabel_app, "suggest", "melfold relabel suggest audioset -o corrections.csv")
 def relabel_suggest(
     run: PredictionArg,
     output: Annotated[

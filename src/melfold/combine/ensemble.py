@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from melfold.artefacts import Artefact, listed
-from melfold.combine.oof import Together, read_together
+from melfold.artefacts import Artefact
+from melfold.combine.oof import read_together
+from melfold.combine.search import choose, nested_probs
 from melfold.errors import MelfoldError
+from melfold.facts import facts_of
 from melfold.files import Home
 from melfold.learn.predictions import Prediction, list_predictions
 from melfold.learn.runs import list_runs
 from melfold.metrics import Difference, difference_of, interval_of, lwlrap, per_label_lwlrap
-from melfold.probs import MEANS, Probs, align, mean_probs, read_probs, to_mean
+from melfold.probs import MEANS, Probs, mean_probs
+
+log = logging.getLogger(__name__)
 
 
 def fold_mean(prediction: Prediction, folds: Sequence[str]) -> Probs:
@@ -26,64 +31,21 @@ def fold_mean(prediction: Prediction, folds: Sequence[str]) -> Probs:
     Raises:
         MelfoldError: one is missing, was changed, or was made with other weights or settings.
     """
-    tables = []
-    for fold in folds:
-        path = prediction.fold_test(fold)
-        if changes := Artefact.of(path).changes(prediction.inputs(fold)):
-            fix = f"Run `melfold predict {prediction.label} --data DATA`"
-            raise MelfoldError(f"{prediction.label} has no current test predictions", f"{path}: {listed(changes)}", fix)
-        tables.append(read_probs(path))
+    tables = [prediction.read_fold_test(fold) for fold in folds]
     return mean_probs(tables, prediction.config.fold_mean)
-
-
-def greedy_weights(targets: pd.DataFrame, tables: Sequence[Probs], kind: str, rounds: int = 20) -> np.ndarray:
-    """Weights by greedy selection with replacement: each round adds the table that helps lwlrap most, ties to the first.
-
-    Caruana et al., "Ensemble Selection from Libraries of Models" (2004); the best of all rounds is kept.
-
-    Returns:
-        One weight a table, summing to 1.
-    """
-    values = np.stack([align(t, targets.index, list(targets.columns), "predictions").to_numpy(np.float64) for t in tables])
-
-    # Every kind of mean is linear in something, and what brings it back to 0..1 keeps the order, which is all lwlrap sees.
-    linear = to_mean(values, kind)
-
-    def score(counts: np.ndarray) -> float:
-        mean = np.tensordot(counts / counts.sum(), linear, 1)
-        return lwlrap(targets, pd.DataFrame(mean, targets.index, targets.columns))
-
-    counts = np.zeros(len(tables))
-    best, chosen = -1.0, counts
-    for _ in range(rounds):
-        steps = counts + np.eye(len(tables))
-        scores = [score(step) for step in steps]
-        counts = steps[int(np.argmax(scores))]
-        if max(scores) > best + 1e-12:
-            best, chosen = max(scores), counts
-    return chosen / chosen.sum()
-
-
-def nested_probs(together: Together, kind: str) -> Probs:
-    """Every clip by weights that were fitted on the other folds' clips: its score is not the fitted one."""
-    parts = []
-    tables = list(together.tables.values())
-    for fold in sorted(together.folds.unique()):
-        inside = together.folds.index[together.folds == fold]
-        others = together.folds.index[together.folds != fold]
-        weights = greedy_weights(together.targets.loc[others], tables, kind)
-        parts.append(mean_probs([t.loc[inside] for t in tables], kind, list(weights)))
-    return pd.concat(parts).loc[together.targets.index]
-
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A way to combine runs. `oof_lwlrap` is honest: with fitted weights it is the nested score, beside the `fitted` one.
+    """A way to combine runs.
 
-    `gain`: over the best single run.
+    Args:
+        weights: equal where not given.
+        oof_lwlrap: honest: where runs, mean and weights were chosen by a search, each clip is scored by what was chosen without
+            its fold. `low` to `high` is its interval.
+        fitted: the score of the choice on the clips that it was chosen on; only of a search.
+        gain: over the best single run.
+        seconds: to predict the competition's test clips on the device whose speed was recorded; None if it was not.
     """
 
     runs: list[str]
@@ -95,41 +57,76 @@ class Suggestion:
     fitted: float | None
     gain: Difference
     clips: int
+    seconds: float | None
 
 
-def suggest(predictions: Sequence[Prediction]) -> list[Suggestion]:
-    """Single runs, all of them with equal weights, and all with fitted ones, by every kind of mean; the best OOF score first.
+def suggest(predictions: Sequence[Prediction], budget: float | None = None) -> list[Suggestion]:
+    """Single runs, all runs by every kind of mean, and the best pair and set of a search; the best OOF score first.
+
+    Args:
+        budget: leave out what takes more seconds.
 
     Raises:
-        MelfoldError: as `read_together`, or one run alone.
+        MelfoldError: as `read_together`; one run alone; a budget without recorded speeds, or one that no run fits.
     """
     if len(predictions) < 2:
         found = ", ".join(p.label for p in predictions) or "no run with every fold trained"
         raise MelfoldError("an ensemble needs at least two runs", found, "Train another recipe or seed")
     together = read_together(predictions)
-    targets, tables = together.targets, list(together.tables.values())
-    singles = {name: lwlrap(targets, table) for name, table in together.tables.items()}
-    best = together.tables[max(singles, key=lambda name: singles[name])]
+    seconds: dict[str, Any] = {prediction.label: inference_seconds(prediction) for prediction in predictions}
+    _check_budget(seconds, budget)
+    targets, tables = together.targets, together.tables
+    singles = {name: lwlrap(targets, table) for name, table in tables.items()}
+    best = tables[max(singles, key=lambda name: singles[name])]
     suggestions: list[Suggestion] = []
 
-    def add(names: Sequence[str], kind: str, weights: np.ndarray | None, probs: Probs, fitted: float | None) -> None:
-        interval = interval_of(targets, probs)
-        gain = difference_of(targets, probs, best)
-        given = None if weights is None else [round(float(w), 4) for w in weights]
-        if given:  # a run without weight only costs time, and may change the track
-            names, given = [n for n, w in zip(names, given, strict=True) if w], [w for w in given if w]
+    def add(runs: Sequence[str], mean: str, probs: Probs, weights: Sequence[float] | None = None, fitted: Any = None) -> None:
+        known = [seconds[run] for run in runs]
+        cost = None if None in known else sum(known)
+        if budget is not None and cost is not None and cost > budget:
+            return
+        interval, gain = interval_of(targets, probs, together.groups), difference_of(targets, probs, best, together.groups)
+        given = None if weights is None or len(set(weights)) == 1 else [round(w, 4) for w in weights]
         score = lwlrap(targets, probs)
-        suggestions.append(Suggestion(list(names), kind, given, score, interval.low, interval.high, fitted, gain, len(targets)))
+        found = Suggestion(list(runs), mean, given, score, interval.low, interval.high, fitted, gain, len(targets), cost)
+        suggestions.append(found)
 
-    for name, table in together.tables.items():
-        add([name], "-", None, table, None)
+    for name, table in tables.items():
+        add([name], "-", table)
     for kind in MEANS:
-        add(list(together.tables), kind, None, mean_probs(tables, kind), None)
-        weights = greedy_weights(targets, tables, kind)
-        fitted = lwlrap(targets, mean_probs(tables, kind, list(weights)))
-        if len(together.folds.unique()) > 1:
-            add(list(together.tables), kind, weights, nested_probs(together, kind), fitted)
+        add(list(tables), kind, mean_probs(list(tables.values()), kind))
+    costs = None if budget is None else list(seconds.values())
+    for most in (2, None) if len(together.folds.unique()) > 1 else ():
+        search = partial(choose, most=most, costs=costs, budget=np.inf if budget is None else budget)
+        choice = search(targets, tables)
+        add(choice.runs, choice.kind, nested_probs(together, search), choice.weights, choice.fitted)
     return sorted(suggestions, key=lambda s: -s.oof_lwlrap)
+
+
+def _check_budget(seconds: Mapping[str, Any], budget: float | None) -> None:
+    if budget is None:
+        return
+    if unknown := [name for name, cost in seconds.items() if cost is None]:
+        fix = f"`melfold predict {unknown[0]} --data DATA` records it, or leave the run out"
+        raise MelfoldError("the speed of a run was not recorded", ", ".join(unknown), fix)
+    if min(seconds.values()) > budget:
+        fastest = min(seconds, key=lambda name: seconds[name])
+        raise MelfoldError("no run fits the budget", f"{fastest} takes {seconds[fastest] / 60:.1f} minutes", "Give more minutes")
+
+
+def inference_seconds(prediction: Prediction) -> float | None:
+    """Seconds that all folds of a prediction take for the competition's test clips, from the recorded speed of each fold.
+
+    None if it was not recorded.
+    """
+    facts, total = facts_of(prediction.run.info.labels), 0.0
+    for fold in prediction.run.used_folds():
+        stamps = (Artefact.of(path) for path in (prediction.fold_test(fold), prediction.fold_oof(fold)))
+        speeds = [stamp.read().get("speed") for stamp in stamps if stamp.exists]
+        if not any(speeds):
+            return None
+        total += facts.test_clips[-1] * facts.mean_test_seconds / next(filter(None, speeds))
+    return total
 
 
 @dataclass(frozen=True)
@@ -161,11 +158,11 @@ def compare(predictions: Sequence[Prediction], *, common: bool = False) -> Compa
     rows, labels = {}, {}
     for prediction in predictions:
         table = tables[prediction.label]
-        interval = interval_of(targets, table)
+        interval = interval_of(targets, table, together.groups)
         row: dict[str, Any] = {"track": prediction.run.info.track, "seed": str(prediction.run.recipe.seed)}
         row |= {"oof_lwlrap": lwlrap(targets, table), "low": interval.low, "high": interval.high}
         if prediction is not predictions[0]:
-            d = difference_of(targets, table, first)
+            d = difference_of(targets, table, first, together.groups)
             row |= {"difference": d.value, "d_low": d.low, "d_high": d.high, "better": d.better}
         rows[prediction.label] = row
         per_label = per_label_lwlrap(targets, table)

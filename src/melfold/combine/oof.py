@@ -50,7 +50,7 @@ def score(prediction: Prediction) -> OofScores:
         held_out = run.targets(run.held_out(fold))
         fold_scores[fold] = lwlrap(held_out, pooled.loc[held_out.index])
     covered = run.targets(pooled.index)
-    interval = interval_of(covered, pooled)
+    interval = interval_of(covered, pooled, run.clips["group"])
     scores = OofScores(
         oof_lwlrap=lwlrap(covered, pooled),
         low=interval.low,
@@ -90,11 +90,13 @@ def prior_of(prediction: Prediction) -> pd.Series:
 class Together:
     """The out-of-fold predictions of several runs for the same held-out clips.
 
-    `tables`: a prediction's label -> its probabilities. `folds`: each clip's fold. Rows are in one order everywhere.
+    `tables`: a prediction's label -> its probabilities. `folds`, `groups`: each clip's fold and group. Rows are in one order
+    everywhere.
     """
 
     targets: pd.DataFrame
     folds: pd.Series
+    groups: pd.Series
     tables: dict[str, Probs]
 
 
@@ -125,4 +127,5 @@ def read_together(predictions: Sequence[Prediction], *, common: bool = False) ->
         raise MelfoldError("these runs have no trained fold in common", ", ".join(labels), "Train the same folds")
     targets = first.run.targets(clips)
     columns = list(targets.columns)
-    return Together(targets, first.run.clips["fold"].loc[clips], {n: align(t, clips, columns, n) for n, t in tables.items()})
+    table = first.run.clips.loc[clips]
+    return Together(targets, table["fold"], table["group"], {n: align(t, clips, columns, n) for n, t in tables.items()})

@@ -26,15 +26,15 @@ def doubtful(targets: pd.DataFrame, oof: Probs) -> pd.DataFrame:
 
     By confident learning (Northcutt et al., 2021), a label at a time: an absent label is *missing* where its probability
     reaches the mean over clips that have it; a present one is *wrong* where its probability is below the mean over clips that
-    lack it.
+    lack it. Where all labels are wrong and none is missing, the label that is nearest to its threshold is taken as missing.
     Each prediction is by the model that never saw the clip.
 
     Args:
         targets: multi-hot `(clips, labels)`.
 
     Returns:
-        `labels` as they are, `suggested`, `missing` and `wrong` (tuples of names), and `doubt`, the largest distance from such a
-        threshold in logits; by `fname`, the most doubtful first.
+        `labels` as they are, `suggested` (never the same, never empty), `missing` and `wrong` (tuples of names), and `doubt`, the
+        largest distance from such a threshold in logits; by `fname`, the most doubtful first.
     """
     probs = align(oof, targets.index, list(targets.columns), "out-of-fold predictions").to_numpy(np.float64)
     truth = targets.to_numpy() > 0
@@ -53,7 +53,9 @@ def doubtful(targets: pd.DataFrame, oof: Probs) -> pd.DataFrame:
     rows = []
     for row, fname in enumerate(targets.index):
         missing, wrong = over[row] >= 0, under[row] > 0
-        if missing.any() or wrong.any():
+        if wrong[truth[row]].all() and not missing.any() and np.isfinite(over[row].max()):
+            missing[over[row].argmax()] = True
+        if missing.any() or (wrong.any() and not wrong[truth[row]].all()):
             rows.append(
                 {
                     "fname": fname,
@@ -77,7 +79,7 @@ def write_corrections(path: Path, doubts: pd.DataFrame, run: str) -> None:
     if path.exists():
         raise MelfoldError("the file exists already", str(path), "It may hold your own work: choose another name")
     rows = [
-        (fname, join_labels(row.suggested or row.labels), f"{run}: {_why(row)}, doubt {row.doubt:.1f}")
+        (fname, join_labels(row.suggested), f"{run}: {_why(row)}, doubt {row.doubt:.1f}")
         for fname, row in zip(doubts.index, doubts.itertuples(), strict=True)
     ]
     table = pd.DataFrame(rows, columns=["fname", "labels", "why"])

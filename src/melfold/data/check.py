@@ -14,17 +14,25 @@ from melfold.compute import Compute
 from melfold.config import Recipe
 from melfold.data.audio import cut_short
 from melfold.data.competition import SPLITS, Competition, load_competition, with_bad_clips
-from melfold.data.folds import find_identical, fold_table_path, read_folds
+from melfold.data.folds import balance_of, fold_table_path, read_folds
+from melfold.data.groups import find_identical
 from melfold.errors import MelfoldError
 from melfold.files import Home
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What `check` found in a good download. `splits`: one row per split. `notes`: what is worth knowing."""
+    """What `check` found in a download that can be used.
+
+    Args:
+        splits: one row per split.
+        notes: what is worth knowing.
+        complete: whether every test clip has a file.
+    """
 
     splits: pd.DataFrame
     notes: list[str]
+    complete: bool
 
 
 def check(root: Path, home: Home, recipe: Recipe, compute: Compute = Compute()) -> Checked:
@@ -37,7 +45,7 @@ def check(root: Path, home: Home, recipe: Recipe, compute: Compute = Compute()) 
     Raises:
         MelfoldError: one line for each problem.
     """
-    competition = load_competition(root)
+    competition = load_competition(root, recipe.data.exclude)
     recipe = with_bad_clips(recipe, competition)
     problems, rows, notes = [], {}, []
     total = sum(len(competition.split(split)) for split in SPLITS)
@@ -49,7 +57,7 @@ def check(root: Path, home: Home, recipe: Recipe, compute: Compute = Compute()) 
             continue
         headers = []
         for fname, path in table["path"].items():
-            header, why = _read_header(path)
+            header, why = _read_header(path) if split != "test" or path.exists() else (None, "")  # as was said
             if header:
                 headers.append(header)
             if why and fname not in recipe.data.exclude:
@@ -62,8 +70,8 @@ def check(root: Path, home: Home, recipe: Recipe, compute: Compute = Compute()) 
     for fname, why in recipe.data.exclude.items():
         if fname in competition.curated.index or fname in competition.noisy.index:
             notes.append(f"{fname} is left out by recipe {recipe.name}: {why}")
-    notes += _identical_notes(competition, home, recipe)
-    return Checked(pd.DataFrame(rows).T, notes)
+    notes += _fold_notes(competition, home, recipe)
+    return Checked(pd.DataFrame(rows).T, notes, all(path.exists() for path in competition.test["path"]))
 
 
 def _read_header(path: Path) -> tuple[Any, str]:
@@ -90,15 +98,18 @@ def _summary(table: pd.DataFrame, headers: Sequence[Any]) -> dict[str, Any]:
     }
 
 
-def _identical_notes(competition: Competition, home: Home, recipe: Recipe) -> list[str]:
+def _fold_notes(competition: Competition, home: Home, recipe: Recipe) -> list[str]:
+    """Labels that no fold table can spread evenly, and clips with identical audio."""
     path = fold_table_path(home, competition.name, recipe.folds)
-    table = read_folds(path, competition)["fold"] if path.exists() else None
+    table = read_folds(path, competition) if path.exists() else None
     notes = []
+    if table is not None and balance_of(competition.targets(), table).too_large:
+        notes.append(f"{path.name}: {balance_of(competition.targets(), table)}")
     for group in find_identical(dict(competition.curated["path"])):
         where = ""
         if table is not None:
-            folds = sorted(set(table.loc[group]))
+            folds = sorted(set(table.loc[group, "fold"]))
             where = f" (fold {', '.join(map(str, folds))}"
-            where += ": `melfold folds --group-identical` keeps them together)" if len(folds) > 1 else ")"
+            where += ": `melfold folds --groups identical` keeps them together)" if len(folds) > 1 else ")"
         notes.append(f"identical audio: {', '.join(group)}{where}")
     return notes

@@ -111,10 +111,15 @@ def tile(log_mel: np.ndarray, length: int, pad: Pad, top_db: float | None) -> np
 
 
 def window_starts(frames: int, length: int, overlap: float, shift: int, pad: Pad) -> list[int]:
-    """Start frames of the evaluation windows, spread evenly over a clip, all moved by `shift` frames."""
+    """Start frames of the evaluation windows, spread evenly over a clip, all moved by `shift` frames.
+
+    Whatever the shift, the windows of a view cover the start and the end of the clip. A clip of just one window's time has one
+    frame more than the window, since frames are centred; it is one window.
+    """
     spare = frames - length
-    if spare <= 0:
+    if spare <= 1:
         return [shift % frames] if pad == "wrap" else [min(max(spare // 2 + shift, spare), 0)]
     hop = max(1, round(length * (1 - overlap)))
     count = -(-spare // hop) + 1
-    return sorted({min(max(round(s) + shift, 0), spare) for s in np.linspace(0, spare, count)})
+    starts = {min(max(round(s) + shift, 0), spare) for s in np.linspace(0, spare, count)}
+    return sorted(starts | {0, spare})

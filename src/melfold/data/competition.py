@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import logging
+import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,9 +19,14 @@ from melfold.config import Recipe
 from melfold.errors import MelfoldError
 from melfold.facts import Facts, facts_of, join_labels, split_labels
 
+log = logging.getLogger(__name__)
+
 Split = Literal["curated", "noisy", "test"]
 SPLITS: tuple[Split, ...] = ("curated", "noisy", "test")
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg")
+
+SHOWN = 5
+"""How many file names a warning lists."""
 
 _KAGGLE = {"curated": "train_curated", "noisy": "train_noisy", "test": "test"}
 
@@ -74,8 +81,14 @@ def with_bad_clips(recipe: Recipe, competition: Competition) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"exclude": exclude})})
 
 
-def load_competition(root: Path) -> Competition:
+def load_competition(root: Path, exclude: Collection[str] = (), *, audio: bool = True) -> Competition:
     """Read and validate a download in Kaggle's or Zenodo's layout.
+
+    A test clip without a file, or a file that is no test clip, is only worth a warning.
+
+    Args:
+        exclude: training clips that need no file.
+        audio: without, no clip needs one.
 
     Raises:
         MelfoldError: one line for each problem in the tables and folders.
@@ -85,15 +98,20 @@ def load_competition(root: Path) -> Competition:
     labels = _read_vocabulary(layout, problems)
     tables: dict[str, pd.DataFrame] = {}
     for split in SPLITS:
-        if split == "noisy" and not layout.tables[split].exists() and not _audio_folder(layout.audio[split]).exists():
+        folder = _audio_folder(layout.audio[split])
+        if split == "noisy" and not layout.tables[split].exists() and not folder.exists():
             tables[split] = _no_clips()
             continue
         rows = _read_rows(layout.tables[split], split != "test", problems)
         if rows is None:
             continue
         _check_rows(rows, layout.tables[split].name, set(labels) if split != "test" else None, problems)
-        paths = _find_audio(rows.index, layout.audio[split], layout.tables[split].name, problems)
-        tables[split] = rows.assign(path=[paths.get(f) for f in rows.index])
+        if audio and not folder.is_dir():
+            problems.append(MelfoldError("audio folder missing", f"{folder} ({len(rows)} clips)", "Unpack it there"))
+        elif audio:
+            need = rows.index.difference([*exclude, *facts_of(labels).bad_clips])
+            _check_audio(split, need, rows.index, folder, layout.tables[split].name, problems)
+        tables[split] = rows.assign(path=[folder / f for f in rows.index])
     _check_across(tables, problems)
     if problems:
         raise MelfoldError.many(problems)
@@ -104,7 +122,7 @@ def load_competition(root: Path) -> Competition:
 def read_test(root: Path) -> Competition:
     """Only the labels and test rows of a download, for a submission that must be made whatever else is missing.
 
-    The training tables are empty. The path of a clip without a file is None.
+    The training tables are empty. A clip need not have a file.
 
     Raises:
         MelfoldError: a sample submission or test table that cannot be used.
@@ -117,8 +135,8 @@ def read_test(root: Path) -> Competition:
         _check_rows(rows, layout.tables["test"].name, None, problems)
     if problems or rows is None:
         raise MelfoldError.many(problems)
-    paths = _find_audio(rows.index, layout.audio["test"], "", [])
-    test = rows.assign(path=pd.Series([paths.get(f) for f in rows.index], index=rows.index, dtype=object))
+    folder = _audio_folder(layout.audio["test"])
+    test = rows.assign(path=[folder / f for f in rows.index])
     test = test if layout.sample else test.sort_index()
     return Competition(_name(root, labels), root, labels, _no_clips(), _no_clips(), test)
 
@@ -179,8 +197,8 @@ def _read_vocabulary(layout: _Layout, problems: list[MelfoldError]) -> tuple[str
         labels = rows[0][1:]
     else:
         labels = [row[-1] for row in rows if row]
-    if not labels:
-        problems.append(MelfoldError(f"{path.name}: no labels"))
+    if len(labels) < 2:
+        problems.append(MelfoldError(f"{path.name}: fewer than two labels", ", ".join(labels) or "none"))
     for label, count in Counter(labels).items():
         if count > 1:
             problems.append(MelfoldError(f"{path.name}: duplicate label", label))
@@ -248,18 +266,31 @@ def _audio_folder(folder: Path) -> Path:
     return nested if nested.is_dir() else folder
 
 
-def _find_audio(fnames: pd.Index, folder: Path, table: str, problems: list[MelfoldError]) -> dict[str, Path]:
-    folder = _audio_folder(folder)
-    if not folder.is_dir():
-        problems.append(MelfoldError("audio folder missing", f"{folder} ({len(fnames)} clips)", "Unpack it there"))
-        return {}
-    present = {p.name: p for p in sorted(folder.iterdir()) if not p.name.startswith(".")}
-    wanted = set(fnames)
-    for fname in sorted(wanted - present.keys()):
-        problems.append(MelfoldError("a row without a file", f"{folder.name}/{fname}", "Download it again"))
-    for fname in sorted(present.keys() - wanted):
+def _check_audio(split: Split, need: pd.Index, fnames: pd.Index, folder: Path, table: str, problems: list[MelfoldError]) -> None:
+    """Compare the rows of a table with the files of a folder.
+
+    Args:
+        need: the clips among `fnames` that must have a file.
+    """
+    with os.scandir(folder) as entries:
+        is_file = {entry.name: entry.is_file() for entry in entries if not entry.name.startswith(".")}  # not so a dangling link
+    missing = sorted(fname for fname in need if not is_file.get(fname))
+    unknown = sorted(is_file.keys() - set(fnames))
+    if split == "test":
+        if missing:
+            log.warning("%d TEST CLIPS HAVE NO FILE and will get the prior: %s", len(missing), _some(missing))
+        if unknown:
+            log.warning("%d files in %s are not in %s and are ignored: %s", len(unknown), folder, table, _some(unknown))
+        return
+    for fname in missing:
+        fix = f"Download it again, or leave it out: --set data.exclude.'{fname}'='why'"
+        problems.append(MelfoldError("a row without a file", f"{folder.name}/{fname}", fix))
+    for fname in unknown:
         problems.append(MelfoldError(f"a file without a row in {table}", f"{folder.name}/{fname}", f"Download {table} again"))
-    return present
+
+
+def _some(fnames: Sequence[str]) -> str:
+    return ", ".join(fnames[:SHOWN]) + (" …" if len(fnames) > SHOWN else "")
 
 
 def _check_across(tables: dict[str, pd.DataFrame], problems: list[MelfoldError]) -> None:

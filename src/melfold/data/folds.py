@@ -6,9 +6,8 @@ own.
 
 from __future__ import annotations
 
-import hashlib
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,52 +17,81 @@ import pandas as pd
 from melfold.artefacts import Artefact, listed
 from melfold.config import FoldsConfig
 from melfold.data.competition import Competition
+from melfold.data.groups import find_groups, groups_path
 from melfold.errors import MelfoldError
 from melfold.files import Home, digest, write_text
 
 
-def fold_table(competition: Competition, home: Home, config: FoldsConfig) -> tuple[Path, int]:
+@dataclass(frozen=True)
+class Balance:
+    """How even a fold table is.
+
+    Args:
+        sizes: clips of the smallest and of the largest fold.
+        deviation: by how many clips, at most, a label's count in a fold is off an even split, rounded up.
+        too_large: labels that cannot be even, and are not part of `deviation`: one group has more clips of them than a fold's
+            share. The clips of that group, and all clips of the label.
+    """
+
+    sizes: tuple[int, int]
+    deviation: int
+    too_large: dict[str, tuple[int, int]]
+
+    def __str__(self) -> str:
+        small, large = self.sizes
+        text = (
+            f"Folds of {small} to {large} clips. In no fold is a label more than {self.deviation} clips away from an even split"
+        )
+        if not self.too_large:
+            return f"{text}."
+        labels = ", ".join(f"{label} {own} of {all}" for label, (own, all) in self.too_large.items())
+        return f"{text}, but for those that have more clips in one group than fit a fold: {labels}."
+
+
+def fold_table(competition: Competition, home: Home, config: FoldsConfig) -> tuple[Path, Balance]:
     """Make a fold table, or check the one that exists.
 
-    Returns:
-        Its path, and by how many clips, at most, a label's count in a fold is off an even split.
-
     Raises:
-        MelfoldError: more folds than clips; or an existing table that `read_folds` refuses or that has another number of folds.
+        MelfoldError: more folds than clips; or an existing table that `read_folds` refuses, or that has another number of folds
+            or other groups.
     """
     path = fold_table_path(home, competition.name, config)
-    targets = competition.targets()
+    targets, labels = competition.targets(), competition.curated["labels"]
     if not path.exists():
-        groups = find_identical(dict(competition.curated["path"])) if config.group_identical else []
-        group_of = {fname: number for number, group in enumerate(groups) for fname in group}
-        folds = make_folds(targets, config.n_folds, config.seed, group_of)
-        write_folds(path, folds, fold_inputs(competition.curated["labels"], config, groups))
+        groups = find_groups(competition, home, config.groups)
+        folds = make_folds(targets, config.n_folds, config.seed, groups)
+        write_folds(path, folds, fold_inputs(labels, config, groups))
+    elif groups_path(competition.name, home, config.groups):
+        groups = find_groups(competition, home, config.groups)
+        _check_stamp(path, fold_inputs(labels, config, groups))
     table = read_folds(path, competition)
     count = table["fold"].nunique()
     if count != config.n_folds:
         found = f"the recipe wants {config.n_folds}"
         raise MelfoldError(f"{path.name} has {count} folds", found, "Rename it, or change the recipe")
-    return path, label_deviation(targets, table)
+    return path, balance_of(targets, table)
 
 
 def fold_table_path(home: Home, competition_name: str, config: FoldsConfig) -> Path:
-    """The file of a fold table. A grouped one has another name."""
-    grouped = "_grouped" if config.group_identical else ""
-    return home.folds / f"{competition_name}_curated_{config.n_folds}fold_seed{config.seed}{grouped}.csv"
+    """The file of a fold table. Its name says by what clips are grouped."""
+    kinds = {"none": "", "auto": "_grouped", "identical": "_identical"}
+    kind = kinds.get(config.groups, f"_grouped_{Path(config.groups).stem}")
+    return home.folds / f"{competition_name}_curated_{config.n_folds}fold{kind}_seed{config.seed}.csv"
 
 
-def fold_inputs(labels: pd.Series, config: FoldsConfig, groups: Sequence[Sequence[str]] = ()) -> dict[str, Any]:
+def fold_inputs(labels: pd.Series, config: FoldsConfig, groups: pd.Series | None = None) -> dict[str, Any]:
     """What a fold table is made from, as its stamp holds it.
 
     Args:
         labels: the tuple of labels of each curated clip.
-        groups: clips that stay together.
+        groups: fname -> group, of clips that stay together.
     """
+    together = [] if groups is None else [sorted(own) for own in groups.groupby(groups).groups.values() if len(own) > 1]
     return {
         "curated_labels": _labels_digest(labels),
         "n_folds": config.n_folds,
         "seed": config.seed,
-        "groups": digest(sorted(map(sorted, groups)))[:16] if groups else "",
+        "groups": digest(sorted(together))[:16] if together else "",
     }
 
 
@@ -71,44 +99,88 @@ def _labels_digest(labels: pd.Series) -> str:
     return digest({fname: sorted(own) for fname, own in labels.items()})[:16]
 
 
-def make_folds(targets: pd.DataFrame, n_folds: int, seed: int, groups: dict[str, int] | None = None) -> pd.DataFrame:
-    """Multilabel-stratified folds; they depend on the labels only.
+def make_folds(targets: pd.DataFrame, n_folds: int, seed: int, groups: pd.Series | None = None) -> pd.DataFrame:
+    """Folds that are even in size and in every label; they depend on the labels and groups only.
 
-    Sechidis et al., "On the Stratification of Multi-Label Data" (2011), as in iterative-stratification.
+    Without groups by Sechidis et al., "On the Stratification of Multi-Label Data" (2011), as in iterative-stratification; with
+    groups by `assign`.
 
     Args:
         targets: multi-hot `(clips, labels)`, in any order: rows are sorted by `fname` first.
-        groups: fname -> number; clips with the same number stay together.
+        groups: fname -> group; clips of the same group stay together. Clips that are not there are alone.
 
     Returns:
-        `fold` (0-based), indexed by `fname`, sorted.
+        `fold` (0-based), indexed by `fname`, sorted; and with groups of several clips `group`, numbered from 0.
 
     Raises:
-        MelfoldError: more folds than clips.
+        MelfoldError: more folds than clips or groups.
     """
     from iterstrat.ml_stratifiers import MultilabelStratifiedKFold
 
     targets = targets.sort_index()
     if n_folds > len(targets):
         raise MelfoldError("more folds than clips", f"{n_folds} folds, {len(targets)} clips")
-    groups = groups or {}
-    key = pd.Series([groups.get(fname, -1 - i) for i, fname in enumerate(targets.index)], index=targets.index)
-    units = targets.groupby(key, sort=False).max()
-    fold_of_unit = pd.Series(-1, index=units.index)
-    splitter = MultilabelStratifiedKFold(n_splits=n_folds, shuffle=True, random_state=seed)
-    for fold, (_, held_out) in enumerate(splitter.split(np.zeros(len(units)), units.to_numpy(int))):
-        fold_of_unit.iloc[held_out] = fold
-    return pd.DataFrame({"fold": fold_of_unit.loc[key.to_numpy()].to_numpy()}, index=targets.index)
+    known = {} if groups is None else groups.to_dict()
+    keys = [f"group {known[fname]}" if fname in known else f"clip {fname}" for fname in targets.index]
+    group = pd.factorize(np.array(keys))[0]
+    folds = pd.DataFrame({"fold": -1}, index=targets.index)
+    if group.max() + 1 == len(targets):
+        splitter = MultilabelStratifiedKFold(n_splits=n_folds, shuffle=True, random_state=seed)
+        for fold, (_, held_out) in enumerate(splitter.split(np.zeros(len(targets)), targets.to_numpy(int))):
+            folds.iloc[held_out, 0] = fold
+        return folds
+    if n_folds > group.max() + 1:
+        raise MelfoldError("more folds than groups", f"{n_folds} folds, {group.max() + 1} groups", "Use fewer folds")
+    counts = targets.assign(clips=1).groupby(group).sum().to_numpy(np.float64)
+    folds["fold"] = assign(counts, n_folds, seed)[group]
+    return folds.assign(group=group)
 
 
-def label_deviation(targets: pd.DataFrame, folds: pd.DataFrame) -> int:
-    """By how many clips, at most, a label's count in a fold is off an even split, rounded up."""
-    counts = targets.groupby(folds["fold"].reindex(targets.index)).sum()
-    return int(np.ceil((counts - targets.sum() / len(counts)).abs().to_numpy().max() - 1e-9))
+def assign(counts: np.ndarray, n_folds: int, seed: int) -> np.ndarray:
+    """A fold for each group, such that the sums in all folds are as even as can be.
+
+    The largest groups come first, each into the fold that needs it most; then single groups move as long as that helps. What
+    is made small is the sum of squared distances from an even split, over folds and columns. All numbers are whole, so every
+    machine finds the same folds.
+
+    Args:
+        counts: `(groups, columns)`, whole numbers; the last column is the number of clips.
+    """
+    n_groups = len(counts)
+    # A fold's sums less its share, times the number of folds: whole numbers.
+    excess = -np.tile(counts.sum(axis=0), (n_folds, 1))
+    shuffled = np.random.default_rng(seed).permutation(n_groups)
+    fold = np.empty(n_groups, int)
+    for group in shuffled[np.argsort(-counts[shuffled, -1], kind="stable")]:
+        fold[group] = np.argmin(excess @ counts[group])
+        excess[fold[group]] += n_folds * counts[group]
+    squares, rows = n_folds * (counts**2).sum(axis=1)[:, None], np.arange(n_groups)
+    while True:
+        need = counts @ excess.T
+        change = need - need[rows, fold][:, None] + squares  # half of what a move to each fold changes
+        change[rows, fold] = 0
+        group, to = np.unravel_index(np.argmin(change), change.shape)
+        if change[group, to] >= 0:
+            return fold
+        excess[fold[group]] -= n_folds * counts[group]
+        excess[to] += n_folds * counts[group]
+        fold[group] = to
+
+
+def balance_of(targets: pd.DataFrame, folds: pd.DataFrame) -> Balance:
+    """How even the labels of clips are over the folds of a table; of `read_folds`, or with the same columns."""
+    folds = folds.reindex(targets.index)
+    counts, n_folds = targets.sum(), folds["fold"].nunique()
+    largest = targets.groupby(folds["group"]).sum().max()
+    fits = largest <= np.ceil(counts / n_folds)
+    off = (targets.groupby(folds["fold"]).sum() - counts / n_folds).abs().max()
+    too_large = {label: (int(largest[label]), int(counts[label])) for label in targets.columns[~fits]}
+    sizes = folds["fold"].value_counts()
+    return Balance((int(sizes.min()), int(sizes.max())), int(np.ceil(off[fits].max() - 1e-9)) if fits.any() else 0, too_large)
 
 
 def write_folds(path: Path, folds: pd.DataFrame, inputs: Mapping[str, Any] | None = None) -> None:
-    """Write `fname,fold`. An existing table with other contents is never overwritten.
+    """Write `fname,fold`, with groups also `group`. An existing table with other contents is never overwritten.
 
     Args:
         inputs: of `fold_inputs`, for the table's stamp; without them it gets none.
@@ -134,14 +206,16 @@ def read_folds(path: Path, competition: Competition) -> pd.DataFrame:
     """Read a fold table and check that it fits the curated clips and its own stamp.
 
     Returns:
-        `fold`, indexed by `fname`, in the order of the file.
+        `fold` and `group` (text; a clip that is alone has its own name), indexed by `fname`, in the order of the file.
 
     Raises:
-        MelfoldError: a missing table, one with other clips, or one that was edited or made from other labels.
+        MelfoldError: a missing table, one with other clips, one that splits a group, or one that was edited or made from other
+            labels.
     """
     try:
-        folds = pd.read_csv(path, dtype={"fname": str, "fold": "int64"}, encoding="utf-8-sig", keep_default_na=False)
-        if list(folds.columns) != ["fname", "fold"]:
+        types = {"fname": str, "fold": "int64", "group": str}
+        folds = pd.read_csv(path, dtype=types, encoding="utf-8-sig", keep_default_na=False)
+        if list(folds.columns) not in (["fname", "fold"], ["fname", "fold", "group"]):
             raise ValueError(f"columns {', '.join(folds.columns)}, not fname,fold")
         folds = folds.set_index("fname")
     except FileNotFoundError:
@@ -154,42 +228,24 @@ def read_folds(path: Path, competition: Competition) -> pd.DataFrame:
     numbers = sorted(set(folds["fold"]))
     if numbers != list(range(len(numbers))) or len(numbers) < 2:
         raise MelfoldError(f"{path.name}: folds must be 0, 1, …", str(numbers))
-    _check_stamp(path, competition)
+    if "group" not in folds:
+        folds["group"] = folds.index
+    split = folds.groupby("group")["fold"].nunique().loc[lambda count: count > 1]
+    if len(split):
+        raise MelfoldError(
+            f"{path.name} splits groups over folds", f"{len(split)}, first {split.index[0]}", "Put each into one fold"
+        )
+    _check_stamp(path, {"curated_labels": _labels_digest(competition.curated["labels"])})
     return folds
 
 
-def _check_stamp(path: Path, competition: Competition) -> None:
+def _check_stamp(path: Path, inputs: Mapping[str, Any]) -> None:
     artefact = Artefact.of(path)
     if not artefact.stamp.exists():
         return
-    if changes := artefact.changes({"curated_labels": _labels_digest(competition.curated["labels"])}):
+    if changes := artefact.changes(inputs):
         raise MelfoldError(
             f"fold table {path.name} is no longer as it was made",
             listed(changes),
             f"Delete it to make it again, or delete {artefact.stamp.name} to keep it as your own",
         )
-
-
-def find_identical(paths: dict[str, Path]) -> list[list[str]]:
-    """Groups of clips whose decoded audio is the same, sample by sample. Unreadable clips are skipped.
-
-    Only clips of the same length are decoded.
-    """
-    import soundfile
-
-    by_length: dict[tuple[int, int], list[str]] = defaultdict(list)
-    for fname, path in paths.items():
-        try:
-            header = soundfile.info(path)
-        except (soundfile.SoundFileError, OSError):
-            continue  # `check` reports it
-        by_length[header.frames, header.samplerate].append(fname)
-    groups: dict[bytes, list[str]] = defaultdict(list)
-    for same in by_length.values():
-        for fname in same if len(same) > 1 else ():
-            try:
-                samples, _ = soundfile.read(paths[fname], dtype="float32")
-            except soundfile.SoundFileError:
-                continue
-            groups[hashlib.sha256(samples.tobytes()).digest()].append(fname)
-    return [sorted(group) for group in groups.values() if len(group) > 1]

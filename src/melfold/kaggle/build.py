@@ -5,32 +5,30 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from melfold.artefacts import listed
 from melfold.combine.oof import prior_of
 from melfold.combine.rebuild import label_of
-from melfold.combine.submission import open_submission
+from melfold.combine.submission import open_submission, submission_artefact
 from melfold.config import Recipe
-from melfold.data.competition import Competition
 from melfold.errors import MelfoldError
+from melfold.facts import facts_of
 from melfold.files import Home, digest, sha256_file, write_json, write_text
 from melfold.kaggle.built import Built, built_for, kernel_id, title_for
 from melfold.kaggle.pack import make_script, read_source
-from melfold.learn.fetch import first_weights, hub_file
 from melfold.learn.predictions import Prediction, open_prediction
-from melfold.learn.provenance import current_commit, licence_of, seen_data
 
 log = logging.getLogger(__name__)
 
-INFER_MINUTES = {"cpu": 240, "gpu": 60}
-"""The competition's limits for an inference kernel."""
+NAME = "[A-Za-z0-9][A-Za-z0-9_-]*"
+"""Of a user, a kernel or a dataset in an address."""
 
-TRAIN_MINUTES = 660
-"""A session may last 12 hours; this leaves an hour."""
+COPY_MINUTES = 15
 
 
 @dataclass(frozen=True)
@@ -41,13 +39,20 @@ class Target:
         owner: the Kaggle user.
         competition: the slug of the competition whose data is mounted.
         gpu: ask for two T4s.
-        minutes: the time limit; None for `INFER_MINUTES` or `TRAIN_MINUTES`.
+        minutes: the time limit; None for the competition's, or for `training.SESSION_MINUTES`.
+
+    Raises:
+        MelfoldError: an owner that cannot be a user name.
     """
 
     owner: str
     competition: str
     gpu: bool = True
     minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(NAME, self.owner):
+            raise MelfoldError("not a Kaggle user name", repr(self.owner), "Use the one in the address of your profile")
 
 
 def build_infer(home: Home, id: str, target: Target, *, source: str = "") -> Built:
@@ -57,8 +62,11 @@ def build_infer(home: Home, id: str, target: Target, *, source: str = "") -> Bui
         source: a training kernel (`owner/slug`) whose output holds the weights; without it, a dataset of them is built.
 
     Raises:
-        MelfoldError: no such submission, a run that has changed since, or a script that would be too large.
+        MelfoldError: no such submission, a run that has changed since, no such form of a source, or a script that would be too
+            large.
     """
+    if source and not re.fullmatch(f"{NAME}/{NAME}", source):
+        raise MelfoldError("not a kernel", repr(source), "Use OWNER/KERNEL, as in its address")
     submission = open_submission(home, id)
     members = [open_prediction(home, label_of(part)) for part in submission["runs"]]
     weights: dict[str, Path] = {}
@@ -70,97 +78,62 @@ def build_infer(home: Home, id: str, target: Target, *, source: str = "") -> Bui
         for folder in () if source else map(run.fold, run.used_folds()):
             folder.verify()
             weights[f"{run.name}-{folder.path.name}.safetensors"] = folder.weights
-    minutes = {"cpu": target.minutes, "gpu": target.minutes} if target.minutes else INFER_MINUTES
+    minutes = target.minutes or facts_of(target.competition).kernel_minutes["gpu" if target.gpu else "cpu"]
     bundle = {
         "id": id,
         "track": submission["track"],
         "labels": members[0].run.info.labels,
         "mean": submission["mean"],
         "runs": [_member(*pair) for pair in zip(members, submission["runs"], strict=True)],
+        "gpu": target.gpu,
         "budget_minutes": minutes,
         "provenance": [
-            _provenance(run.name, run.recipe, run.info.folds_sha256, run.info.track, run.info.commit)
+            provenance(run.name, run.recipe, run.info.folds_sha256, run.info.track, run.info.commit)
             for run in {member.run.name: member.run for member in members}.values()
         ],
     }
-    plan = _Plan(
+    plan = Plan(
         kind="infer",
         name=id,
+        session=0,
         target=target,
         bundle=bundle,
         made_from={"submission": submission["files"]["submission.csv"]},
         weights=weights,
-        source=source,
+        metadata={"kernel_sources": [source] if source else []},
         facts={"id": id, "competition": submission["competition"]},
-        minutes=minutes["gpu" if target.gpu else "cpu"],
-    )
-    return _build(home, plan)
-
-
-def build_train(
-    home: Home,
-    recipe: Recipe,
-    name: str,
-    table: Path,
-    competition: Competition,
-    target: Target,
-    *,
-    folds: list[int | str],
-    session: int = 1,
-) -> Built:
-    """Build a kernel that trains folds and continues from the output of the session before.
-
-    Args:
-        name: the run's name.
-        table: the fold table, which is part of the script.
-        session: 1, or a later one, which continues where the one before stopped.
-
-    Raises:
-        MelfoldError: weights that cannot be downloaded, a recipe with a teacher, or a script that would be too large.
-    """
-    recipe, weights = _first_weights(recipe, home)
-    if recipe.noisy.teacher:
-        raise MelfoldError(
-            "a kernel cannot use a teacher", f"noisy.teacher = {recipe.noisy.teacher}", "Train this recipe where its teacher is"
-        )
-    minutes, table_sha256 = target.minutes or TRAIN_MINUTES, sha256_file(table)
-    bundle = {
-        "name": name,
-        "recipe": recipe.model_dump(mode="json"),
-        "folds_name": table.name,
-        "folds_table": table.read_text(),
-        "folds": [str(fold) for fold in folds],
-        "weights_sha256": sha256_file(*weights.values()) if weights else "",
-        "budget_minutes": minutes,
-        "provenance": [_provenance(name, recipe, table_sha256, recipe.track, current_commit())],
-    }
-    plan = _Plan(
-        kind="train",
-        name=f"{name} s{session}",
-        target=target,
-        bundle=bundle,
-        made_from={"fold_table": table_sha256},
-        weights=weights,
-        source=kernel_id(target.owner, "train", f"{name} s{session - 1}") if session > 1 else "",
-        facts={"id": name, "competition": competition.name},
         minutes=minutes,
     )
-    return _build(home, plan)
+    return build(home, plan)
 
 
-def _first_weights(recipe: Recipe, home: Home) -> tuple[Recipe, dict[str, Path]]:
-    """The recipe with its weights' file name alone, and the file, if it starts from one; weights from the hub become a file."""
-    path = first_weights(recipe.model, home)
-    if path is None:
-        return recipe, {}
-    if path.suffix != ".safetensors":
-        raise MelfoldError("a kernel takes weights as safetensors", path.name, "Convert the file")
-    file, facts = hub_file(recipe.model), {}
-    if file:
-        facts = {"licence": licence_of(recipe, home), "seen": seen_data(recipe)}
-    name = str(file).replace("/", "--") if file else path.name
-    model = recipe.model.model_copy(update={"weights": f"file:{name}", **facts})
-    return recipe.model_copy(update={"model": model}), {name: path}
+def build_copy(home: Home, id: str, target: Target) -> Built:
+    """Build the kernel that copies a finished `submission.csv`, which is mounted as a dataset.
+
+    Raises:
+        MelfoldError: no such submission.
+    """
+    submission = open_submission(home, id)
+    sha256 = submission["files"]["submission.csv"]
+    (path,) = submission_artefact(home, id).files
+    plan = Plan(
+        kind="copy_csv",
+        name=id,
+        session=0,
+        target=replace(target, gpu=False),
+        bundle={
+            "id": id,
+            "submission_sha256": sha256,
+            "budget_minutes": COPY_MINUTES,
+            "provenance": [{"submission": id, "track": submission["track"], "sha256": sha256}],
+        },
+        made_from={"submission": sha256},
+        weights={"submission.csv": path},
+        metadata={},
+        facts={"id": id, "competition": submission["competition"]},
+        minutes=COPY_MINUTES,
+    )
+    return build(home, plan)
 
 
 def _member(prediction: Prediction, part: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +147,8 @@ def _member(prediction: Prediction, part: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _provenance(run: str, recipe: Recipe, folds_sha256: str, track: str, commit: str) -> dict[str, str]:
+def provenance(run: str, recipe: Recipe, folds_sha256: str, track: str, commit: str) -> dict[str, str]:
+    """Where the numbers of a run come from."""
     return {
         "run": run,
         "recipe": recipe.fingerprint(),
@@ -186,30 +160,32 @@ def _provenance(run: str, recipe: Recipe, folds_sha256: str, track: str, commit:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """All that decides a kernel.
 
     Args:
-        kind: `infer` or `train`: its folder in `kernels/`.
-        name: tells it from others of its kind.
+        kind: `infer`, `train` or `copy_csv`: its folder in `kernels/`.
+        name: of the submission or run.
+        session: of a training kernel; else 0.
         bundle: what the script is told to do.
-        weights: file name in the dataset -> file; without any, there is no dataset.
-        source: another kernel, whose output is mounted.
+        weights: file name in the dataset -> file, which may be a submission; without any, there is no dataset.
+        metadata: what is attached, and whether there is a network.
         minutes: the time limit of the session.
     """
 
     kind: str
     name: str
+    session: int
     target: Target
     bundle: dict[str, Any]
     made_from: dict[str, str]
     weights: dict[str, Path]
-    source: str
+    metadata: dict[str, Any]
     facts: dict[str, Any]
     minutes: float
 
 
-def _build(home: Home, plan: _Plan) -> Built:
+def build(home: Home, plan: Plan) -> Built:
     """Build a kernel, unless it exists and was made from the same inputs. A build replaces the one before it as a whole.
 
     Raises:
@@ -218,10 +194,11 @@ def _build(home: Home, plan: _Plan) -> Built:
     script = make_script(plan.kind, plan.bundle)
     sums = {file: sha256_file(path) for file, path in sorted(plan.weights.items())}
     # A dataset is named by its content: one that was uploaded completely is never replaced.
-    dataset = f"{plan.target.owner}/melfold-weights-{digest(sums)[:16]}" if sums else ""
+    content = "submission" if plan.kind == "copy_csv" else "weights"
+    dataset = f"{plan.target.owner}/melfold-{content}-{digest(sums)[:16]}" if sums else ""
     metadata = _metadata(plan, dataset)
     made_from = plan.made_from | script.made_from | {"weights": sums, "metadata": metadata}
-    built = built_for(home, plan.kind, plan.name)
+    built = built_for(home, plan.kind, plan.name, plan.session)
     changes = built.artefact.changes(made_from)
     if not changes:
         return built
@@ -251,22 +228,22 @@ def _build(home: Home, plan: _Plan) -> Built:
     return built
 
 
-def _metadata(plan: _Plan, dataset: str) -> dict[str, Any]:
+def _metadata(plan: Plan, dataset: str) -> dict[str, Any]:
     """`kernel-metadata.json`: the one in `kernels/`, filled in."""
     metadata = json.loads(read_source(plan.kind, "kernel-metadata.json"))
     if not plan.target.gpu:
         metadata.pop("machine_shape", None)
-    return metadata | {
-        "id": kernel_id(plan.target.owner, plan.kind, plan.name),
-        "title": title_for(plan.kind, plan.name),
+    filled = {
+        "id": kernel_id(plan.target.owner, plan.kind, plan.name, plan.session),
+        "title": title_for(plan.kind, plan.name, plan.session),
         "enable_gpu": plan.target.gpu,
-        "dataset_sources": [dataset] if dataset else [],
         "competition_sources": [plan.target.competition],
-        "kernel_sources": [plan.source] if plan.source else [],
     }
+    attached = [*plan.metadata.get("dataset_sources", []), *([dataset] if dataset else [])]
+    return metadata | filled | plan.metadata | {"dataset_sources": attached}
 
 
-def _write_dataset(folder: Path, dataset: str, plan: _Plan, sums: dict[str, str]) -> None:
+def _write_dataset(folder: Path, dataset: str, plan: Plan, sums: dict[str, str]) -> None:
     folder.mkdir()
     for file, path in plan.weights.items():
         try:

@@ -1,4 +1,4 @@
-"""A built kernel: its name at Kaggle, its files, and whether it was rehearsed and pushed."""
+"""A built kernel: its name at Kaggle, its files, and whether it was rehearsed, pushed and fetched."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from melfold.files import Home, digest
 
 
 class Built:
-    """A built kernel: the folders `kernel/` and (if it has weights) `dataset/`, as Kaggle's tool takes them, and three stamps.
+    """A built kernel: the folders `kernel/` and (if it has weights) `dataset/`, as Kaggle's tool takes them, and four stamps.
 
-    `build.json` says what it was made from; `rehearsal.json` and `pushed.json` say which build they are about.
+    `build.json` says what it was made from; `rehearsal.json`, `pushed.json` and `fetched.json` say which build they are about.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.kernel, self.dataset = folder / "kernel", folder / "dataset"
         self.rehearsal_stamp, self.push_stamp = Artefact(folder / "rehearsal.json"), Artefact(folder / "pushed.json")
+        self.fetch_stamp = Artefact(folder / "fetched.json")
 
     @property
     def artefact(self) -> Artefact:
@@ -56,7 +57,7 @@ class Built:
 
     @property
     def inputs(self) -> dict[str, str]:
-        """What `rehearsal.json` and `pushed.json` are made from: this build, named by the hash of all that would be pushed."""
+        """What the other stamps are made from: this build, named by the hash of all that would be pushed."""
         return {"build": digest(self.facts["files"])}
 
     @property
@@ -67,7 +68,17 @@ class Built:
     @property
     def pushed(self) -> dict[str, Any] | None:
         """`kernel` and `version`, if this build was pushed."""
-        return self.push_stamp.read() if self.push_stamp.is_fresh(self.inputs) else None
+        return self.push_stamp.read() if self.asked and self.push_stamp.read()["version"] else None
+
+    @property
+    def asked(self) -> bool:
+        """Whether this build was pushed, or Kaggle was asked to take it without an answer so far."""
+        return self.push_stamp.is_fresh(self.inputs)
+
+    @property
+    def fetched(self) -> bool:
+        """Whether the run of a training kernel was brought home."""
+        return self.fetch_stamp.is_fresh(self.inputs)
 
 
 def slug_of(title: str) -> str:
@@ -75,17 +86,28 @@ def slug_of(title: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
-def title_for(kind: str, name: str) -> str:
-    """A kernel's title, which decides its slug: at most 50 characters; shortened names differ by a hash."""
+def title_for(kind: str, name: str, session: int = 0) -> str:
+    """A kernel's title, which decides its slug: at most 50 characters.
+
+    Names that would be shortened, or that are not their own slug (`x_1` and `x-1` have the same), get a piece of their hash.
+    """
+    more = f"-s{session}" if session else ""
     words = slug_of(f"melfold {kind} {name}")
-    return words.replace("-", " ") if len(words) <= 50 else f"{words[:41].rstrip('-')}-{digest(name)[:8]}".replace("-", " ")
+    if slug_of(name) != name or len(words + more) > 50:
+        words = f"{words[: 41 - len(more)].rstrip('-')}-{digest(name)[:8]}"
+    return (words + more).replace("-", " ")
 
 
-def kernel_id(owner: str, kind: str, name: str) -> str:
+def kernel_id(owner: str, kind: str, name: str, session: int = 0) -> str:
     """`owner/slug`."""
-    return f"{owner}/{slug_of(title_for(kind, name))}"
+    return f"{owner}/{slug_of(title_for(kind, name, session))}"
 
 
-def built_for(home: Home, kind: str, name: str) -> Built:
-    """Where a kernel is built, whether it exists or not. The name of an inference kernel is its submission's."""
-    return Built(home.root / "build" / "kernels" / slug_of(title_for(kind, name)))
+def built_for(home: Home, kind: str, name: str, session: int = 0) -> Built:
+    """Where a kernel is built, whether it exists or not.
+
+    Args:
+        name: of the submission, or of the run.
+        session: of a training kernel.
+    """
+    return Built(home.root / "build" / "kernels" / slug_of(title_for(kind, name, session)))

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import shutil
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 from melfold.compute import Progress, silent
-from melfold.errors import MelfoldError
+from melfold.errors import MelfoldError, first_line
 from melfold.files import atomic_path, locked, remove_leftovers
 from melfold.kaggle.client import Kaggle
 
 log = logging.getLogger(__name__)
+
+TABLES = ("train_curated.csv", "train_noisy.csv", "sample_submission.csv")
 
 _DONE = ".melfold-downloaded"
 
@@ -44,10 +47,28 @@ def download(client: Kaggle, target: Path, *, progress: Progress = silent) -> Pa
         target.mkdir(parents=True, exist_ok=True)
         _unpack(archive, target, progress)
         for inner in sorted(target.glob("*.zip")):
+            if not inner.stem.strip("."):
+                raise MelfoldError("the archive holds a path outside it", inner.name, "Do not unpack it")
             _unpack(inner, target / inner.stem, progress)
             inner.unlink()
         (target / _DONE).touch()
         shutil.rmtree(parts)
+    return target
+
+
+def download_tables(client: Kaggle, target: Path) -> Path:
+    """Download the tables of a competition alone: enough to train on Kaggle. Those that are there stay.
+
+    Returns:
+        The folder.
+
+    Raises:
+        MelfoldError: no credentials, rules not accepted.
+    """
+    for name in TABLES:
+        if not (target / name).exists():
+            with atomic_path(target / name) as temporary:
+                client.download_file(name, temporary)
     return target
 
 
@@ -71,7 +92,9 @@ def _unpack(archive: Path, target: Path, progress: Progress) -> None:
                 with pack.open(member) as source, atomic_path(path, durable=False) as temporary, temporary.open("wb") as out:
                     shutil.copyfileobj(source, out, 1 << 20)  # the last read checks the checksum
                 progress(number + 1, len(todo), f"unpacking {archive.name}")
-    except zipfile.BadZipFile as error:
+    except (RuntimeError, NotImplementedError) as error:  # encrypted, or compressed in a way that Python does not know
+        raise MelfoldError(f"{archive.name} cannot be unpacked", first_line(error), f"Unpack it into {target}") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         archive.unlink()
         raise MelfoldError("a broken download was removed", f"{archive.name}: {error}", "Run the command again") from None
 

@@ -5,25 +5,32 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from melfold.artefacts import listed
+from melfold.artefacts import differences, listed
 from melfold.combine.check import check_submission
+from melfold.compute import Progress, silent
 from melfold.data.competition import Competition
 from melfold.errors import MelfoldError
-from melfold.files import Home, read_json
+from melfold.files import Home, read_json, sha256_file
 from melfold.kaggle.built import Built
-from melfold.kaggle.client import Kaggle, KaggleError, wait_until
-from melfold.learn.runs import FoldFolder
+from melfold.kaggle.client import Kaggle, wait_until
+from melfold.kaggle.command import KaggleError, Upload
+from melfold.kernels.boot import RECORD
+from melfold.learn.runs import FoldFolder, open_run
 
 log = logging.getLogger(__name__)
 
-UPLOADS = 3  # attempts
+UPLOADS = FETCHES = 3  # attempts
 DATASET_MINUTES = 60  # for Kaggle to process a dataset
 QUEUE_MINUTES = 120  # for a kernel to get a machine
+RUNNING = ("QUEUED", "RUNNING", "NEW_SCRIPT", "CANCEL_REQUESTED")
+LOG_LINES = 5  # of a failed kernel's log that are shown
 
 
-def push(client: Kaggle, built: Built, *, unrehearsed: bool = False) -> int:
+def push(client: Kaggle, built: Built, *, unrehearsed: bool = False, progress: Progress = silent) -> int:
     """Upload the weights, once, and push the kernel. Returns: the kernel's version.
 
     Raises:
@@ -33,10 +40,29 @@ def push(client: Kaggle, built: Built, *, unrehearsed: bool = False) -> int:
     if not unrehearsed:
         _check_rehearsed(built)
     if facts["dataset"]:
-        publish_dataset(client, built.dataset, facts["dataset"])
-    version = client.push_kernel(built.kernel, facts["limit_seconds"])
+        publish_dataset(client, built.dataset, facts["dataset"], progress)
+    if facts["gpu"] and (hours := client.gpu_hours()) is not None:
+        log.info("%.1f GPU hours are left this week", hours)
+    built.push_stamp.commit(built.inputs, kernel=facts["kernel"], version=0)  # if no answer comes, it may be running
+    try:
+        version = client.push_kernel(built.kernel, facts["limit_seconds"])
+    except KaggleError as error:
+        if error.outcome == "refused":
+            built.push_stamp.remove()
+        raise
     built.push_stamp.commit(built.inputs, kernel=facts["kernel"], version=version)
     return version
+
+
+def is_there(client: Kaggle, built: Built) -> bool:
+    """Whether Kaggle is running, or has run, a kernel of this name. Its output says whether it is this build."""
+    try:
+        status, _ = client.kernel_status(built.facts["kernel"], 0)
+    except KaggleError as error:
+        if error.outcome == "refused":
+            return False
+        raise
+    return status in RUNNING or status == "COMPLETE"
 
 
 def _check_rehearsed(built: Built) -> None:
@@ -47,8 +73,8 @@ def _check_rehearsed(built: Built) -> None:
         raise MelfoldError("this kernel did not pass its rehearsal", built.rehearsal_stamp.read()["failures"][0], fix)
 
 
-def publish_dataset(client: Kaggle, folder: Path, dataset: str) -> None:
-    """Make sure that Kaggle has a dataset, complete and ready.
+def publish_dataset(client: Kaggle, folder: Path, dataset: str, progress: Progress = silent) -> None:
+    """Make sure that Kaggle has a dataset, complete and ready. An upload that was stopped is continued.
 
     Args:
         folder: its files and `dataset-metadata.json`.
@@ -57,19 +83,22 @@ def publish_dataset(client: Kaggle, folder: Path, dataset: str) -> None:
     Raises:
         MelfoldError: refused, still incomplete after several uploads, or not ready in time.
     """
+    upload = Upload(folder.with_name("uploads"), lambda name, percent: progress(percent, 100, f"uploading {name}"))
     wanted = {p.name: p.stat().st_size for p in folder.iterdir() if p.name != "dataset-metadata.json"}
     for attempt in range(UPLOADS):
         status = client.dataset_status(dataset)
         try:
             if status is None:
                 log.info("uploading %d files (%.0f MB) to %s", len(wanted), sum(wanted.values()) / 1e6, dataset)
-                client.create_dataset(folder)
+                client.create_dataset(folder, upload)
             elif status == "ready":
                 if _is_complete(client, dataset, wanted):
+                    shutil.rmtree(upload.folder, ignore_errors=True)
                     return
                 # One refused file leaves a dataset without it. A new version replaces all files.
                 log.warning("dataset %s is incomplete: uploading it again", dataset)
-                client.version_dataset(folder, "complete")
+                shutil.rmtree(upload.folder, ignore_errors=True)  # what it says may be the reason
+                client.version_dataset(folder, "complete", upload)
             elif status != "pending":
                 raise KaggleError(f"dataset {dataset} is in a bad state", status, "Delete it on kaggle.com, then push again")
         except KaggleError as error:
@@ -109,38 +138,72 @@ def wait_for_kernel(client: Kaggle, built: Built) -> Path:
     facts = built.facts
     if changes := built.push_stamp.changes(built.inputs):
         raise MelfoldError("this kernel was not pushed since it was built", listed(changes), "Run `melfold kernel push`")
-    kernel = facts["kernel"]
-    status, message = _wait_until_ended(client, kernel, facts["limit_seconds"] / 60 + QUEUE_MINUTES)
+    kernel, version = facts["kernel"], built.push_stamp.read()["version"]
+    status, message = _wait_until_ended(client, kernel, version, facts["limit_seconds"] / 60 + QUEUE_MINUTES)
     output = built.folder / "output"
-    shutil.rmtree(output, ignore_errors=True)
-    try:
-        client.kernel_output(kernel, output)
-    except KaggleError:
-        if status == "COMPLETE":
-            raise
     if status != "COMPLETE":
-        tail = " ".join(_log_text(output).split())[-300:]
-        raise MelfoldError(f"kernel {kernel} ended with {status}", message or tail or "no message", f"Its log is in {output}")
-    record = read_json(output / "melfold.json")
+        built.push_stamp.remove()  # so that it can be pushed again
+        shutil.rmtree(output, ignore_errors=True)
+        with suppress(KaggleError):
+            client.kernel_output(kernel, version, output)
+        tail = [line.strip() for line in _log_text(output).splitlines() if line.strip()][-LOG_LINES:]
+        said = "; its log ends: ".join(filter(None, [message, " | ".join(tail)[-600:]])) or "no message"
+        raise MelfoldError(f"kernel {kernel} version {version} ended with {status}", said, f"The whole log is in {output}")
+    _fetch(client, kernel, version, output)
+    record = read_json(output / RECORD)
     if record["build_id"] != facts["build_id"]:
+        built.push_stamp.remove()
         raise MelfoldError(
             f"the output of kernel {kernel} belongs to another build", record["build_id"][:12], "Push again and wait for it"
         )
     return output
 
 
-def _wait_until_ended(client: Kaggle, kernel: str, minutes: float) -> tuple[str, str]:
-    """The status a kernel ended with, and Kaggle's message."""
+def _fetch(client: Kaggle, kernel: str, version: int, output: Path) -> None:
+    """Fetch a kernel's output and log; again, if files were damaged (kaggle 2.2.4 saves an error page as the file)."""
+    for _ in range(FETCHES):
+        shutil.rmtree(output, ignore_errors=True)
+        client.kernel_output(kernel, version, output)
+        damaged = _damaged(output)
+        if not damaged:
+            return
+        log.warning("%d files of the output of %s are missing or damaged", len(damaged), kernel)
+        client.wait(10)
+    raise MelfoldError(f"the output of kernel {kernel} is damaged", f"{damaged[0]}, after {FETCHES} downloads", "Try again later")
+
+
+def _damaged(output: Path) -> list[str]:
+    """The files that are not as the kernel left them, by its own record."""
+    try:
+        files = read_json(output / RECORD)["files"]
+    except (MelfoldError, KeyError, TypeError):
+        return [RECORD]
+    return [name for name, sha256 in files.items() if not (output / name).is_file() or sha256_file(output / name) != sha256]
+
+
+def _wait_until_ended(client: Kaggle, kernel: str, version: int, minutes: float) -> tuple[str, str]:
+    """The status a kernel ended with, and Kaggle's message. Meanwhile its log is shown."""
     seen = [("", "")]
+    followers: list[Any] = []
+
+    def tell_line(line: str) -> None:
+        log.info("%s | %s", kernel.split("/")[1], line)
 
     def ended() -> bool:
-        seen[0] = client.kernel_status(kernel)
-        return seen[0][0] not in ("QUEUED", "RUNNING", "NEW_SCRIPT", "CANCEL_REQUESTED")
+        seen[0] = client.kernel_status(kernel, version)
+        if seen[0][0] == "RUNNING" and not followers:
+            followers.append(client.follow_log(kernel, version, tell_line))
+        return seen[0][0] not in RUNNING
 
     def tell() -> None:
         log.info("waiting for kernel %s: %s", kernel, seen[0][0].lower())
 
-    if not wait_until(client, ended, minutes=minutes, tell=tell):
+    try:
+        in_time = wait_until(client, ended, minutes=minutes, tell=tell)
+    finally:
+        for stop in followers:
+            stop(5 * client.pace)
+    if not in_time:
         raise MelfoldError(f"kernel {kernel} has not ended", f"after {minutes:.0f} minutes", "Look at it on kaggle.com")
     return seen[0]
 
@@ -154,7 +217,7 @@ def _log_text(output: Path) -> str:
 
 
 def fetch_run(built: Built, output: Path, home: Home) -> Path:
-    """Copy a training kernel's run into the home folder. Folds that are done there already stay.
+    """Verify a training kernel's run and copy it into the home folder. Folds that are done there already stay.
 
     Args:
         output: the kernel's output.
@@ -163,27 +226,55 @@ def fetch_run(built: Built, output: Path, home: Home) -> Path:
         The run's folder.
 
     Raises:
-        MelfoldError: no run in the output.
+        MelfoldError: no run in the output, one that was damaged on its way, or another run of this name here.
     """
     name = built.facts["id"]
     source, target = output / "runs" / name, home.runs / name
     if not (source / "run.json").exists():
         raise MelfoldError("the kernel left no run", str(source), "Its log says why")
+    run = open_run(Home(output), name)
+    for fold in run.done_folds():
+        run.fold(fold).verify()
+    if (target / "run.json").exists():
+        ours, theirs = (each.recipe.training() | each.info.made_from() for each in (open_run(home, name), run))
+        if changes := differences(ours, theirs):
+            what, fix = f"run {name} here was trained with different settings", f"Move it away: melfold runs mv {name} NAME"
+            raise MelfoldError(what, listed(changes), f"{fix}; then repeat the command")
     target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir()):
-        own = target / path.name
+    for path in sorted(source.iterdir(), key=lambda path: path.name == "run.json"):  # last: it makes the folder a run
+        own, temporary = target / path.name, target / f".{path.name}.tmp"
         if path.is_dir() and not FoldFolder(own, path.name).done:
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copytree(path, temporary)
             shutil.rmtree(own, ignore_errors=True)
-            shutil.copytree(path, own)
+            temporary.rename(own)
         elif path.is_file() and not own.exists():
-            shutil.copy2(path, own)
+            shutil.copy2(path, temporary)
+            temporary.rename(own)
     return target
 
 
 def check_output(output: Path, competition: Competition) -> None:
-    """Check a kernel's submission against the competition.
+    """Check a kernel's submission against the competition, and that it is more than the prior.
 
     Raises:
-        MelfoldError: with a line for each problem.
+        MelfoldError: a line for each problem of the file; a kernel that predicted nothing, or not all clips in its time.
     """
     check_submission(output / "submission.csv", competition)
+    record = read_json(output / RECORD)
+    if "passes" not in record:  # a copy
+        return
+    passes, clips = record["passes"], record["clips"]
+    done = sum(p["done"] for p in passes)
+    if not done:
+        found = f"0 of {len(passes)} passes are done"
+        raise MelfoldError(
+            "the kernel predicted nothing: its submission holds the prior alone", found, f"See its log in {output}"
+        )
+    if record["late"]:
+        found, fix = f"{record['late']} of {clips} clips keep the prior", "`melfold submit ID --kernel` submits it all the same"
+        raise MelfoldError("the kernel had no time for all log-mels", found, fix)
+    if record["unreadable"]:
+        log.warning("THE KERNEL COULD NOT READ %d of %d clips: they keep the prior", record["unreadable"], clips)
+    if done < len(passes):
+        log.warning("the kernel did %d of %d passes; its log in %s says why", done, len(passes), output)

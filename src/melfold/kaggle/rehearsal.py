@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import logging
+import csv
 import os
 import shutil
 import signal
@@ -18,30 +17,22 @@ from typing import Any, Literal
 
 import numpy as np
 
-from melfold.combine.check import check_submission
-from melfold.data.competition import Competition
-from melfold.errors import MelfoldError
-from melfold.facts import DEFAULT, facts_of
+from melfold.data.competition import Competition, load_competition
+from melfold.facts import facts_of, join_labels
 from melfold.files import Home, read_json, write_json, write_text
 from melfold.kaggle import sandbox
 from melfold.kaggle.built import Built
-from melfold.kernels.boot import NOT_STARTED
-from melfold.probs import read_probs
-
-log = logging.getLogger(__name__)
+from melfold.kaggle.judge import judge_infer, judge_train, record_of
+from melfold.learn.shorten import few_clips
 
 Layout = Literal["nested", "flat"]
 LAYOUTS: tuple[Layout, ...] = ("nested", "flat")
 """How Kaggle mounts inputs: in `competitions/`, `datasets/<owner>/` and `notebooks/<owner>/`, or all side by side."""
 
-REAL_SECONDS = facts_of(DEFAULT).mean_test_seconds
-"""The mean length of a FAT2019 test clip."""
+NOISE_RATE = 44_100
 
-REAL_CLIPS = facts_of(DEFAULT).test_clips
-"""Test clips of the two stages."""
-
-MAX_DIFFERENCE = 1e-5
-"""Between a kernel's probabilities and those predicted at home."""
+TRAIN_MINUTES = 10
+"""A rehearsed training kernel must end within this time."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +44,8 @@ class Rehearsal:
     seconds: float
     peak_mib: float
     equality: str = ""
+    note: str = ""
+    """What the rehearsal cannot tell."""
     predicted_seconds: dict[str, float] = field(default_factory=dict)
     log: str = ""
 
@@ -66,18 +59,17 @@ def rehearse(
     competition: Competition,
     home: Home,
     *,
-    minutes: float = 5,
     isolation: str = "auto",
     keep: Path | None = None,
     python: Path | None = None,
 ) -> Rehearsal:
-    """Run a kernel on a competition's real inputs in a new process and file tree, without a network.
+    """Run a kernel as Kaggle would, in a new process and file tree, without a network.
 
-    The inference kernel runs to its end in the nested mount layout, and up to its first submission in the flat one.
+    An inference kernel gets the real test clips; it runs to its end in the nested mount layout, and up to its first submission in
+    the flat one. A training kernel gets a few clips (made up where there is no audio), and does a few steps of one fold.
 
     Args:
         competition: the download that is mounted, without the truth of its test clips.
-        minutes: how long a training kernel may run before it must save.
         isolation: `namespaces`, `prefix` (a path prefix and an audit hook), or `auto`: namespaces if the system has them.
         keep: a folder for the kernel's output and log; without it, they are deleted.
         python: the interpreter of another environment, such as one with the versions of Kaggle's image.
@@ -90,25 +82,33 @@ def rehearse(
     """
     facts = built.verify()
     training = facts["kind"] == "train"
-    limit = 60 * (minutes if training else max(facts["budget_minutes"].values()))
+    longest = facts_of(facts["competition_slug"]).kernel_minutes["cpu"]
+    limit = 60 * (TRAIN_MINUTES if training else max(facts["budget_minutes"], longest if facts["gpu"] else 0))
+    settings = {"MELFOLD_REHEARSAL": "1", "MELFOLD_CPU_MINUTES": str(longest)}
+    settings |= {} if facts["gpu"] else {"CUDA_VISIBLE_DEVICES": ""}
     if isolation == "auto":
         isolation = "namespaces" if sandbox.available() else "prefix"
-    equality, predicted = "", {}
+    equality, note = "", ""
+    predicted: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="melfold-rehearsal-") as folder:
+        if training:
+            competition = write_few(competition, facts["n_folds"], Path(folder) / "few")
         stages = (_Stage(built, competition, home, Path(folder) / layout, layout, isolation, python) for layout in LAYOUTS)
         stage = next(stages)
-        run = stage.run(limit, {"MELFOLD_MINUTES": str(minutes)} if training else {})
+        run = stage.run(limit, settings)
         failures = run.failures
         if not failures and training:
-            failures = _judge_train(stage.working)
+            failures = judge_train(stage.working)
         elif not failures:
-            failures, equality, predicted = _judge_infer(stage.working, facts, competition, home)
+            failures, equality, predicted = judge_infer(stage.working, facts, competition, home)
             failures += _try_set_up(next(stages), limit) if not failures else []
+            if facts["gpu"] and record_of(stage.working).get("device") == "cpu":
+                note = "This machine has no GPU: nothing is known of the time that the kernel takes on Kaggle's."
         if keep:
             shutil.rmtree(keep, ignore_errors=True)
-            shutil.copytree(stage.working, keep)
+            shutil.copytree(stage.working, keep, symlinks=True)
             write_text(keep / "log.txt", run.log)
-    found = Rehearsal(isolation, failures, round(run.seconds, 1), round(run.peak_mib), equality, predicted, run.log)
+    found = Rehearsal(isolation, failures, round(run.seconds, 1), round(run.peak_mib), equality, note, predicted, run.log)
     built.rehearsal_stamp.commit(built.inputs, passed=found.passed, **asdict(found))
     return found
 
@@ -183,11 +183,12 @@ class _Stage:
         counters = self.root / "counters"
         if not network and counters.exists() and int(counters.read_text() or 0):
             network = ["packets for which there was no route"]
+        outside = [line.removeprefix("outside: ") for line in lines if line.startswith("outside: ")]
         writes = [line.removeprefix("inputs: ") for line in lines if line.startswith("inputs: ")]
         if not writes and _state(self.inputs.values()) != before:
             writes = ["files have changed"]
-        found = [f"it uses the network: {network[0]}"] if network else []
-        return found + ([f"it writes to its inputs: {writes[0]}"] if writes else [])
+        found = {"it uses the network": network, "it writes to its inputs": writes, "it writes outside its folders": outside}
+        return [f"{what}: {where[0]}" for what, where in found.items() if where]
 
     def _command(self, extra: dict[str, str]) -> tuple[list[str], dict[str, str]]:
         """The command, and its environment."""
@@ -202,6 +203,7 @@ class _Stage:
             "PYTHONDONTWRITEBYTECODE": "1",
             "MELFOLD_WATCH": str(place / "watch" / self.record.name),
             "MELFOLD_KERNEL_ROOT": str(place),
+            "MELFOLD_WRITABLE": os.pathsep.join([str(place / "kaggle/working"), str(place / "tmp"), "/dev"]),
         }
         if not spaces:
             link_inputs(self.inputs, self.root)
@@ -229,7 +231,7 @@ class _Stage:
         }
         write_json(self.root / "spec.json", spec)
         command = [*sandbox.UNSHARE, sys.executable, sandbox.__file__, str(self.root / "spec.json")]
-        return command, os.environ.copy()
+        return command, {name: value for name, value in environment.items() if name in kept}
 
 
 def link_inputs(inputs: dict[str, Path], root: Path) -> None:
@@ -252,7 +254,7 @@ def mounts(built: Built, competition: Competition, home: Home, root: Path, layou
     metadata, slug = read_json(built.kernel / "kernel-metadata.json"), built.facts["competition_slug"]
     base = f"kaggle/input/competitions/{slug}" if layout == "nested" else f"kaggle/input/{slug}"
     found: dict[str, Path] = {}
-    sample = competition.root / "sample_submission.csv"
+    sample = (competition.root / "sample_submission.csv").resolve()
     if not sample.exists():
         sample = root / "sample_submission.csv"
         rows = "".join(f"{fname},{','.join('0' for _ in competition.labels)}\n" for fname in competition.test.index)
@@ -260,12 +262,12 @@ def mounts(built: Built, competition: Competition, home: Home, root: Path, layou
     found[f"{base}/sample_submission.csv"] = sample
     for split, name in (("curated", "train_curated"), ("noisy", "train_noisy"), ("test", "test")):
         table = competition.split(split)  # type: ignore[arg-type]
-        if len(table):
-            found[f"{base}/{name}"] = Path(table["path"].iloc[0]).parent.resolve()
-        for csv in (f"{name}.csv", f"FSDKaggle2019.meta/{name}_post_competition.csv"):
-            if split != "test" and len(table) and (competition.root / csv).exists():
-                found[f"{base}/{name}.csv"] = (competition.root / csv).resolve()
-    for dataset in metadata["dataset_sources"]:
+        if len(table) and (folder := Path(table["path"].iloc[0]).parent.resolve()).is_dir():
+            found[f"{base}/{name}"] = folder
+        for rows in (f"{name}.csv", f"FSDKaggle2019.meta/{name}_post_competition.csv"):
+            if split != "test" and len(table) and (competition.root / rows).exists():
+                found[f"{base}/{name}.csv"] = (competition.root / rows).resolve()
+    if dataset := built.facts["dataset"]:
         name = f"datasets/{dataset}" if layout == "nested" else dataset.split("/")[1]
         for path in built.dataset.iterdir():
             if path.name != "dataset-metadata.json":
@@ -273,65 +275,42 @@ def mounts(built: Built, competition: Competition, home: Home, root: Path, layou
     for kernel in metadata["kernel_sources"]:
         name = f"notebooks/{kernel}" if layout == "nested" else kernel.split("/")[1]
         output = home.root / "build" / "kernels" / kernel.split("/")[1] / "output"
-        if not output.exists():
-            raise MelfoldError(f"the output of kernel {kernel} is not here", str(output), "Fetch it: `kernel push DIR --wait`")
-        found[f"kaggle/input/{name}"] = output.resolve()
+        if output.exists():
+            found[f"kaggle/input/{name}"] = output.resolve()
+        elif built.facts["kind"] == "infer":  # the kernel itself checks that it finds the very same weights
+            runs = {facts["run"] for facts in built.facts["provenance"]}
+            found |= {f"kaggle/input/{name}/runs/{run}": (home.runs / run).resolve() for run in runs}
     return found
+
+
+def write_few(whole: Competition, n_folds: int, folder: Path) -> Competition:
+    """The first clips of a competition as a download in Kaggle's layout; noise in place of audio that is not here."""
+    import soundfile
+
+    few = few_clips(whole, n_folds)
+    tables = {"train_curated": few.curated, "train_noisy": few.noisy, "sample_submission": few.test}
+    noise = np.random.default_rng(0).uniform(-0.1, 0.1, 2 * NOISE_RATE)
+    for name, table in tables.items():
+        audio = folder / ("test" if table is few.test else name)
+        audio.mkdir(parents=True)
+        for fname, path in table["path"].items():
+            if path.is_file():
+                shutil.copyfile(path, audio / fname)
+            else:
+                soundfile.write(audio / fname, noise, NOISE_RATE)
+        rows = [["fname", *(whole.labels if table is few.test else ["labels"])]]
+        rows += [
+            [f, *([0] * len(whole.labels) if table is few.test else [join_labels(table.at[f, "labels"])])] for f in table.index
+        ]
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
+    if not len(few.noisy):
+        (folder / "train_noisy.csv").unlink()
+        (folder / "train_noisy").rmdir()
+    return load_competition(folder)
 
 
 def _state(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
     """Names, sizes and times of all files that are mounted."""
     files = [p for path in paths for p in ([path] if path.is_file() else sorted(path.rglob("*")))]
-    return [(str(p), (s := p.stat()).st_size, s.st_mtime_ns) for p in files]
-
-
-def _judge_infer(
-    working: Path, facts: dict[str, Any], competition: Competition, home: Home
-) -> tuple[list[str], str, dict[str, float]]:
-    """Failures, how close it is to the submission made at home, and the expected seconds for the real numbers of clips."""
-    path = working / "submission.csv"
-    try:
-        check_submission(path, competition)
-        record = read_json(working / "melfold.json")
-    except MelfoldError as error:
-        return list(error.lines), "", {}
-    failures = []
-    passes = record["passes"]
-    skipped = [p for p in passes if not p["done"]]
-    if skipped or not passes:
-        budget = record["budget_s"]
-        failures.append(f"it exceeds its budget: {len(skipped)} of {len(passes)} passes do not fit into {budget:.0f} s")
-    equality = ""
-    at_home = home.submissions / facts["id"] / "submission.csv"
-    if not at_home.exists():
-        failures.append(f"there is nothing to compare with: {at_home} is missing")
-    elif at_home.read_bytes() == path.read_bytes():
-        equality = "the same bytes as at home"
-    else:
-        ours, theirs = read_probs(path), read_probs(at_home)
-        same = list(ours.index) == list(theirs.index)
-        apart = float(np.abs(ours.to_numpy() - theirs.to_numpy()).max()) if same else float("inf")
-        equality = f"within {apart:.1e} of what was predicted at home"
-        if apart > MAX_DIFFERENCE and not skipped:
-            failures.append(
-                f"its probabilities differ by {apart:.1e} from those predicted at home; {MAX_DIFFERENCE:.0e} is allowed"
-            )
-    longer = max(1.0, REAL_SECONDS / max(record.get("audio_s", 0) / record["clips"], 1e-9)) if record.get("audio_s") else 1.0
-    steady = record["cache_s"] - record["cache_start_s"] + sum(p.get("seconds", 0) for p in passes)
-    start = record["setup_s"] + record["cache_start_s"]
-    predicted = {str(clips): round(start + longer * steady * clips / record["clips"], 1) for clips in REAL_CLIPS}
-    unknown = facts["gpu"] and record["device"] == "cpu"  # a CPU does not tell how long a GPU will take
-    if predicted[str(REAL_CLIPS[1])] > record["budget_s"] and not skipped and not unknown:
-        failures.append(
-            f"it would exceed its budget: {predicted[str(REAL_CLIPS[1])]:.0f} s expected for {REAL_CLIPS[1]:,} clips,"
-            f" {record['budget_s']:.0f} s allowed on {record['device']}"
-        )
-    return failures, equality, predicted
-
-
-def _judge_train(working: Path) -> list[str]:
-    try:
-        state = read_json(working / "melfold.json")["folds"]
-    except MelfoldError as error:
-        return list(error.lines)
-    return [] if any(value != NOT_STARTED for value in state.values()) else [f"nothing was trained: {json.dumps(state)}"]
+    return [(str(p), (s := p.stat()).st_size, s.st_mtime_ns) for p in files if p.exists()]

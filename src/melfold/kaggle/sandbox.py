@@ -17,14 +17,17 @@ import tempfile
 import time
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-WATCH = '''"""Records every use of the network and every write to the inputs, in this Python and in those it starts."""
+WATCH = '''"""Records every use of the network and every write where none is allowed, in this Python and in those it starts."""
 import os
+import re
 import socket
 import sys
 
 _LOG, _REFUSE = os.environ["MELFOLD_WATCH"], os.environ.get("MELFOLD_REFUSE")
 _INPUTS = os.environ["MELFOLD_INPUTS"].split(os.pathsep)
+_WRITABLE = [os.path.realpath(path) for path in os.environ["MELFOLD_WRITABLE"].split(os.pathsep)]
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _LOCAL = {None, "", "localhost", "127.0.0.1", "::1", b"localhost", socket.gethostname()}
 _CHANGES = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod", "os.link", "os.symlink", "os.utime"}
@@ -45,12 +48,16 @@ def _watch(event, args):
         local = where in _LOCAL or (isinstance(where, str) and where.startswith("127."))
     elif event == "open":
         path, mode, flags = args
-        if isinstance(path, (str, bytes)) and isinstance(flags, int) and flags & _WRITES:
-            _inside(path, "opened for writing")
+        if isinstance(path, (str, bytes)) and isinstance(flags, int):
+            if flags & _WRITES:
+                _written(path, "opened for writing")
+            elif _REFUSE and re.fullmatch(r"/proc/\\d+/environ", os.fsdecode(path)):
+                raise PermissionError(13, "Permission denied", path)
         return
     elif event in _CHANGES:
-        if isinstance(args[0], (str, bytes)):
-            _inside(args[0], event)
+        for path in args[: 2 if event in ("os.rename", "os.link") else 1] if event != "os.symlink" else args[1:2]:
+            if isinstance(path, (str, bytes)):
+                _written(path, event)
         return
     else:
         return
@@ -60,22 +67,30 @@ def _watch(event, args):
             raise OSError(101, "Network is unreachable")
 
 
-def _inside(path, what):
+def _below(path, tops):
+    return any(path == top or path.startswith(top + os.sep) for top in tops)
+
+
+def _written(path, what):
     full = os.path.abspath(os.fsdecode(path))
-    if any(full == top or full.startswith(top + os.sep) for top in _INPUTS):
+    if _below(full, _INPUTS):
         _record(f"inputs: {full} ({what})")
-        if _REFUSE:
-            raise OSError(30, "Read-only file system", full)
+    elif _REFUSE and full != _LOG and not _below(os.path.realpath(full), _WRITABLE):
+        _record(f"outside: {full} ({what})")
+    else:
+        return
+    if _REFUSE:
+        raise OSError(30, "Read-only file system", full)
 
 
 sys.addaudithook(_watch)
 '''
 
-_RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _NOATIME, _BIND, _REC, _RELATIME = 1, 2, 4, 8, 32, 1024, 4096, 16384, 1 << 21
+_BIND, _REC, _AT_RECURSIVE, _ATTR_READ_ONLY, _SYS_MOUNT_SETATTR = 4096, 16384, 0x8000, 1, 442
 
 
-def run_inside(spec: dict) -> int:
-    """Build the file tree of `spec` and run its command there. Returns: the command's exit code.
+def run_inside(spec: dict[str, Any]) -> int:
+    """Build the file tree of `spec`, read-only but for some folders, and run its command there. Returns: its exit code.
 
     `spec`: `root` (an empty folder), `binds` ([source, target, read-only]), `argv`, `env`, `cwd`, `counters` (a file for
     the number of packets without a route: a kernel cannot hide them by ignoring the error).
@@ -83,10 +98,17 @@ def run_inside(spec: dict) -> int:
     root = Path(spec["root"])
     _mount("tmpfs", root, "tmpfs", 0)
     for entry in sorted(os.listdir("/")):
-        if entry not in ("kaggle", "tmp"):
+        if entry not in ("kaggle", "tmp", "proc"):
             _bind(Path("/") / entry, root / entry)
-    for source, target, read_only in spec["binds"]:
-        _bind(Path(source), root / target.lstrip("/"), read_only=read_only)
+    (root / "proc").mkdir()
+    _mount("proc", root / "proc", "proc", 0)  # it shows the kernel's own processes alone
+    for source, target, _ in spec["binds"]:
+        _bind(Path(source), root / target.lstrip("/"))
+    _make_read_only(root)
+    for _, target, read_only in spec["binds"]:
+        if not read_only:
+            _make_read_only(root / target.lstrip("/"), undo=True)
+    _mount("tmpfs", root / "dev" / "shm", "tmpfs", 0)
     _loopback_up()
     before = _no_route()
     pid = os.fork()
@@ -105,7 +127,11 @@ def available() -> bool:
     with tempfile.TemporaryDirectory(prefix="melfold-sandbox-") as folder:
         place = Path(folder)
         (place / "new").mkdir()
-        spec = {"root": f"{folder}/new", "binds": [[folder, "/tmp", True]], "argv": ["/bin/sh", "-c", "test ! -w /tmp"]}
+        spec: dict[str, Any] = {
+            "root": f"{folder}/new",
+            "binds": [[folder, "/tmp", True]],
+            "argv": ["/bin/sh", "-c", "test ! -w /tmp"],
+        }
         spec |= {"env": {"PATH": os.environ.get("PATH", "")}, "cwd": "/tmp", "counters": f"{folder}/counters"}
         (place / "spec.json").write_text(json.dumps(spec))
         try:
@@ -143,19 +169,17 @@ def _memory_mib(pid: int) -> float:
     return sum(pages.get(p, 0) for p in ours) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-UNSHARE = ["unshare", "--map-root-user", "--net", "--mount", "--propagation", "private"]
+UNSHARE = ["unshare", "--map-root-user", "--net", "--mount", "--pid", "--fork", "--kill-child", "--propagation", "private"]
 
 
 def _mount(source: str | Path, target: Path, kind: str | None, flags: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     encoded = kind.encode() if kind else None
-    if libc.mount(str(source).encode(), str(target).encode(), encoded, ctypes.c_ulong(flags), None):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), str(target))
+    _check(libc.mount(str(source).encode(), str(target).encode(), encoded, ctypes.c_ulong(flags), None), target)
 
 
-def _bind(source: Path, target: Path, *, read_only: bool = False) -> None:
-    if source.is_symlink() and not read_only and len(source.parts) == 2:  # /bin -> usr/bin
+def _bind(source: Path, target: Path) -> None:
+    if source.is_symlink() and len(source.parts) == 2:  # /bin -> usr/bin
         target.symlink_to(os.readlink(source))
         return
     if source.is_dir():
@@ -164,11 +188,21 @@ def _bind(source: Path, target: Path, *, read_only: bool = False) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.touch()
     _mount(source, target, None, _BIND | _REC)
-    if read_only:
-        kept = os.statvfs(target).f_flag
-        flags = sum(flag for flag in (_NOSUID, _NODEV, _NOEXEC) if kept & flag) | (_NOATIME if kept & 1024 else 0)
-        flags |= _RELATIME if kept & 4096 else 0
-        _mount("none", target, None, _REMOUNT | _BIND | _RDONLY | flags)
+
+
+def _make_read_only(target: Path, *, undo: bool = False) -> None:
+    """Make a mount and all below it read-only, or one of them writable again."""
+    attributes = struct.pack("QQQQ", *((0, _ATTR_READ_ONLY) if undo else (_ATTR_READ_ONLY, 0)), 0, 0)
+    libc = ctypes.CDLL(None, use_errno=True)
+    recursive = 0 if undo else _AT_RECURSIVE
+    arguments = (-1, str(target).encode(), recursive, attributes, ctypes.c_size_t(len(attributes)))
+    _check(libc.syscall(_SYS_MOUNT_SETATTR, *arguments), target)
+
+
+def _check(result: int, target: Path) -> None:
+    if result:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(target))
 
 
 def _loopback_up() -> None:

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from melfold.errors import MelfoldError
-from melfold.files import sha256_file
+from melfold.files import sha256_file, write_json
+
+RECORD = "melfold.json"
+"""What a kernel says about itself, in its output."""
 
 NOT_STARTED = "not started"
 """The state of a fold in `melfold.json` before its first checkpoint."""
@@ -34,6 +37,7 @@ class Session:
         self.inputs = root / "kaggle/input"
         self.working = root / "kaggle/working"  # kept as the kernel's output
         self.scratch = root / "tmp/melfold"
+        self.rehearsal = "MELFOLD_REHEARSAL" in os.environ
 
     def elapsed(self) -> float:
         """Seconds since the process started."""
@@ -85,6 +89,13 @@ class Session:
                 f"{len(missing)} files of weights are missing or damaged", f"found {seen}", "Push the dataset again"
             )
         return found
+
+    def write_record(self, record: dict[str, Any]) -> None:
+        """Write `melfold.json`, with the hashes of all other files of the output: some may be damaged on their way home."""
+        names = sorted(path for path in self.working.rglob("*") if path.is_file() and path.name != RECORD)
+        files = {path.relative_to(self.working).as_posix(): sha256_file(path) for path in names}
+        seconds = round(self.elapsed(), 2)
+        write_json(self.working / RECORD, {"build_id": self.bundle["build_id"], "seconds": seconds, **record, "files": files})
 
 
 def start(work: Callable[[Session], None], bundle: dict[str, Any], root: Path, started: float) -> None:

@@ -113,7 +113,7 @@ def local_copy(file: HubFile, home: Home) -> Path | None:
 
 
 def first_weights(config: ModelConfig, home: Home) -> Path | None:
-    """The file that a model starts from, downloaded now if it has to be; None for random weights.
+    """The file that a model starts from, downloaded now if it has to be; None for random weights, and for another run's.
 
     Raises:
         MelfoldError: no such file, or a hub that does not answer.
@@ -234,7 +234,7 @@ def _bar(progress: Progress, text: str) -> type:
     """What the hub's client draws on, as a `Progress`."""
     from tqdm import tqdm
 
-    class Bar(tqdm):  # type: ignore[type-arg]
+    class Bar(tqdm):
         monitor_interval = 0
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -16,11 +16,11 @@ from typing import Literal
 
 from melfold.compute import Progress, end_with_parent, silent
 from melfold.data.clips import ClipStore
-from melfold.errors import MelfoldError
+from melfold.errors import MelfoldError, system_error
 from melfold.files import Home
 from melfold.learn.devices import Device, pick_device
 from melfold.learn.noisy import make_pseudo_labels
-from melfold.learn.predict import predict_probs
+from melfold.learn.predict import predict_probs, speed_since
 from melfold.learn.predictions import open_prediction, write_current
 from melfold.learn.runs import open_run
 from melfold.learn.train import load_fold, train_fold
@@ -81,8 +81,9 @@ def do(job: Job, device: Device, progress: Progress = silent) -> None:
     prediction = open_prediction(home, job.label)
     recipe, labels = prediction.recipe, prediction.run.info.labels
     store = ClipStore(Path(job.cache), list(job.fnames), recipe.logmel.n_mels, recipe.logmel.top_db)
-    probs = predict_probs(load_fold(prediction.run, job.fold, device), store, labels, recipe, device)
-    write_current(Path(job.output), probs, prediction.inputs(job.fold, job.clips))
+    model, began = load_fold(prediction.run, job.fold, device), time.monotonic()
+    probs = predict_probs(model, store, labels, recipe, device)
+    write_current(Path(job.output), probs, prediction.inputs(job.fold, job.clips), **speed_since(began, store, recipe))
 
 
 def device_for(job: Job, name: str) -> Device:
@@ -120,8 +121,8 @@ def _worker(device: str) -> int:
     except KeyboardInterrupt:
         log.info("%s: stopped, its state is saved", job)
         return STOPPED
-    except MelfoldError as error:
-        for line in error.lines:
+    except (MelfoldError, OSError) as error:
+        for line in error.lines if isinstance(error, MelfoldError) else [system_error(error)]:
             log.error("%s", line)
         return 2
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,6 +26,12 @@ def predict_probs(
         total += predict_logits(model, store, recipe, device, view)
         progress(number + 1, len(recipe.views), "predicting")
     return make_probs(sigmoid(total / len(recipe.views)), store.fnames, labels)
+
+
+def speed_since(began: float, store: ClipStore, recipe: Recipe) -> dict[str, float]:
+    """`speed`, to be kept with a prediction: seconds of audio for each second since a time of `time.monotonic`."""
+    audio = float(store.frames.sum()) * recipe.logmel.hop_length / recipe.logmel.sr
+    return {"speed": round(audio / max(time.monotonic() - began, 1e-3), 3)}
 
 
 def predict_logits(model: Tagger, store: ClipStore, recipe: Recipe, device: Device, view: View) -> np.ndarray:

@@ -88,6 +88,14 @@ class Prediction:
         """
         return _read(self.fold_oof(fold), self.inputs(fold), f"{self.label} has no current out-of-fold predictions", self)
 
+    def read_fold_test(self, fold: int | str) -> Probs:
+        """A fold's test probabilities, checked as `read_fold_oof` does.
+
+        Raises:
+            MelfoldError: they are missing, were changed, or were made with other weights or settings.
+        """
+        return _read(self.fold_test(fold), self.inputs(fold), f"{self.label} has no current test predictions", self)
+
     def read_oof(self) -> Probs:
         """The pooled out-of-fold probabilities of the trained folds, sorted by clip.
 
@@ -123,10 +131,10 @@ def _read(path: Path, inputs: dict[str, Any], what: str, prediction: Prediction)
     return read_probs(path)
 
 
-def write_current(path: Path, probs: Probs, inputs: dict[str, Any]) -> None:
-    """Write a table of probabilities and its stamp."""
+def write_current(path: Path, probs: Probs, inputs: dict[str, Any], **facts: Any) -> None:
+    """Write a table of probabilities and its stamp, with facts worth keeping."""
     write_probs(path, probs)
-    Artefact.of(path).commit(inputs)
+    Artefact.of(path).commit(inputs, **facts)
 
 
 def own_prediction(run: Run) -> Prediction:

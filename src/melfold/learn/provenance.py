@@ -41,9 +41,9 @@ DATA_OF_TAGS = {
 def licence_of(recipe: Recipe, home: Home | None = None) -> str:
     """The licence of the weights a recipe starts from: what the recipe says, or timm knows, or the hub said at the download.
 
-    Empty for random weights, `unknown` if no source says.
+    Empty for random weights and another run's, `unknown` if no source says.
     """
-    if recipe.model.weights == "none":
+    if recipe.model.weights == "none" or recipe.model.first_run:
         return ""
     if recipe.model.licence:
         return recipe.model.licence
@@ -54,10 +54,10 @@ def licence_of(recipe: Recipe, home: Home | None = None) -> str:
 def seen_data(recipe: Recipe) -> tuple[str, ...]:
     """The data sets that the weights a recipe starts from were trained on: what the recipe says, or timm's tags tell.
 
-    Empty for random weights; `unknown` is a data set without a known name.
+    Empty for random weights and another run's; `unknown` is a data set without a known name.
     """
     model = recipe.model
-    if model.weights == "none":
+    if model.weights == "none" or model.first_run:
         return ()
     if model.seen:
         return model.seen
@@ -75,12 +75,14 @@ def freesound_warning(recipe: Recipe) -> str:
     """A warning if a recipe's first weights may have seen Freesound's recordings, the test clips among them; else empty."""
     images = recipe.model.weights == "hub"  # timm's own models: whatever they saw was not sound
     told = [name for name in seen_data(recipe) if name != UNKNOWN or not images]
-    if doubtful := [name for name in told if name == UNKNOWN or re.search("freesound|fsd|wavcaps|clap", name.lower())]:
-        return (
-            f"the weights of {recipe.model.name} ({recipe.model.weights}) may have seen clips of this competition: "
-            f"data sets {', '.join(doubtful)}. FAT2019's clips come from Freesound, as FSD50K's do"
-        )
-    return ""
+    doubtful = [name for name in told if name == UNKNOWN or re.search("freesound|fsd|wavcaps|clap", name.lower())]
+    if not doubtful:
+        return ""
+    weights = recipe.model.weights.rpartition("/")[2]
+    text = f"the weights of {recipe.model.name} ({weights}) may have seen clips of this competition: "
+    if doubtful == [UNKNOWN]:
+        return f"{text}their data sets are not known. Name them with --set model.seen=…"
+    return f"{text}data sets {', '.join(doubtful)}. FAT2019's clips come from Freesound, as FSD50K's do"
 
 
 def join_licences(*licences: str) -> str:

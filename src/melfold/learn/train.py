@@ -23,10 +23,10 @@ from melfold.learn.devices import Device, explain_out_of_memory, repeatable
 from melfold.learn.fold_data import FoldData
 from melfold.learn.losses import bootstrapped
 from melfold.learn.model import Tagger, build_model
-from melfold.learn.predict import predict_probs
+from melfold.learn.predict import predict_probs, speed_since
 from melfold.learn.predictions import own_prediction, write_current
 from melfold.learn.provenance import versions
-from melfold.learn.runs import FULL, FoldFolder, Run
+from melfold.learn.runs import FULL, FoldFolder, Run, open_run
 from melfold.learn.state import TrainState
 from melfold.learn.train_log import TrainLog, duration
 from melfold.learn.weights import load_weights, save_weights
@@ -79,7 +79,7 @@ def less_memory(config: TrainConfig) -> str:
 def _train(run: Run, folder: FoldFolder, data: FoldData, device: Device, progress: Progress, place: tuple[int, int]) -> None:
     config, steps = run.recipe.train, data.steps
     title = f"{run.name} fold {folder.fold}, {place[0]} of {place[1]}"
-    made_from = {**_inputs(run, folder), "precision": device.precision}
+    made_from = {**_inputs(run, folder, data), "precision": device.precision}
     # A checkpoint replaces the initial weights, so they need not be there.
     state = start_state(run, data, device, initial=not folder.checkpoint.exists())
     if folder.checkpoint.exists():
@@ -111,10 +111,28 @@ def _train(run: Run, folder: FoldFolder, data: FoldData, device: Device, progres
     _finish(run, folder, data, state, watch)
 
 
-def _inputs(run: Run, folder: FoldFolder) -> dict[str, str]:
+def _inputs(run: Run, folder: FoldFolder, data: FoldData) -> dict[str, str]:
     """What a fold's weights are made from."""
     pseudo = sha256_file(folder.pseudo_labels) if run.recipe.noisy.teacher and folder.pseudo_labels.exists() else ""
-    return {"fold": folder.fold, **run.made_from, "pseudo_labels": pseudo}
+    first = _first_fold(run, folder.fold)
+    weights = {"first_weights": first.weights_sha256()} if first else {}
+    audio = {"training_audio": data.training_audio}
+    return {"fold": folder.fold, **run.made_from, "pseudo_labels": pseudo, **weights, **audio}
+
+
+def _first_fold(run: Run, fold: str) -> FoldFolder | None:
+    """The same fold of the run that a run starts from, if it starts from one.
+
+    Raises:
+        MelfoldError: that fold is not trained.
+    """
+    if not run.recipe.model.first_run:
+        return None
+    first = open_run(run.home, run.recipe.model.first_run)
+    if not first.fold(fold).done:
+        fix = f"melfold train ... --run {first.name} --folds {fold}"
+        raise MelfoldError(f"{run.name} starts from {first.name}, where fold {fold} is not trained", str(first.folder), fix)
+    return first.fold(fold)
 
 
 def start_state(run: Run, data: FoldData, device: Device, *, initial: bool = True) -> TrainState:
@@ -127,6 +145,9 @@ def start_state(run: Run, data: FoldData, device: Device, *, initial: bool = Tru
     model = build_model(
         recipe.model, len(run.info.labels), recipe.logmel.n_mels, recipe.crop_frames, initial=initial, home=run.home
     )
+    if initial and (first := _first_fold(run, data.fold)):
+        first.verify()
+        load_weights(first.weights, model, f"{run.name}'s")
     own, noisy = data.statistics()
     if own:
         model.normalise.set(*own)
@@ -155,7 +176,7 @@ def train_step(
     log_mels, wanted, noisy = device.log_mels(batch.log_mels), device.tensor(targets), device.tensor(batch.noisy)
     if rng:
         groups = batch.noisy if apart else None  # clips that are treated differently are not mixed with each other
-        draw = draw_augment(recipe.augment, len(log_mels), *log_mels.shape[2:], rng, groups)
+        draw = draw_augment(recipe.augment, len(log_mels), log_mels.shape[2], log_mels.shape[3], rng, groups)
         log_mels, wanted = apply_augment(draw, log_mels, wanted, state.model.normalise.fill(noisy), device)
     size, losses = config.micro_batch or len(log_mels), []
     for part, aims, own in zip(log_mels.split(size), wanted.split(size), noisy.split(size), strict=True):
@@ -194,17 +215,19 @@ def _finish(run: Run, folder: FoldFolder, data: FoldData, state: TrainState, wat
     facts: dict[str, object] = {"clips": data.curated, "noisy_clips": data.noisy, "steps": data.steps}
     score = ""
     if len(data.held_out.fnames):
+        began = time.monotonic()
         watch.lwlrap, probs = _validate(run, data, state)
+        speed = speed_since(began, data.held_out, run.recipe)
         watch.write(lwlrap=watch.lwlrap)
         facts |= {"held_out_clips": len(data.held_out.fnames), "lwlrap": watch.lwlrap}
         score = f"lwlrap {watch.lwlrap:.5f} on {len(data.held_out.fnames)} clips, "
         own = own_prediction(run)
         inputs = own.inputs(folder.fold, digest(data.held_out.fnames), sha256_file(folder.weights))
-        write_current(own.fold_oof(folder.fold), probs, inputs)
+        write_current(own.fold_oof(folder.fold), probs, inputs, **speed)
     facts |= {"seconds": round(state.seconds, 1), "device": state.device.describe(), "versions": versions()}
     facts |= {"cudnn_benchmark": state.device.torch.type == "cuda" and run.recipe.train.benchmark}
     facts |= {"peak_memory_mib": state.device.peak_memory() >> 20}
-    folder.artefact.commit(_inputs(run, folder), **facts)
+    folder.artefact.commit(_inputs(run, folder, data), **facts)
     folder.checkpoint.unlink(missing_ok=True)
     log.info("%s: %s%s", watch.title, score, duration(state.seconds))
 

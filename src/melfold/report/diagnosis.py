@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from melfold.metrics import interval_of, lwlrap, pair_precisions
+from melfold.metrics import interval_of, lwlrap, pair_precisions, resampled_means
 from melfold.probs import Probs, align
 
 DRAWS = 1000
@@ -39,21 +39,25 @@ def true_pairs(targets: pd.DataFrame, probs: Probs) -> pd.DataFrame:
     return pd.DataFrame({"fname": fnames[clips], "label": names[labels], "prob": own, "rank": rank, "precision": precision})
 
 
-def by_label(pairs: pd.DataFrame, labels: Iterable[str]) -> pd.DataFrame:
-    """`lwlrap` with its 95 % interval `low` to `high` over resampled clips, `clips`, and the median `rank`, by label.
+def by_label(pairs: pd.DataFrame, labels: Iterable[str], groups: pd.Series) -> pd.DataFrame:
+    """`lwlrap` with its 95 % interval `low` to `high` over resampled groups, `clips`, and the median `rank`, by label.
 
     All NaN for a label without clips.
+
+    Args:
+        groups: each clip's group in the folds.
     """
     rng = np.random.default_rng(0)
-    groups = dict(list(pairs.groupby("label")))
+    of_label = dict(list(pairs.groupby("label")))
     rows = []
     for label in labels:
-        own = groups.get(label)
+        own = of_label.get(label)
         if own is None:
             rows.append((label, np.nan, np.nan, np.nan, 0, np.nan))
             continue
         values = own["precision"].to_numpy()
-        drawn = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=DRAWS) @ values / len(values)
+        together = pd.factorize(groups.loc[own["fname"]])[0]
+        drawn = resampled_means(np.bincount(together, weights=values), np.bincount(together), DRAWS, rng)
         low, high = np.quantile(drawn, [0.025, 0.975])
         rows.append((label, values.mean(), low, high, len(values), float(own["rank"].median())))
     return pd.DataFrame(rows, columns=["label", "lwlrap", "low", "high", "clips", "rank"]).set_index("label")
@@ -121,20 +125,21 @@ def _wilson(share: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)
 
 
-def by_group(targets: pd.DataFrame, probs: Probs, group: pd.Series) -> pd.DataFrame:
-    """`lwlrap` with its interval `low` to `high`, and `clips`, by the group of a clip, in the order of their first clips' names.
+def by_kind(targets: pd.DataFrame, probs: Probs, kind: pd.Series, groups: pd.Series) -> pd.DataFrame:
+    """`lwlrap` with its interval `low` to `high`, and `clips`, by the kind of a clip, in the order of their first clips' names.
 
     Args:
-        group: a name by `fname`; clips it lacks are left out.
+        kind: a name by `fname`; clips it lacks are left out.
+        groups: each clip's group in the folds.
     """
     rows = []
-    for name in pd.unique(group):
-        own = targets.index.intersection(group.index[group == name])
+    for name in pd.unique(kind):
+        own = targets.index.intersection(kind.index[kind == name])
         if len(own) and targets.loc[own].to_numpy().any():
             part = targets.loc[own]
-            interval = interval_of(part, probs)
+            interval = interval_of(part, probs, groups)
             rows.append((name, lwlrap(part, probs), interval.low, interval.high, len(own)))
-    return pd.DataFrame(rows, columns=["group", "lwlrap", "low", "high", "clips"]).set_index("group")
+    return pd.DataFrame(rows, columns=["kind", "lwlrap", "low", "high", "clips"]).set_index("kind")
 
 
 def length_groups(seconds: pd.Series) -> pd.Series:

@@ -45,7 +45,7 @@ class Side:
         """Score a prediction and find its errors."""
         targets, probs = together.targets, together.tables[prediction.label]
         pairs = diagnosis.true_pairs(targets, probs)
-        labels = diagnosis.by_label(pairs, targets.columns)
+        labels = diagnosis.by_label(pairs, targets.columns, together.groups)
         return cls(prediction, score(prediction), probs, pairs, labels, diagnosis.confusions(targets, probs))
 
 
@@ -109,15 +109,14 @@ def _verdict(sides: Sequence[Side], together: Together) -> dict[str, Any] | None
     """The paired difference of two predictions, the second less the first."""
     if len(sides) < 2:
         return None
-    difference = difference_of(together.targets, sides[1].probs, sides[0].probs)
+    difference = difference_of(together.targets, sides[1].probs, sides[0].probs, together.groups)
     decided = difference.low > 0 or difference.high < 0
     return vars(difference) | {"decided": decided, "higher": sides[difference.value > 0].prediction.label}
 
 
 def _folds(sides: Sequence[Side], together: Together) -> list[dict[str, Any]]:
-    tables = [
-        diagnosis.by_group(together.targets, side.probs, together.folds.sort_values(kind="stable").astype(str)) for side in sides
-    ]
+    folds = together.folds.sort_values(kind="stable").astype(str)
+    tables = [diagnosis.by_kind(together.targets, side.probs, folds, together.groups) for side in sides]
     return _bars(tables)
 
 
@@ -167,7 +166,7 @@ def calibration_chart(sides: Sequence[Side], together: Together) -> Any:
     for style, side in enumerate(sides):
         bins = diagnosis.calibration(together.targets, side.probs).bins
         names = [f"predicted {b.predicted:.2f}, true {b.observed:.2f}, {number(b.pairs)} pairs" for b in bins.itertuples()]
-        columns = {key: list(bins[key]) for key in ("low", "high")}
+        columns: dict[str, Any] = {key: list(bins[key]) for key in ("low", "high")}
         lines.append(
             Line(side.prediction.label, list(bins["predicted"]), list(bins["observed"]), style, dots=True, names=names, **columns)
         )
@@ -178,13 +177,17 @@ def calibration_chart(sides: Sequence[Side], together: Together) -> Any:
 
 def _groups(sides: Sequence[Side], together: Together, source: ClipSource) -> list[tuple[str, list[dict[str, Any]]]]:
     """Scores by kind of clip; length and flags only as far as the cache is here."""
-    groups = [("Number of labels", diagnosis.count_groups(together.targets))]
+    kinds = [("Number of labels", diagnosis.count_groups(together.targets))]
     if source.manifest is not None:
         known = source.manifest.loc[source.manifest.index.intersection(together.targets.index)]
         if len(known):
-            groups.insert(0, ("Length", diagnosis.length_groups(known["seconds"])))
-            groups.append(("Flags of the cache", diagnosis.flag_groups(known["flags"])))
-    return [(name, _bars([diagnosis.by_group(together.targets, side.probs, group) for side in sides])) for name, group in groups]
+            kinds.insert(0, ("Length", diagnosis.length_groups(known["seconds"])))
+            kinds.append(("Flags of the cache", diagnosis.flag_groups(known["flags"])))
+
+    def bars(kind: pd.Series) -> list[dict[str, Any]]:
+        return _bars([diagnosis.by_kind(together.targets, side.probs, kind, together.groups) for side in sides])
+
+    return [(name, bars(kind)) for name, kind in kinds]
 
 
 def _beside(tables: Sequence[list[tuple[str, str]]]) -> list[tuple[str, list[str]]]:

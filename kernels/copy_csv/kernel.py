@@ -1,0 +1,28 @@
+"""Submission by copy in a Kaggle kernel: put melfold on the path, then call `melfold.kernels.copy_csv`.
+
+`melfold ship ID --copy` appends one line to this file, which calls `run`.
+"""
+
+import base64
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+STARTED = time.monotonic()
+
+
+def run(bundle: str, pack: str) -> None:
+    """Start the package (a zip in base85). The bundle, in JSON, says what to do."""
+    settings, root = json.loads(bundle), Path(os.environ.get("MELFOLD_KERNEL_ROOT", "/"))  # a rehearsal has its own
+    package = root / "tmp" / f"melfold-{settings['build_id'][:12]}.zip"
+    temporary = package.with_suffix(f".{os.getpid()}")
+    temporary.write_bytes(base64.b85decode(pack))
+    temporary.replace(package)
+    sys.path.insert(0, str(package))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(root / "tmp" / "numba"))
+    from melfold.kernels import copy_csv
+
+    copy_csv.main(settings, root, STARTED)

@@ -1,0 +1,155 @@
+"""Which runs to combine, and how: subsets forward and backward, every kind of mean, weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+
+from melfold.combine.oof import Together
+from melfold.metrics import rank_precisions
+from melfold.probs import MEANS, Probs, align, mean_probs, to_mean
+
+PAYS = 0.0005
+"""A run, or fitted weights, must add this much lwlrap on the clips they are chosen on: less is not worth the seconds."""
+
+ROUNDS = 20
+"""Of greedy weights."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An ensemble: runs, the kind of their mean, weights that sum to 1, and the score on the clips it was chosen on."""
+
+    runs: tuple[str, ...]
+    kind: str
+    weights: tuple[float, ...]
+    fitted: float
+
+    def mean(self, tables: Mapping[str, Probs]) -> Probs:
+        """The combined probabilities."""
+        return mean_probs([tables[name] for name in self.runs], self.kind, self.weights)
+
+
+Score = Callable[[np.ndarray], float]
+"""Weights of all runs, of any sum -> lwlrap of their mean."""
+
+
+def choose(
+    targets: pd.DataFrame,
+    tables: Mapping[str, Probs],
+    *,
+    kinds: Iterable[str] = MEANS,
+    most: int | None = None,
+    costs: Sequence[float] | None = None,
+    budget: float = np.inf,
+) -> Choice:
+    """The best ensemble on some clips, by a search that leaves out runs that do not pay.
+
+    For each kind of mean: from the best pair or single run forward, and from all runs backward, with equal weights; then greedy
+    weights for the better set. Ties go to fewer runs and to the first kind.
+
+    Args:
+        tables: by run; only the clips of `targets` are used.
+        most: at most this many runs.
+        costs: of each run, in any unit; a set must cost no more than `budget`. At least one run does.
+    """
+    names, best = list(tables), None
+    values = np.stack(
+        [align(t, targets.index, list(targets.columns), "predictions").to_numpy(np.float64) for t in tables.values()]
+    )
+    price = np.zeros(len(names)) if costs is None else np.asarray(costs, np.float64)
+    for kind in kinds:
+        score = _scorer(targets.to_numpy() > 0, to_mean(values, kind))
+
+        def fits(runs: Sequence[int]) -> bool:
+            return len(runs) <= (most or len(names)) and price[list(runs)].sum() <= budget
+
+        sets = [_drop(_grow(score, len(names), fits), score, len(names))]
+        if fits(range(len(names))):
+            sets.append(_drop(list(range(len(names))), score, len(names)))
+        runs = max(sets, key=lambda own: (score(_equal(own, len(names))), -len(own)))
+        weights, fitted = _equal(runs, len(names)), score(_equal(runs, len(names)))
+        greedy = greedy_weights(score, runs, len(names))
+        if score(greedy) > fitted + PAYS:
+            weights, fitted = greedy, score(greedy)
+        if best is None or fitted > best.fitted + 1e-12:
+            used = [run for run in runs if weights[run]]
+            best = Choice(tuple(names[r] for r in used), kind, tuple(float(w) for w in weights[used]), fitted)
+    assert best
+    return best
+
+
+def _scorer(truth: np.ndarray, linear: np.ndarray) -> Score:
+    # Every kind of mean is linear in something, and what brings it back to 0..1 keeps the order, which is all lwlrap sees.
+    return lambda weights: float(rank_precisions(truth, np.tensordot(weights / weights.sum(), linear, 1))[0].mean())
+
+
+def _equal(runs: Sequence[int], count: int) -> np.ndarray:
+    weights = np.zeros(count)
+    weights[list(runs)] = 1 / len(runs)
+    return weights
+
+
+def _grow(score: Score, count: int, fits: Callable[[Sequence[int]], bool]) -> list[int]:
+    """From the best single run, or the best pair if that pays, the run that helps most, as long as one pays."""
+    singles = [[run] for run in range(count) if fits([run])]
+    runs, best = _best(singles, score, count)
+    pair, value = _best([list(pair) for pair in combinations(range(count), 2) if fits(pair)], score, count)
+    while value > best + PAYS:
+        runs, best = pair, value
+        pair, value = _best([[*runs, run] for run in range(count) if run not in runs and fits([*runs, run])], score, count)
+    return runs
+
+
+def _drop(runs: list[int], score: Score, count: int) -> list[int]:
+    """Leave out the run that is missed least, as long as it does not pay."""
+    while len(runs) > 1:
+        fewer, value = _best([[r for r in runs if r != run] for run in runs], score, count)
+        if value + PAYS < score(_equal(runs, count)):
+            break
+        runs = fewer
+    return runs
+
+
+def _best(sets: Sequence[list[int]], score: Score, count: int) -> tuple[list[int], float]:
+    values = [score(_equal(runs, count)) for runs in sets]
+    return (sets[int(np.argmax(values))], max(values)) if sets else ([], -np.inf)
+
+
+def greedy_weights(score: Score, runs: Sequence[int], count: int) -> np.ndarray:
+    """Weights by greedy selection with replacement: each round adds the run that helps most, ties to the first.
+
+    Caruana et al., "Ensemble Selection from Libraries of Models" (2004); the best of all rounds is kept.
+
+    Args:
+        runs: those that may get weight, of `count`.
+
+    Returns:
+        `(count,)`, summing to 1.
+    """
+    counts, steps = np.zeros(count), np.eye(count)[list(runs)]
+    best, chosen = -1.0, counts
+    for _ in range(ROUNDS):
+        scores = [score(counts + step) for step in steps]
+        counts = counts + steps[int(np.argmax(scores))]
+        if max(scores) > best + 1e-12:
+            best, chosen = max(scores), counts
+    return chosen / chosen.sum()
+
+
+def nested_probs(together: Together, chosen: Callable[[pd.DataFrame, Mapping[str, Probs]], Choice]) -> Probs:
+    """Every clip by the ensemble that was chosen on the other folds' clips: its score is not the fitted one.
+
+    Args:
+        chosen: makes a choice from targets and tables, such as `choose`.
+    """
+    parts = []
+    for fold in sorted(together.folds.unique()):
+        inside = together.folds == fold
+        choice = chosen(together.targets.loc[~inside], together.tables)
+        parts.append(choice.mean({name: table.loc[inside] for name, table in together.tables.items()}))
+    return pd.concat(parts).loc[together.targets.index]

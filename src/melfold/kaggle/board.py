@@ -1,0 +1,88 @@
+"""From out-of-fold scores to the Private leaderboard, by the submissions that have both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from melfold.kaggle.ledger import Row
+
+LEAST = 3
+"""Submissions that a line needs."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """Private scores as a straight line of out-of-fold scores.
+
+    Args:
+        error: root mean square of the errors for each submission by the line of the others (leave one out).
+        count: submissions behind it.
+    """
+
+    slope: float
+    intercept: float
+    error: float
+    count: int
+
+    def predict(self, oof: float) -> tuple[float, float, float]:
+        """The Private score of an out-of-fold score, and its 95 % interval."""
+        from scipy.stats import t
+
+        value, margin = self.intercept + self.slope * oof, float(t.ppf(0.975, self.count - 2)) * self.error
+        return value, max(0.0, value - margin), min(1.0, value + margin)
+
+    def __str__(self) -> str:
+        sign = "+" if self.intercept >= 0 else "-"
+        line = f"Private = {self.slope:.3f} x OOF {sign} {abs(self.intercept):.5f}"
+        return f"{line} (Theil-Sen, {self.count} submissions, leave-one-out error {self.error:.5f})"
+
+
+def line_of(rows: Sequence[Row]) -> Line | None:
+    """The robust line (Theil-Sen) through the submissions of one fold table: scores on others cannot be compared.
+
+    None with fewer than three different submissions that have both scores, or where all have the same out-of-fold score.
+    """
+    points = np.array(list({row.id: (row.oof, row.private) for row in both_scores(rows)}.values()))
+    if len(points) < LEAST or len(set(points[:, 0])) < 2:
+        return None
+    slope, intercept = _theil_sen(points)
+    errors = []
+    for out in range(len(points)):
+        a, b = _theil_sen(np.delete(points, out, axis=0))
+        errors.append(points[out, 1] - b - a * points[out, 0])
+    return Line(slope, intercept, float(np.sqrt(np.mean(np.square(errors)))), len(points))
+
+
+def _theil_sen(points: np.ndarray) -> tuple[float, float]:
+    """Slope and intercept; flat where all have the same out-of-fold score."""
+    from scipy.stats import theilslopes
+
+    if len(set(points[:, 0])) < 2:
+        return 0.0, float(np.median(points[:, 1]))
+    found = theilslopes(points[:, 1], points[:, 0], method="joint")  # the intercept is the median of what the slope leaves
+    return float(found.slope), float(found.intercept)
+
+
+def both_scores(rows: Sequence[Row]) -> list[Row]:
+    """The submissions of the newest fold table that have an out-of-fold and a Private score."""
+    newest = max(rows, key=lambda row: row.time, default=None)
+    return [row for row in rows if newest and row.folds == newest.folds and row.oof is not None and row.private is not None]
+
+
+def waiting(rows: Sequence[Row]) -> list[Row]:
+    """The submissions of the newest fold table that have an out-of-fold score and no Private one yet."""
+    newest = max(rows, key=lambda row: row.time, default=None)
+    return [row for row in rows if newest and row.folds == newest.folds and row.oof is not None and row.private is None]
+
+
+def why_no_line(rows: Sequence[Row]) -> str:
+    """Why there is no line, in a sentence."""
+    count = len({row.id for row in both_scores(rows)})
+    if count < LEAST:
+        return (
+            f"No prediction of Private scores: it needs {LEAST} submissions of one fold table with OOF and Private, not {count}."
+        )
+    return "No prediction of Private scores: all submissions have the same OOF score."
