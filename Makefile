@@ -32,9 +32,10 @@ demo: setup  ## the whole job on a synthetic competition, shipped to a local sta
 test: setup lint  ## lint and tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-lint: setup  ## ruff and import order
+lint: setup  ## ruff, import order, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 soak: setup  ## long trials
 	$(BIN)/python -m pytest -m soak

@@ -28,7 +28,7 @@ from melfold.data.clips import ClipStore
 from melfold.data.competition import Competition, load_competition
 from melfold.data.logmel import LogMel
 from melfold.errors import MelfoldError
-from melfold.files import Home, digest, locked
+from melfold.files import Home, digest, locked, sha256_file
 from tests.conftest import write_wav
 
 Maker = Callable[..., Path]
@@ -480,3 +480,32 @@ def test_an_edited_manifest_is_made_again(tiny_download: Maker, tmp_path: Path) 
         ClipStore(folder, list(competition.test.index), CONFIG.n_mels, CONFIG.top_db)
     build_cache(competition, CONFIG, home, compute=Compute(jobs=1))
     assert manifest.read_text() == before
+
+
+def test_damage_beside_a_journal_is_found_too(tiny_download: Maker, home: Home) -> None:
+    competition = load_competition(tiny_download())
+    folder = build(competition, home)
+    whole, manifest, journal = content(folder), folder / "manifest.csv", folder / "journal.jsonl"
+    rows = read_manifest(folder).reset_index().to_dict("records")
+    edited = json.dumps(rows[0] | {"digest": digest(rows[0])}).replace('"peak_db": -', '"peak_db": -1')
+    text = manifest.read_text()
+    for damaged in (text[:-40], text.replace("-", "-1", 1), text):
+        manifest.write_text(damaged)
+        journal.write_text(edited + "\n")
+        build(competition, home)
+        assert content(folder) == whole
+        assert manifest.read_text() == text
+
+
+def test_killed_between_the_manifest_and_its_stamp_nothing_is_made_again(tiny_download: Maker, home: Home) -> None:
+    competition = load_competition(tiny_download())
+    folder = build(competition, home, splits=["test"])
+    stamp, before = (folder / "manifest.json").read_bytes(), stamps(folder)
+    build(competition, home)
+    added = stamps(folder)
+    row = {"manifest": sha256_file(folder / "manifest.csv")}
+    (folder / "manifest.json").write_bytes(stamp)
+    (folder / "journal.jsonl").write_text(json.dumps(row | {"digest": digest(row)}) + "\n")
+    build(competition, home)
+    assert stamps(folder) == added
+    assert added.items() >= before.items()

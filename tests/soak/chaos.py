@@ -149,6 +149,7 @@ def _child(words: list[str], home: Path, out: Path, count: Path, at_event: int) 
             os.dup2(file, own)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         sys.addaudithook(watch)
+        os.chdir(home.parent)  # outside the repository, whose commit is part of a manifest
         sys.argv = ["melfold", *words]
         from melfold.__main__ import main
 

@@ -28,7 +28,7 @@ from melfold.data.audio import open_waveform
 from melfold.data.competition import Competition, Split
 from melfold.data.logmel import LogMel, log_mel_of
 from melfold.errors import MelfoldError
-from melfold.files import Home, atomic_path, digest, locked, read_json_lines, remove_leftovers, write_json
+from melfold.files import Home, atomic_path, digest, locked, read_json_lines, remove_leftovers, sha256_file, write_json
 
 log = logging.getLogger(__name__)
 
@@ -153,8 +153,9 @@ def read_manifest(folder: Path) -> pd.DataFrame:
         raise MelfoldError("no cache", str(folder), "Run `melfold cache`")
     fix = "Delete it and run `melfold cache`"
     stamp = Artefact.of(path)
-    # With a journal, the stage was killed between writing the manifest and its stamp.
-    if not (folder / "journal.jsonl").exists() and (damage := stamp.changes({})):
+    damage = stamp.changes({})
+    # The stage may have been killed between writing the manifest and its stamp.
+    if damage and {"manifest": sha256_file(path)} not in _journal_rows(folder):
         raise MelfoldError("damaged manifest", f"{path} ({listed(damage)})", fix)
     try:
         table = pd.read_csv(path, index_col="fname", dtype={"fname": str}, keep_default_na=False, float_precision="round_trip")
@@ -227,8 +228,7 @@ def _make(folder: Path, work: dict[str, Path], config: LogMelConfig, known: dict
         for infos in results:
             for info in infos:
                 known[info.fname] = info
-                row = asdict(info)
-                journal.write(json.dumps(row | {"digest": digest(row)}) + "\n")
+                journal.write(_journal_line(asdict(info)))
             journal.flush()
             done += len(infos)
             compute.progress(done, len(work), "caching log-mels")
@@ -358,17 +358,26 @@ def _read_known(folder: Path) -> dict[str, ClipInfo]:
             log.warning("%s: making its log-mels again", error.lines[0].split(". ")[0])
     journal = folder / "journal.jsonl"
     if journal.exists():
-        for row in read_json_lines(journal):
-            if row.pop("digest", "") == digest(row):
-                known[row["fname"]] = ClipInfo(**row)
+        known |= {row["fname"]: ClipInfo(**row) for row in _journal_rows(folder) if "fname" in row}
         _write_manifest(folder, known)
     return known
+
+
+def _journal_line(row: dict[str, Any]) -> str:
+    return json.dumps(row | {"digest": digest(row)}) + "\n"
+
+
+def _journal_rows(folder: Path) -> list[dict[str, Any]]:
+    """What an interrupted stage wrote to its journal: a row for each clip, and the hash of the manifest it was about to write."""
+    return [row for row in read_json_lines(folder / "journal.jsonl") if row.pop("digest", "") == digest(row)]
 
 
 def _write_manifest(folder: Path, known: dict[str, ClipInfo]) -> None:
     rows: list[dict[str, Any]] = [asdict(known[fname]) for fname in sorted(known)]
     with atomic_path(folder / "manifest.csv") as temporary:
         pd.DataFrame(rows, columns=[f.name for f in fields(ClipInfo)]).to_csv(temporary, index=False, lineterminator="\n")
+        with (folder / "journal.jsonl").open("a") as journal:
+            journal.write(_journal_line({"manifest": sha256_file(temporary)}))
     Artefact.of(folder / "manifest.csv").commit({})
     (folder / "journal.jsonl").unlink(missing_ok=True)
 

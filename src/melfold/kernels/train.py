@@ -42,7 +42,7 @@ def read_recipe(session: boot.Session) -> Recipe:
     bundle, settings = session.bundle, session.bundle["recipe"]
     weights, sha256, target = settings["model"]["weights"], bundle["weights_sha256"], session.scratch / "weights.safetensors"
     if session.rehearsal and not sha256:
-        settings = settings | {"model": settings["model"] | {"weights": "none"}}
+        settings = settings | {"model": settings["model"] | {"weights": "none", "normalise": "scalar"}}
     elif weights.startswith("file:"):
         found = [session.weights({sha256})[sha256]] if sha256 else session.mounted(weights.removeprefix("file:"))
         if not found:
@@ -118,13 +118,18 @@ def train(session: boot.Session) -> None:
     cache = make_log_mels(session, competition, recipe)
     run = start_run(home, bundle["name"], recipe, competition, table)
     left = 60 * minutes * (1 - SAVE_SHARE) - session.elapsed()
-    train_folds(run, folds, cache, Compute(tuple(devices)), seconds=left)
+    failure = ""
+    try:
+        train_folds(run, folds, cache, Compute(tuple(devices)), seconds=left)
+    except MelfoldError as error:  # what the other folds did must not be lost: Kaggle keeps no output of a kernel that fails
+        failure = error.lines[0]
+        session.say(f"FAILED: {failure}")
     (home.root / "weights").unlink()
     if any(fold != FULL for fold in run.done_folds()):
         scores = score(own_prediction(run))
         session.say(f"OOF lwlrap {scores.oof_lwlrap:.5f} of {scores.clips} clips, folds missing: {scores.missing or 'none'}")
     states = {fold: state_of(run, fold) for fold in folds}
-    session.write_record({"folds": states})
+    session.write_record({"folds": states, "failure": failure})
     done = all(state == "done" for state in states.values())
     session.say(f"{states}; {'all done' if done else 'the next session continues'}")
 

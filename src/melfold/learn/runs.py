@@ -140,7 +140,7 @@ class FoldFolder:
             raise MelfoldError(f"{self.result} belongs to another fold or recipe", listed(changes), fix)
         return content["files"][self.weights.name]
 
-    def lock(self) -> AbstractContextManager[None]:
+    def lock(self) -> AbstractContextManager[Any]:
         """Hold this fold for training.
 
         Raises:
