@@ -32,12 +32,14 @@ demo: setup  ## the whole job on a synthetic competition, shipped to a local sta
 test: setup lint  ## lint and tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-lint: setup  ## ruff and import order
+lint: setup  ## ruff, import order, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 soak: setup  ## long trials
 	$(BIN)/python -m pytest -m soak
+	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python -m tests.soak.chaos --seed 0 --kills 200 --damages 100
 
 browser:  ## install Chromium for the tests of reports, where apt-get is there; without it they are skipped
 	@command -v chromedriver >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver; } \
@@ -50,4 +52,4 @@ gpu: setup  ## what only a GPU can show: placement, repeatability, speed, memory
 	$(BIN)/python -m tests.bench.gpu
 
 clean:  ## remove the environment and build/; data, caches, runs, folds and submissions stay
-	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -22,6 +22,7 @@ from melfold.cli.main import app
 from melfold.data.competition import load_competition
 from melfold.data.demo import write_demo
 from melfold.files import Home, locked
+from melfold.kaggle.ledger import Ledger, Row
 from melfold.probs import read_probs
 from melfold.recipes import load_recipe
 
@@ -129,6 +130,24 @@ def test_4_a_second_run_makes_nothing_again(road: Road) -> None:
     assert road.submission.read_bytes() == bytes_before
 
 
+def test_4b_a_submission_that_kaggle_has_is_never_replaced(road: Road, tmp_path: Path) -> None:
+    home, audio = tmp_path / "home", road.data / "test" / load_competition(road.data).test.index[0]
+    shutil.copytree(road.home, home)
+    sound, folder = audio.read_bytes(), home / "submissions" / "road"
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    args = ("run", road.data, "--run", "road", "--device", "cpu", "--jobs", 1)
+    Ledger.of(Home(home)).add(Row("tag", "road", *[""] * 8))
+    try:
+        audio.write_bytes(b"RIFF and then nothing")
+        assert "submission road exists and was made from different inputs" in road(*args, recipe=True, home=home, code=2).stderr
+        assert {path: path.read_bytes() for path in folder.iterdir()} == before
+        (home / "submissions" / "ledger.csv").unlink()
+        road(*args, recipe=True, home=home)
+        assert {path: path.read_bytes() for path in folder.iterdir()} != before
+    finally:
+        audio.write_bytes(sound)
+
+
 def test_5_prediction_needs_no_initial_weights(road: Road) -> None:
     road.weights.unlink()
     predicted = (road.run / "test.csv").read_bytes()
@@ -146,8 +165,8 @@ def test_6_a_submission_built_again_is_the_same_and_passes_and_scores(road: Road
     assert built.stdout.splitlines() == [
         str(road.submission),
         "Track: open. Data: curated. Licences of initial weights: unknown. They were trained on: unknown.",
-        f"BREAKS: the weights of convnext_atto (file:{road.weights}) may have seen clips of this competition: data sets unknown. "
-        "FAT2019's clips come from Freesound, as FSD50K's do",
+        "BREAKS: the weights of convnext_atto (initial.safetensors) may have seen clips of this competition: "
+        "their data sets are not known. Name them with --set model.seen=…",
         "BREAKS: no pretrained models and no external data (road)",
         "BREAKS: the licence of its first weights is not known: name it with --set model.licence=…",
     ]

@@ -1,12 +1,13 @@
 """Artefacts: files that remember what they were made from.
 
 An artefact is one or more files and a *stamp*, a JSON file that is written last. The stamp holds the named inputs the files were
-made from, the SHA-256 of each file, and any facts worth keeping. So it can say whether the artefact is fresh, what changed, and
-whether a file was changed since.
+made from, the SHA-256 of each file, any facts worth keeping, and a digest of all this. So it can say whether the artefact is
+fresh, what changed, and whether a file or the stamp itself was changed since.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,13 +46,14 @@ class Artefact:
         """The stamp: `made_from`, `files`, and the facts.
 
         Raises:
-            MelfoldError: no stamp, or one that cannot be read.
+            MelfoldError: no stamp, or one that cannot be read or was changed after it was written.
         """
         content = read_json(self.stamp)
-        if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("made_from", "files")):
-            raise MelfoldError(
-                f"{self.stamp} was not written by this version of melfold", "no made_from and files", "Make it again"
-            )
+        if not all(key in content for key in ("made_from", "files", "digest")):
+            what = f"{self.stamp} was not written by this version of melfold"
+            raise MelfoldError(what, "no made_from, files and digest", "Make it again")
+        if content.pop("digest") != digest(content):
+            raise MelfoldError(f"{self.stamp} was changed after it was written", "its digest differs", "Make it again")
         return content
 
     def changes(self, inputs: Mapping[str, Any]) -> list[str]:
@@ -96,7 +98,9 @@ class Artefact:
     def commit(self, inputs: Mapping[str, Any], **facts: Any) -> None:
         """Write the stamp for files that are already in place."""
         files = {path.relative_to(self.stamp.parent).as_posix(): sha256_file(path) for path in self.files}
-        write_json(self.stamp, {"made_from": summary(inputs), "files": files, **facts})
+        # As JSON will give it back: keys are text, tuples are lists.
+        content = json.loads(json.dumps({"made_from": summary(inputs), "files": files, **facts}))
+        write_json(self.stamp, content | {"digest": digest(content)})
 
     def remove(self) -> None:
         """Delete the stamp, then the files."""

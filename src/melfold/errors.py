@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Iterable
 
 
@@ -39,6 +41,14 @@ def _rebuild(lines: tuple[str, ...]) -> MelfoldError:
     error = MelfoldError(lines[0])
     error.lines = lines
     return error
+
+
+def system_error(error: OSError) -> str:
+    """What the system refused, and for which file, in one line."""
+    name = re.sub(r"/\.([^/]+)\.\d+\.tmp$", r"/\1", str(error.filename or ""))  # what it would have been named
+    where = f": {name}" if name else ""
+    full = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return f"{error.strerror or error}{where}" + (". Free some space, or use another folder" if full else "")
 
 
 def first_line(error: BaseException) -> str:

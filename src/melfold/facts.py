@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from importlib import resources
+from typing import Any
 
 from melfold.errors import MelfoldError
 
@@ -85,7 +86,8 @@ def facts_of(competition: str | Sequence[str]) -> Facts:
         found = [facts for facts in known_facts() if sha256.startswith(facts.labels_sha256)]
     if found:
         return found[0]
-    unknown = {"name": "", "slug": "", "labels_sha256": "", "n_labels": 0, "bad_clips": {}, "standings": None, "code_only": False}
+    unknown: dict[str, Any] = {"name": "", "slug": "", "labels_sha256": "", "n_labels": 0}
+    unknown |= {"bad_clips": {}, "standings": None, "code_only": False}
     return replace(facts_of(DEFAULT), **unknown)
 
 

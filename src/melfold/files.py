@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from melfold.errors import MelfoldError
+from melfold.errors import MelfoldError, first_line
 
 
 @dataclass(frozen=True)
@@ -55,17 +57,25 @@ class Home:
 def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """A temporary path beside `path` that is renamed to it on success and removed on failure.
 
+    What a killed process left of the same file is removed first.
+
     Args:
         durable: wait for the disk, so that a power cut cannot leave a name with nothing behind it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp") if durable else ():  # caches are too large to look each time
+        if is_left_behind(old):
+            old.unlink(missing_ok=True)
     try:
         yield temporary
         if durable:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write that fails does not say where
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -86,14 +96,46 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON, naming the file when it is missing or broken."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object, naming the file when it is missing, broken, or something else."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MelfoldError("a file is missing", str(path), "Run the stage that makes it") from None
-    except json.JSONDecodeError as error:
-        raise MelfoldError(f"{path} is not JSON", str(error), "Delete it and run the stage again") from None
+    except (ValueError, RecursionError) as error:  # also text that is not UTF-8
+        raise MelfoldError(f"{path} is not JSON", first_line(error), "Delete it and run the stage again") from None
+    if not isinstance(content, dict):
+        what = f"{path} was not written by this version of melfold"
+        raise MelfoldError(what, "no JSON object", "Delete it and run the stage again")
+    return content
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file with one on each line, up to the first line that a kill or damage left unreadable."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(row, dict) or not line.endswith("\n"):
+            break
+        rows.append(row)
+    return rows
+
+
+def is_left_behind(path: Path) -> bool:
+    """Whether the process that was writing a temporary file is gone."""
+    writer = re.search(r"\.(\d+)\.tmp$", path.name)
+    if not writer:
+        return False
+    try:
+        os.kill(int(writer[1]), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ import pandas as pd
 from melfold.errors import MelfoldError
 from melfold.files import atomic_path
 
-Probs = pd.DataFrame
+Probs: TypeAlias = pd.DataFrame
 
 
 def make_probs(values: np.ndarray, fnames: Sequence[str], labels: Sequence[str]) -> Probs:

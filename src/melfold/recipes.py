@@ -139,9 +139,9 @@ def recipe_keys() -> list[Key]:
     for section, field in Recipe.model_fields.items():
         if section == "name":
             continue  # a file's name gives it
-        inner = field.annotation
-        is_section = isinstance(inner, type) and issubclass(inner, BaseModel)
-        fields = {f"{section}.{key}": own for key, own in inner.model_fields.items()} if is_section else {section: field}
+        inner, fields = field.annotation, {section: field}
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            fields = {f"{section}.{key}": own for key, own in inner.model_fields.items()}
         for key, own in fields.items():
             meaning = " ".join((own.description or "").split())
             keys.append(Key(key, _allowed(own.annotation, own.metadata), toml_value(own.default), meaning))
@@ -153,7 +153,7 @@ def compare_recipes(a: Recipe, b: Recipe) -> list[tuple[str, str, str]]:
     one, other = (_leaves(recipe.model_dump(mode="json", exclude={"name", "about"})) for recipe in (a, b))
     keys = [*one, *(key for key in other if key not in one)]
     rows = [(key, *(toml_value(own[key]) if key in own else "" for own in (one, other))) for key in keys]
-    return [row for row in rows if row[1] != row[2]]
+    return [(key, a, b) for key, a, b in rows if a != b]
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -266,7 +266,8 @@ def _flat(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _reasons(text: str) -> dict[str, str]:
     """`section.key` -> the comment that ends its line."""
-    reasons, section = {}, ""
+    reasons: dict[str, str] = {}
+    section = ""
     for line in text.splitlines():
         stripped = line.strip()
         if stripped.startswith("["):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -37,7 +37,7 @@ def cache(competition: Competition, home: Home, recipe: Recipe, compute: Compute
     splits = SPLITS if recipe.noisy.use else ("curated", "test")
     exclude = with_bad_clips(recipe, competition).data.exclude
     try:
-        options = {"exclude": exclude, "compute": compute, "verify": verify}
+        options: dict[str, Any] = {"exclude": exclude, "compute": compute, "verify": verify}
         return build_cache(competition, recipe.logmel, home, splits=splits, **options)
     finally:
         stop_workers()
@@ -171,6 +171,7 @@ def _oof_jobs(prediction: Prediction, competition: Competition, home: Home, comp
     if not stale:
         return []
     folder = cache(competition, home, run.recipe, compute)
+    run.training_audio(folder)
     return [_job(prediction, f, folder, prediction.fold_oof(f), run.held_out(f), clips[f]) for f in stale]
 
 

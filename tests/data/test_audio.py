@@ -44,3 +44,23 @@ def test_audio_that_cannot_be_read_is_refused_and_never_becomes_silence(tmp_path
         soundfile.write(path, np.array([0.1, np.nan] if content == "nan" else []), 16_000, subtype="FLOAT")
     with pytest.raises(MelfoldError, match=f"unreadable audio: .*{said}"):
         read_waveform(path, 16_000)
+
+
+def test_samples_far_beyond_full_scale_are_refused(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "x.wav", np.array([0.1, 1e30]), 16_000, subtype="FLOAT")
+    with pytest.raises(MelfoldError, match=r"unreadable audio: x\.wav \(samples of 1e\+30\)"):
+        read_waveform(tmp_path / "x.wav", 16_000)
+    soundfile.write(tmp_path / "y.wav", np.array([0.1, -(2.0**31)]), 16_000, subtype="FLOAT")
+    assert read_waveform(tmp_path / "y.wav", 16_000)[0].min() == -(2.0**31), "integers as floats"
+
+
+@pytest.mark.parametrize("suffix", [".ogg", ".flac"])
+def test_compressed_audio_that_was_cut_short_is_never_a_short_clip(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"x{suffix}"
+    soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, 40_000), 16_000)
+    whole = path.read_bytes()
+    assert len(read_waveform(path, 16_000)[0]) == 40_000
+    for share in (0.3, 0.6, 0.9, 0.999):
+        path.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(MelfoldError, match="unreadable audio"):
+            read_waveform(path, 16_000)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,7 +28,7 @@ from melfold.data.clips import ClipStore
 from melfold.data.competition import Competition, load_competition
 from melfold.data.logmel import LogMel
 from melfold.errors import MelfoldError
-from melfold.files import Home
+from melfold.files import Home, digest, locked, sha256_file
 from tests.conftest import write_wav
 
 Maker = Callable[..., Path]
@@ -58,6 +59,22 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
     return Home(tmp_path / "home")
+
+
+def test_only_one_process_at_a_time_fills_a_cache(tiny_download: Maker, home: Home) -> None:
+    competition = load_competition(tiny_download())
+    folder = cache_folder(home, "tiny", CONFIG)
+    with warnings_of("melfold.data.cache") as messages:
+        with locked(folder / ".lock"):
+            second = threading.Thread(target=build, args=(competition, home))
+            second.start()
+            while not messages:
+                second.join(0.01)
+                assert second.is_alive(), "it did not wait"
+            assert {p.name for p in folder.iterdir()} == {".lock"}
+        second.join()
+    assert messages == [f"waiting for another melfold that fills {folder}"]
+    assert len(read_manifest(folder)) == 12
 
 
 @contextmanager
@@ -168,7 +185,7 @@ def test_a_second_run_computes_nothing(tiny_download: Maker, home: Home) -> None
     assert not (folder / "journal.jsonl").exists()
 
 
-@pytest.mark.parametrize("spoil", ["changed audio", "lost array", "cut array"])
+@pytest.mark.parametrize("spoil", ["changed audio", "other audio of the same size", "lost array", "cut array"])
 def test_only_the_clip_that_is_out_of_date_is_made_again(spoil: str, tiny_download: Maker, home: Home) -> None:
     root = tiny_download()
     competition = load_competition(root)
@@ -176,6 +193,11 @@ def test_only_the_clip_that_is_out_of_date_is_made_again(spoil: str, tiny_downlo
     before, array = stamps(folder), npy_path(folder, "c0004.wav")
     if spoil == "changed audio":
         write_wav(root / "train_curated/c0004.wav", np.random.default_rng(1).normal(0, 0.1, 9_000))
+    elif spoil == "other audio of the same size":
+        path = root / "train_curated/c0004.wav"
+        size = path.stat().st_size
+        write_wav(path, np.random.default_rng(1).normal(0, 0.1, (size - 44) // 2))
+        assert path.stat().st_size == size
     elif spoil == "lost array":
         array.unlink()
     else:
@@ -374,7 +396,7 @@ def test_a_torn_last_line_of_the_journal_costs_one_clip(tiny_download: Maker, ho
     folder = build(competition, home)
     whole = content(folder)
     rows = read_manifest(folder).reset_index().to_dict("records")
-    lines = [json.dumps(row) for row in rows]
+    lines = [json.dumps(row | {"digest": digest(row)}) for row in rows]
     (folder / "manifest.csv").unlink()
     (folder / "journal.jsonl").write_text("\n".join(lines)[: -len(lines[-1]) // 2])
     (folder / ".c0001.npy.123.tmp").write_bytes(b"left behind")
@@ -458,3 +480,32 @@ def test_an_edited_manifest_is_made_again(tiny_download: Maker, tmp_path: Path) 
         ClipStore(folder, list(competition.test.index), CONFIG.n_mels, CONFIG.top_db)
     build_cache(competition, CONFIG, home, compute=Compute(jobs=1))
     assert manifest.read_text() == before
+
+
+def test_damage_beside_a_journal_is_found_too(tiny_download: Maker, home: Home) -> None:
+    competition = load_competition(tiny_download())
+    folder = build(competition, home)
+    whole, manifest, journal = content(folder), folder / "manifest.csv", folder / "journal.jsonl"
+    rows = read_manifest(folder).reset_index().to_dict("records")
+    edited = json.dumps(rows[0] | {"digest": digest(rows[0])}).replace('"peak_db": -', '"peak_db": -1')
+    text = manifest.read_text()
+    for damaged in (text[:-40], text.replace("-", "-1", 1), text):
+        manifest.write_text(damaged)
+        journal.write_text(edited + "\n")
+        build(competition, home)
+        assert content(folder) == whole
+        assert manifest.read_text() == text
+
+
+def test_killed_between_the_manifest_and_its_stamp_nothing_is_made_again(tiny_download: Maker, home: Home) -> None:
+    competition = load_competition(tiny_download())
+    folder = build(competition, home, splits=["test"])
+    stamp, before = (folder / "manifest.json").read_bytes(), stamps(folder)
+    build(competition, home)
+    added = stamps(folder)
+    row = {"manifest": sha256_file(folder / "manifest.csv")}
+    (folder / "manifest.json").write_bytes(stamp)
+    (folder / "journal.jsonl").write_text(json.dumps(row | {"digest": digest(row)}) + "\n")
+    build(competition, home)
+    assert stamps(folder) == added
+    assert added.items() >= before.items()

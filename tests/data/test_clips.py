@@ -139,3 +139,11 @@ def test_shifted_windows_stay_on_the_clip(frames: int, length: int, overlap: flo
             assert 0 <= start < frames
         else:
             assert min(frames - length, 0) <= start <= 0
+
+
+@pytest.mark.parametrize("pad", PADS)
+def test_a_positive_shift_moves_windows_to_later_frames(pad: Pad) -> None:
+    assert window_starts(100, 20, 0.5, 0, pad)[:3] == [0, 10, 20]
+    assert window_starts(100, 20, 0.5, 3, pad)[:3] == [3, 13, 23]
+    assert window_starts(100, 20, 0.5, -3, pad)[:3] == [0, 7, 17]
+    assert window_starts(10, 16, 0.5, 2, pad) == [2 if pad == "wrap" else -1]

@@ -117,6 +117,15 @@ def test_targets_are_multi_hot_in_vocabulary_order() -> None:
     assert table.to_numpy().dtype == np.float32
 
 
+def test_labels_keep_the_order_of_the_vocabulary(tiny_download: Maker, tiny_zenodo: Maker) -> None:
+    labels = ("Tone", "Bark", "Hiss_(air)")
+    for root in (tiny_download(labels=labels), tiny_zenodo(labels=labels)):
+        competition = load_competition(root)
+        assert competition.labels == labels
+        assert tuple(competition.targets().columns) == labels
+        assert competition.targets().loc["c0000.wav"].tolist() == [1, 0, 0]
+
+
 def test_a_download_with_the_real_vocabulary_is_fat2019_whatever_its_folder(tiny_zenodo: Maker, fsdkaggle2019: Path) -> None:
     root = tiny_zenodo("anything", labels=("Bark", "Accordion", "Yell"))
     (vocabulary,) = fsdkaggle2019.rglob("vocabulary.csv")
@@ -226,7 +235,8 @@ PROBLEMS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda r: replace(r / "sample_submission.csv", "fname,Bark", "fname,Tone"),
         "sample_submission.csv: duplicate label: Tone",
     ),
-    "no vocabulary": (lambda r: replace(r / "sample_submission.csv", "fname,Bark,Hiss_(air),Tone", "fname"), "no labels"),
+    "no vocabulary": (lambda r: replace(r / "sample_submission.csv", "fname,Bark,Hiss_(air),Tone", "fname"), "two labels: none"),
+    "one label": (lambda r: replace(r / "sample_submission.csv", "fname,Bark,Hiss_(air),Tone", "fname,Bark"), "two labels: Bark"),
     "odd label": (lambda r: replace(r / "sample_submission.csv", "fname,Bark", "fname, Bark"), "not a label: ' Bark'"),
     "first column": (
         lambda r: replace(r / "sample_submission.csv", "fname,Bark,Hiss_(air)", "Bark,fname,Hiss_(air)"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -81,14 +80,21 @@ def test_without_a_stamp_or_with_a_broken_one_nothing_is_fresh(artefact: Artefac
     assert artefact.changes(INPUTS) == ["stamp.json cannot be read"]
     with pytest.raises(MelfoldError, match="stamp.json is not JSON"):
         artefact.verify()
-    artefact.stamp.write_text("[]")
-    with pytest.raises(MelfoldError, match="was not written by this version of melfold: no made_from and files"):
+    artefact.stamp.write_text("{}")
+    with pytest.raises(MelfoldError, match="was not written by this version of melfold: no made_from, files and digest"):
         artefact.verify()
-    artefact.stamp.write_text(json.dumps({"made_from": {}, "files": {}}))
+    Artefact(artefact.stamp).commit({})
     assert not artefact.is_fresh({}), "files that the stamp does not know are no part of it"
     artefact.stamp.unlink()
     assert artefact.changes(INPUTS) == ["stamp.json does not exist"]
     assert not artefact.exists
+
+
+def test_an_edited_stamp_is_found(artefact: Artefact) -> None:
+    artefact.stamp.write_text(artefact.stamp.read_text().replace("1.5", "1.6"))
+    assert artefact.changes(INPUTS) == ["stamp.json cannot be read"]
+    with pytest.raises(MelfoldError, match=r"stamp.json was changed after it was written.*Make it again"):
+        artefact.verify()
 
 
 def test_removing_takes_the_stamp_and_the_files(artefact: Artefact) -> None:

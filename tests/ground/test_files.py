@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from melfold.files import (
     digest,
     locked,
     read_json,
+    read_json_lines,
     remove_leftovers,
     sha256_file,
     write_bytes,
@@ -45,6 +47,15 @@ def test_an_atomic_write_appears_whole_and_makes_its_folder(tmp_path: Path, dura
         assert not path.exists()
         assert temporary.parent == path.parent
     assert [(p.name, p.read_text()) for p in path.parent.iterdir()] == [("file", "whole")]
+
+
+def test_a_durable_write_waits_for_the_disk_before_the_file_gets_its_name(tmp_path: Path) -> None:
+    """/dev/null takes any write, but refuses to wait for a disk."""
+    with pytest.raises(OSError, match="Invalid argument"), atomic_path(tmp_path / "file") as temporary:
+        temporary.symlink_to("/dev/null")
+    assert list(tmp_path.iterdir()) == []
+    with atomic_path(tmp_path / "file", durable=False) as temporary:
+        temporary.symlink_to("/dev/null")
 
 
 @pytest.mark.parametrize("before", [None, "old"])
@@ -77,6 +88,15 @@ def test_a_killed_write_leaves_the_old_file_and_a_leftover_that_can_be_removed(t
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_writing_a_file_removes_what_a_killed_process_left_of_it_and_nothing_else(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for name in (f".a.csv.{gone.pid}.tmp", f".a.csv.{os.getppid()}.tmp", f".b.csv.{gone.pid}.tmp", ".a.csv.tmp"):
+        (tmp_path / name).write_text("half")
+    write_text(tmp_path / "a.csv", "whole")
+    assert {p.name for p in tmp_path.iterdir()} == {"a.csv", f".a.csv.{os.getppid()}.tmp", f".b.csv.{gone.pid}.tmp", ".a.csv.tmp"}
+
+
 def test_json_that_cannot_be_written_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "a.json", {"x": float("nan")})
@@ -92,9 +112,24 @@ def test_json_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_unreadable_json_is_reported_with_its_path(tmp_path: Path) -> None:
     with pytest.raises(MelfoldError, match=r"missing: .*none\.json"):
         read_json(tmp_path / "none.json")
-    write_text(tmp_path / "broken.json", '{"a": ')
-    with pytest.raises(MelfoldError, match=r"broken\.json is not JSON"):
-        read_json(tmp_path / "broken.json")
+    for content in (b'{"a": ', b'{"a": "\xff"}', b"", b"[" * 100_000):
+        (tmp_path / "broken.json").write_bytes(content)
+        with pytest.raises(MelfoldError, match=r"broken\.json is not JSON"):
+            read_json(tmp_path / "broken.json")
+
+
+def test_lines_of_json_are_read_up_to_the_first_that_is_not_whole(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    assert read_json_lines(path) == []
+    for odd in (b'{"a": 3', b'{"a": 3}', b'\xff{"a": 3}\n', b'[3]\n{"a": 4}\n', b"\n"):
+        path.write_bytes(b'{"a": 1}\n{"a": "\xc3\xb6"}\n' + odd)
+        assert read_json_lines(path) == [{"a": 1}, {"a": "ö"}]
+
+
+def test_json_that_is_no_object_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[1]")
+    with pytest.raises(MelfoldError, match=r"a\.json was not written by this version of melfold: no JSON object"):
+        read_json(tmp_path / "a.json")
 
 
 def test_digest_ignores_the_order_of_keys_and_sees_every_value() -> None:

@@ -129,3 +129,23 @@ def test_a_path_that_leads_out_is_refused(name: str, tmp_path: Path, monkeypatch
     with pytest.raises(MelfoldError, match="path outside"):
         download(Kaggle(), tmp_path / "data")
     assert not (tmp_path / "out.csv").exists()
+
+
+@pytest.mark.parametrize(("field", "value", "said"), [("flags", 1, "encrypted"), ("method", 97, "compression method")])
+def test_an_archive_that_cannot_be_unpacked_is_reported_and_kept(
+    field: str, value: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(self: Kaggle, folder: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(folder / "all.zip", "w") as pack:
+            pack.writestr("a.csv", b"a")
+        content = bytearray((folder / "all.zip").read_bytes())
+        for header, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):  # the file's own header, and the one in the directory
+            content[content.index(header) + offset + (2 if field == "method" else 0)] = value
+        (folder / "all.zip").write_bytes(content)
+        return folder / "all.zip"
+
+    monkeypatch.setattr(Kaggle, "download", made)
+    with pytest.raises(MelfoldError, match=f"all.zip cannot be unpacked: .*{said}") as caught:
+        download(Kaggle(), tmp_path / "data")
+    assert len(caught.value.lines) == 1

@@ -19,12 +19,13 @@ from kaggle_world import SETS, SLUG, World, bundle_of, lay_out, record, restamp,
 from slugify import slugify
 
 from melfold import stages
+from melfold.artefacts import Artefact
 from melfold.combine.check import check_submission
 from melfold.combine.oof import prior_of
 from melfold.combine.submission import build_submission
 from melfold.data.competition import load_competition
 from melfold.errors import MelfoldError
-from melfold.files import sha256_file
+from melfold.files import digest, sha256_file
 from melfold.kaggle import pack, sandbox
 from melfold.kaggle.build import Target, build_infer
 from melfold.kaggle.built import slug_of, title_for
@@ -185,6 +186,12 @@ def test_a_script_too_large_for_kaggle_is_refused(own: World, monkeypatch: pytes
     assert not (own.home.root / "build" / "kernels" / "melfold-infer-tiny").exists()
 
 
+def edit_stamp(path: Path, **changes: object) -> None:
+    """Change what a stamp says, as if it had been written so."""
+    content = Artefact(path).read() | changes
+    path.write_text(json.dumps(content | {"digest": digest(content)}))
+
+
 @pytest.mark.parametrize("change", ["result", "weights"])
 def test_a_run_that_has_changed_is_not_built(change: str, own: World) -> None:
     fold = open_run(own.home, "tiny").fold(0)
@@ -192,7 +199,8 @@ def test_a_run_that_has_changed_is_not_built(change: str, own: World) -> None:
     content = path.read_bytes()
     path.unlink()  # it is a hard link to the shared world's file
     if change == "result":
-        path.write_text(json.dumps(json.loads(content) | {"files": {"weights.safetensors": "0" * 64}}))
+        path.write_bytes(content)
+        edit_stamp(path, files={"weights.safetensors": "0" * 64})
     else:
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(MelfoldError, match="has changed since" if change == "result" else "changed after it was written"):
@@ -298,8 +306,7 @@ def test_use_of_the_network_outside_python_is_seen_too(own: World) -> None:
 def test_a_kernel_over_its_limit_is_stopped(own: World) -> None:
     built = own.build()
     rewrite(built, "import time\ntime.sleep(600)\n")
-    facts = built.facts | {"budget_minutes": -0.3}
-    (built.folder / "build.json").write_text(json.dumps(facts))
+    edit_stamp(built.folder / "build.json", budget_minutes=-0.3)
     report = rehearse(built, own.competition, own.home)
     assert "exceeds its time limit" in report.failures[0]
     assert report.seconds < 60
@@ -307,7 +314,7 @@ def test_a_kernel_over_its_limit_is_stopped(own: World) -> None:
 
 def test_with_a_budget_far_too_small_the_file_is_complete_and_in_time(own: World, tmp_path: Path) -> None:
     built = own.build(minutes=0.01)
-    (built.folder / "build.json").write_text(json.dumps(built.facts | {"budget_minutes": 2}))  # Python's start takes longer
+    edit_stamp(built.folder / "build.json", budget_minutes=2)  # Python's start takes longer
     report = rehearse(built, own.competition, own.home, keep=tmp_path / "kept")
     assert "exceeds its budget" in report.failures[0]
     check_submission(tmp_path / "kept" / "submission.csv", own.competition)

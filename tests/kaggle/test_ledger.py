@@ -51,6 +51,32 @@ def test_writers_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
     assert {r.id for r in ledger.rows()} == {f"r{i}" for i in range(16)}
 
 
+DAMAGE = {
+    "not UTF-8": (lambda text: text[:-20] + b"\xff" + text[-20:], "is no ledger"),
+    "cut in a line": (lambda text: text[:-30], "is cut: row 2 is not whole"),
+    "cut in the last cell": (lambda text: text[:-2], "is cut: row 2 is not whole"),
+    "a row twice": (lambda text: text + text.splitlines(keepends=True)[-1], "has a row twice"),
+    "a score that is none": (lambda text: text.replace(b"0.7", b"O.7"), "not a score: 'O.7' of a"),
+    "an open quote": (lambda text: text.replace(b"a,a,", b'"a,a,'), "ledger.csv"),
+    "empty": (lambda text: b"", "is no ledger"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_ledger_is_refused_in_one_line_and_stays_as_it_is(kind: str, tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.csv")
+    for one in (row("a", 0.9, 0.7), row("b", note="a note")):
+        ledger.add(one)
+    damage, said = DAMAGE[kind]
+    damaged = damage(ledger.path.read_bytes())
+    ledger.path.write_bytes(damaged)
+    for use in (ledger.rows, lambda: ledger.add(row("c"))):
+        with pytest.raises(MelfoldError, match=said) as caught:
+            use()
+        assert len(caught.value.lines) == 1
+    assert ledger.path.read_bytes() == damaged
+
+
 @pytest.mark.parametrize("text", ["id,other\n1,2\n", f"{','.join(COLUMNS)}\n{'x,' * 15}lost,\n"])
 def test_a_table_that_is_no_ledger_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "ledger.csv"

@@ -14,7 +14,7 @@ from kaggle_world import SLUG, World, environment
 from melfold.errors import MelfoldError
 from melfold.kaggle.built import Built
 from melfold.kaggle.client import Kaggle
-from melfold.kaggle.push import publish_dataset, push, wait_for_kernel
+from melfold.kaggle.push import is_there, publish_dataset, push, wait_for_kernel
 from tests.fake_kaggle import FakeKaggle, Fault
 
 KERNEL = "melfold-infer-tiny"
@@ -96,3 +96,18 @@ def test_the_output_is_compared_with_the_kernels_record(arrives: bool, own: Worl
             MelfoldError, match=r"the output of kernel tester/melfold-infer-tiny is damaged: more/0\.txt, after 3"
         ):
             wait_for_kernel(Kaggle(SLUG), built)
+
+
+def test_a_push_without_an_answer_is_found_at_kaggle(own: World, fake: FakeKaggle) -> None:
+    """So that a training session, hours of a GPU, is not started twice."""
+    built, client = own.build(), Kaggle(SLUG)
+    assert not is_there(client, built)
+    fake.faults.append(Fault("SaveKernel", "drop_after"))
+    with pytest.raises(MelfoldError):
+        push(client, built, unrehearsed=True)
+    assert (built.pushed, built.asked) == (None, True)
+    assert is_there(client, built)
+    record = json.dumps({"build_id": built.facts["build_id"], "files": {}}).encode()
+    fake.finish_kernel(KERNEL, {"melfold.json": record})
+    assert (wait_for_kernel(client, built) / "melfold.json").read_bytes() == record
+    assert len(fake.kernels[KERNEL]) == 1

@@ -21,6 +21,7 @@ from melfold.errors import MelfoldError
 from melfold.kaggle.build import Target
 from melfold.kaggle.built import Built
 from melfold.kaggle.client import Kaggle
+from melfold.kaggle.judge import judge_train
 from melfold.kaggle.push import fetch_run
 from melfold.kaggle.rehearsal import rehearse
 from melfold.kaggle.training import Training, build_train, train_on_kaggle
@@ -138,6 +139,18 @@ def test_a_run_is_not_mixed_with_another_one_of_its_name(own: World, tmp_path: P
         fetch_run(built, working, own.home)
 
 
+def test_a_fold_that_fails_does_not_take_the_session_with_it(own: World, tmp_path: Path) -> None:
+    built = build_train(own.home, training(own, "model.weights=file:x.safetensors", weights_from="dataset:a/b", folds=[0]), CPU)
+    working = lay_out(built, own, tmp_path)
+    attached = tmp_path / "kaggle/input/datasets/a/b/x.safetensors"
+    attached.parent.mkdir(parents=True)
+    attached.write_bytes(save({"other": torch.ones(1)}))
+    train(Session(bundle_of(built), tmp_path, time.monotonic()))
+    assert record(working)["folds"] == {"0": "not started"}
+    assert record(working)["failure"].startswith("1 of 1 folds failed: far fold 0")
+    assert judge_train(working) == [record(working)["failure"]]
+
+
 def run_session(built: Built, world: World, root: Path, minutes: float) -> Path:
     """Run a training kernel in this process. Returns: its output, where the next session finds it."""
     working, output = lay_out(built, world, root), built.folder / "output"
@@ -173,7 +186,8 @@ def test_training_stops_in_time_and_continues_in_a_second_session(
 
 
 def test_a_rehearsal_needs_no_audio_and_takes_a_few_steps(own: World, tmp_path: Path) -> None:
-    plan = training(own, "noisy.use=true", "train.epochs=5000", folds=[1])
+    hub = ("model.weights=hf:someone/weights", "model.normalise=checkpoint")
+    plan = training(own, "noisy.use=true", "train.epochs=5000", *hub, folds=[1])
     built = build_train(own.home, plan, CPU)
     report = rehearse(built, plan.competition, own.home, keep=tmp_path / "kept")
     assert report.failures == [], report.log

@@ -5,14 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from learn_world import World
 
-from melfold.data.folds import make_folds, write_folds
+from melfold.data.folds import make_folds, read_folds, write_folds
 from melfold.errors import MelfoldError
 from melfold.files import Home, read_json, write_json
+from melfold.learn.predictions import write_current
 from melfold.learn.runs import FULL, Run, open_run
 from melfold.learn.start import default_run_name, start_run
+from melfold.probs import make_probs
 
 
 def test_a_run_is_opened_again_as_it_was_started(world: World, tmp_path: Path) -> None:
@@ -40,12 +44,31 @@ def test_a_run_of_another_melfold_is_refused_in_one_line(world: World, tmp_path:
     run = world.start(tmp_path)
     current = read_json(run.folder / "run.json")
     newer = current | {"info": current["info"] | {"nosuch": 1}}
-    for content in ({"competition": "x", "nosuch": 1}, newer, current | {"made_from": None}, []):
+    for content in ({"competition": "x", "nosuch": 1}, newer, current | {"made_from": None}):
         write_json(run.folder / "run.json", content)
         with pytest.raises(MelfoldError, match="run tiny was made by another version of melfold") as caught:
             open_run(Home(tmp_path), "tiny")
         assert len(caught.value.lines) == 1
         assert str(caught.value).endswith("Use that version to read it, or train again under another name")
+
+
+@pytest.mark.parametrize("name", ["run.json", "recipe.json", "clips.csv"])
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe", b'{"made_from": {'], ids=["empty", "a list", "not UTF-8", "cut"])
+def test_damaged_files_of_a_run_are_reported_in_one_line(name: str, content: bytes, world: World, tmp_path: Path) -> None:
+    (world.start(tmp_path).folder / name).write_bytes(content)
+    with pytest.raises(MelfoldError, match=name.replace(".", r"\.")) as caught:
+        open_run(Home(tmp_path), "tiny")
+    assert len(caught.value.lines) == 1
+
+
+def test_a_fold_without_clips_is_refused_before_training(world: World, tmp_path: Path) -> None:
+    folds = read_folds(world.folds, world.competition)["fold"]
+    for left_out in (folds.index[folds == 1], folds.index[folds != 0], folds.index):
+        table = ", ".join(f"'{fname}' = 'a test'" for fname in left_out)
+        with pytest.raises(MelfoldError, match=r"data.exclude leaves a fold without clips: fold [012, ]+, \d+ of 150") as caught:
+            world.start(tmp_path, f"data.exclude={{{table}}}")
+        assert len(caught.value.lines) == 1
+    assert not (tmp_path / "runs").exists()
 
 
 def test_another_recipe_is_refused_naming_the_keys(world: World, tmp_path: Path) -> None:
@@ -144,3 +167,26 @@ def test_training_and_held_out_clips_are_disjoint_and_cover_all(world: World, tm
         assert set(run.trained_on(fold)) == everything - set(held_out[fold])
     assert set(run.trained_on(FULL)) == everything
     assert run.held_out(FULL) == []
+
+
+def test_excluded_noisy_clips_are_left_out(world: World, tmp_path: Path) -> None:
+    first, *rest = world.competition.noisy.index
+    run = world.start(tmp_path, "noisy.use=true", f"data.exclude={{'{first}'='a test'}}")
+    assert set(run.noisy.index) == set(run.noisy_targets(0).index) == set(rest)
+
+
+def test_the_model_of_every_clip_predicts_only_if_there_is_no_other(world: World, tmp_path: Path) -> None:
+    run = world.start(tmp_path)
+    for fold, used in ((FULL, [FULL]), (0, ["0"]), (2, ["0", "2"])):
+        run.fold(fold).path.mkdir()
+        run.fold(fold).result.touch()
+        assert run.used_folds() == used
+
+
+def test_pseudo_labels_are_read_by_name(world: World, tmp_path: Path) -> None:
+    world.start(tmp_path, name="teacher")
+    run = world.start(tmp_path, "noisy.use=true", "noisy.teacher=teacher")
+    labels = run.info.labels
+    probs = make_probs(np.random.default_rng(0).random((3, len(labels))), list(run.noisy.index[:3]), labels)
+    write_current(run.fold(0).pseudo_labels, probs[labels[::-1]], {})
+    pd.testing.assert_frame_equal(run.noisy_targets(0), probs)

@@ -9,6 +9,7 @@ import json
 import math
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -237,6 +238,34 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_continues(
         steps.append(step_of(folder.checkpoint))
     assert 0 < steps[0] < steps[1]
     assert f"continuing at step {steps[0]} of" in stderr.read_text()
+
+
+def command_line_on_a_full_disk(stderr: Path, size: int, *args: str) -> None:
+    """`melfold ARGS` where no file can be larger than some bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    command_line(stderr, *args)
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "checkpoint.pt"])
+def test_a_full_disk_is_reported_in_one_line_and_training_continues_later(
+    file: str, world: World, whole: Run, tmp_path: Path, spawn: Callable[..., BaseProcess]
+) -> None:
+    run = world.start(tmp_path, ALWAYS if file == "checkpoint.pt" else "train.checkpoint_minutes=9")
+    shutil.copytree(world.home.cache, tmp_path / "cache")
+    args = ["resume", "tiny", "--home", str(tmp_path), "--device", "cpu", "--jobs", "1"]
+    size = whole.fold(0).weights.stat().st_size // 2
+    process = spawn(command_line_on_a_full_disk, tmp_path / "stderr.txt", size, *args)
+    process.join()
+    told = (tmp_path / "stderr.txt").read_text()
+    assert (process.exitcode, told.splitlines()[-1]) == (
+        2,
+        f"melfold: File too large: {run.fold(0).path / file}. Free some space, or use another folder",
+    ), told
+    assert "Traceback" not in told
+    assert not list(run.fold(0).path.glob(".*.tmp"))
+    go(world, run)
+    assert contents(run.fold(0)) == contents(whole.fold(0))
 
 
 class Stop(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,12 @@ from learn_world import World
 from melfold import stages
 from melfold.combine.oof import score
 from melfold.compute import Compute
+from melfold.data.competition import load_competition
 from melfold.errors import MelfoldError
 from melfold.files import Home, read_json, write_json
 from melfold.learn.devices import Device
 from melfold.learn.losses import LOSSES, bce
-from melfold.learn.predictions import own_prediction
+from melfold.learn.predictions import own_prediction, start_prediction
 from melfold.learn.runs import Run, open_run
 from melfold.learn.train import load_fold, train_fold
 
@@ -147,6 +149,21 @@ def test_edited_probabilities_of_one_fold_are_made_again_by_predict(run: Run, ma
         assert path.read_bytes() == (made.folder / path.relative_to(run.folder)).read_bytes()
 
 
+def test_after_a_fold_was_trained_anew_its_predictions_are_made_anew(run: Run, world: World, tmp_path: Path) -> None:
+    """The weights of another seed stand for those that another machine would give."""
+    other = train_fold(world.start(tmp_path / "other", "seed=1"), 0, world.cache, world.device)
+    own, folder = own_prediction(run), run.fold(0)
+    before = {path: path.read_bytes() for path in (own.fold_oof(0), own.fold_test(0), own.test)}
+    shutil.copy(other.weights, folder.weights)
+    folder.artefact.commit(folder.artefact.read()["made_from"])
+    for read in (own.read_oof, own.read_test):
+        refused(read, "tiny has no current", "weights: ")
+    stages.predict(own, world.competition, world.home, Compute(devices=("cpu",), jobs=1))
+    assert all(path.read_bytes() != content for path, content in before.items())
+    assert len(own.read_oof()) == len(run.held_out(0)) + len(run.held_out(1))
+    own.read_test()
+
+
 class Stop(Exception):
     """Stands for anything that ends a process."""
 
@@ -180,6 +197,56 @@ def test_a_checkpoint_of_another_precision_is_refused(world: World, tmp_path: Pa
     refused(lambda: train_fold(run, 2, world.cache, half), *said)
     assert run.fold(2).checkpoint.read_bytes() == before
     assert train_fold(run, 2, world.cache, world.device).done
+
+
+@pytest.fixture
+def replaced(world: World, tmp_path: Path) -> Path:
+    """Log-mels after one of the curated clips was replaced by another sound."""
+    root, home = tmp_path / world.competition.root.name, Home(tmp_path / "home")
+    shutil.copytree(world.competition.root, root)
+    shutil.copytree(world.home.cache, home.cache)
+    competition = load_competition(root)
+    first, second = competition.curated["path"].iloc[:2]
+    shutil.copy(second, first)
+    cache = stages.cache(competition, home, world.recipe(), Compute(jobs=1))
+    assert cache.name == world.cache.name
+    return cache
+
+
+def test_audio_that_was_replaced_between_two_folds_is_refused(run: Run, world: World, replaced: Path) -> None:
+    said = "audio files have changed since fold 0 of run tiny was trained", "Put the old files back", "--run NAME"
+    refused(lambda: train_fold(run, 2, replaced, world.device), *said)
+    assert train_fold(run, 2, world.cache, world.device).done
+
+
+def test_audio_that_was_replaced_is_not_predicted_by_a_model_of_the_old(run: Run, world: World, replaced: Path) -> None:
+    competition, home = load_competition(replaced.parents[3] / world.competition.root.name), Home(replaced.parents[2])
+    other = start_prediction(run, "other", run.recipe.predict.model_copy(update={"overlap": 0.25}))
+    compute = Compute(devices=("cpu",), jobs=1)
+    refused(lambda: stages.predict(other, competition, home, compute), "audio files have changed since fold 0")
+
+
+def test_audio_that_was_replaced_before_a_resume_is_refused(world: World, tmp_path: Path, replaced: Path) -> None:
+    run = world.start(tmp_path, ALWAYS)
+    stopped(world, run)
+    refused(lambda: train_fold(run, 2, replaced, world.device), "was saved under different conditions: training_audio: ")
+    assert train_fold(run, 2, world.cache, world.device).done
+
+
+def test_audio_files_that_were_only_copied_again_are_the_same(run: Run, world: World, tmp_path: Path) -> None:
+    root, home = tmp_path / world.competition.root.name, Home(tmp_path / "home")
+    shutil.copytree(world.competition.root, root)
+    shutil.copytree(world.home.cache, home.cache)
+    competition = load_competition(root)
+    os.utime(competition.curated["path"].iloc[0])
+    cache = stages.cache(competition, home, world.recipe(), Compute(jobs=1))
+    assert train_fold(run, 2, cache, world.device).done
+
+
+def test_a_missing_table_of_noisy_clips_is_found(world: World, tmp_path: Path) -> None:
+    run = world.start(tmp_path, "noisy.use=true")
+    (run.folder / "noisy.csv").unlink()
+    refused(lambda: open_run(run.home, "tiny"), "noisy.csv is missing")
 
 
 def test_a_gradient_that_is_not_finite_stops_before_a_checkpoint_is_saved(

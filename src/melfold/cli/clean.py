@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -16,7 +14,7 @@ import typer
 from melfold.cli.options import HomeOpt, YesOpt
 from melfold.cli.output import command, note, print_table, size
 from melfold.errors import MelfoldError
-from melfold.files import Home, is_locked, read_json
+from melfold.files import Home, is_left_behind, is_locked, read_json
 
 app = typer.Typer()
 
@@ -92,19 +90,8 @@ def _temporary(home: Home) -> Iterator[Item]:
     """What killed processes left half-written, by the names that `atomic_path` gives."""
     for root in (home.data, home.cache, home.folds, home.runs, home.submissions):
         for path in sorted(root.rglob(".*.tmp")):
-            writer = re.search(r"\.(\d+)\.tmp$", path.name)
-            if writer and not _alive(int(writer[1])) and time.time() - path.stat().st_mtime > YOUNG_SECONDS:
+            if is_left_behind(path) and time.time() - path.stat().st_mtime > YOUNG_SECONDS:
                 yield Item("temporary", path, "its process was killed")
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _build(home: Home) -> Iterator[Item]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -89,7 +89,7 @@ def ship(
     if file:
         check_file_form(id, client.competition)
     else:
-        options = {"gpu": gpu, "budget": budget, "weights_from": weights_from, "copy": copy}
+        options: dict[str, Any] = {"gpu": gpu, "budget": budget, "weights_from": weights_from, "copy": copy}
         built = _build_infer(place, id, owner, client.competition, **options)
         typer.echo(f"1/5 built {built.folder}")
         download = _download(place, built, data)

@@ -142,9 +142,10 @@ def ledger_show(
         typer.echo(f"select {number}: {choice.row.id} ({choice.row.ref}), {choice.reason}")
     if rows:
         typer.echo(line or why_no_line(rows))
-    for row in waiting(rows) if line else ():
-        value, low, high = line.predict(row.oof)
-        typer.echo(f"{row.id}: expect Private {score(value)} (95 % {interval(low, high)}) from OOF {score(row.oof)}")
+    for row in waiting(rows):
+        if line and row.oof is not None:
+            value, low, high = line.predict(row.oof)
+            typer.echo(f"{row.id}: expect Private {score(value)} (95 % {interval(low, high)}) from OOF {score(row.oof)}")
 
 
 def _shown(row: Row, place: Place | None) -> dict[str, Any]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import logging
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from melfold.compute import Progress
-from melfold.errors import MelfoldError
+from melfold.errors import MelfoldError, system_error
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,7 +58,7 @@ def guarded(function: Callable[..., None], *, continues: bool = False) -> Callab
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(141) from None
         except OSError as error:
-            _fail([_system_error(error)])
+            _fail([system_error(error)])
         except KeyboardInterrupt:
             typer.echo("melfold: stopped." + (" The same command continues where it stopped." if continues else ""), err=True)
             raise typer.Exit(130) from None
@@ -76,13 +74,6 @@ def _fail(lines: Iterable[str]) -> None:
     for line in lines:
         typer.secho(f"melfold: {line}", fg="red", err=True)
     raise typer.Exit(2)
-
-
-def _system_error(error: OSError) -> str:
-    name = re.sub(r"/\.([^/]+)\.\d+\.tmp$", r"/\1", str(error.filename or ""))  # what it would have been named
-    where = f": {name}" if name else ""
-    full = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
-    return f"{error.strerror or error}{where}" + (". Free some space, or use another folder" if full else "")
 
 
 def _set_up_logging() -> None:

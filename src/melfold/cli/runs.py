@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from melfold.artefacts import Artefact
 from melfold.cli.options import HomeOpt, JsonOpt, RunArg, YesOpt
 from melfold.cli.output import age, command, guarded, note, print_json, print_table, size
 from melfold.errors import MelfoldError
@@ -53,7 +54,15 @@ def runs(context: typer.Context, json: JsonOpt = False, home: HomeOpt = None) ->
 def _describe(folder: Path, name: str, run: Run | MelfoldError) -> dict[str, Any]:
     files = [path.stat() for path in folder.rglob("*") if path.is_file()]
     on_disk = {"bytes": sum(s.st_size for s in files), "changed": max((s.st_mtime for s in files), default=0.0)}
-    nothing = {"track": None, "folds_done": [], "n_folds": None, "oof_lwlrap": None, "low": None, "high": None, "predictions": []}
+    nothing: dict[str, Any] = {
+        "track": None,
+        "folds_done": [],
+        "n_folds": None,
+        "oof_lwlrap": None,
+        "low": None,
+        "high": None,
+        "predictions": [],
+    }
     if isinstance(run, MelfoldError):
         return {"run": name, "state": "unreadable", **nothing, **on_disk, "problem": str(run)}
     done, problem = run.done_folds(), ""
@@ -163,14 +172,16 @@ def _not_in_training(folder: Path) -> Iterator[None]:
 
 def _users(home: Home, name: str) -> list[str]:
     """What refers to a run by its name."""
+    from melfold.recipes import parse_recipe
+
     users = []
     for path in sorted(home.runs.glob("*/recipe.json")):
-        recipe = read_json(path)
-        if recipe.get("noisy", {}).get("teacher") == name:
+        recipe = parse_recipe(read_json(path), str(path))
+        if recipe.noisy.teacher == name:
             users.append(f"the teacher of run {path.parent.name}")
-        if recipe.get("model", {}).get("weights") == f"run:{name}":
+        if recipe.model.weights == f"run:{name}":
             users.append(f"where run {path.parent.name} starts from")
     for path in sorted(home.submissions.glob("*/manifest.json")):
-        if any(part["name"] == name for part in read_json(path).get("runs", [])):
+        if any(part["name"] == name for part in Artefact(path).read()["runs"]):
             users.append(f"part of submission {path.parent.name}")
     return users

@@ -45,9 +45,9 @@ def check_submission(path: Path, competition: Competition) -> Probs:
         problems.append(
             MelfoldError(f"{path.name}: duplicate clips", f"{len(rows) - len(set(rows))}, first {_first_twice(rows)}")
         )
-    for what, odd in (("clips missing", set(asked) - set(rows)), ("unknown clips", set(rows) - set(asked))):
-        if odd:
-            problems.append(MelfoldError(f"{path.name}: {what}", f"{len(odd)}, first {min(map(str, odd))}"))
+    for what, clips in (("clips missing", set(asked) - set(rows)), ("unknown clips", set(rows) - set(asked))):
+        if clips:
+            problems.append(MelfoldError(f"{path.name}: {what}", f"{len(clips)}, first {min(map(str, clips))}"))
     if not problems and rows != asked:
         at = next(i for i, (a, b) in enumerate(zip(rows, asked, strict=True)) if a != b)
         problems.append(MelfoldError(f"{path.name}: wrong order", f"row {at + 1} is {rows[at]}, not {asked[at]}"))

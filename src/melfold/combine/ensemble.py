@@ -73,7 +73,7 @@ def suggest(predictions: Sequence[Prediction], budget: float | None = None) -> l
         found = ", ".join(p.label for p in predictions) or "no run with every fold trained"
         raise MelfoldError("an ensemble needs at least two runs", found, "Train another recipe or seed")
     together = read_together(predictions)
-    seconds = {prediction.label: inference_seconds(prediction) for prediction in predictions}
+    seconds: dict[str, Any] = {prediction.label: inference_seconds(prediction) for prediction in predictions}
     _check_budget(seconds, budget)
     targets, tables = together.targets, together.tables
     singles = {name: lwlrap(targets, table) for name, table in tables.items()}
@@ -83,7 +83,7 @@ def suggest(predictions: Sequence[Prediction], budget: float | None = None) -> l
     def add(runs: Sequence[str], mean: str, probs: Probs, weights: Sequence[float] | None = None, fitted: Any = None) -> None:
         known = [seconds[run] for run in runs]
         cost = None if None in known else sum(known)
-        if budget is not None and cost > budget:
+        if budget is not None and cost is not None and cost > budget:
             return
         interval, gain = interval_of(targets, probs, together.groups), difference_of(targets, probs, best, together.groups)
         given = None if weights is None or len(set(weights)) == 1 else [round(w, 4) for w in weights]
@@ -103,7 +103,7 @@ def suggest(predictions: Sequence[Prediction], budget: float | None = None) -> l
     return sorted(suggestions, key=lambda s: -s.oof_lwlrap)
 
 
-def _check_budget(seconds: Mapping[str, float | None], budget: float | None) -> None:
+def _check_budget(seconds: Mapping[str, Any], budget: float | None) -> None:
     if budget is None:
         return
     if unknown := [name for name, cost in seconds.items() if cost is None]:

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 READ_BLOCK_SAMPLES = 1 << 20
 """Samples per block: a clip of an hour needs no more memory than one of half a minute."""
 
+LOUDEST = 1e12
+"""Full scale is 1, and 2e9 in floats that were integers; powers of much larger samples do not fit float32."""
+
+OGG_PAGE = 27 + 255 + 255 * 255
+"""The largest size of a page of an Ogg file, in bytes."""
+
 
 def read_waveform(path: Path, sr: int) -> tuple[np.ndarray, list[str]]:
     """A clip's samples, and how they were converted.
@@ -66,8 +72,11 @@ def _waveform_blocks(file: soundfile.SoundFile, path: Path, sr: int) -> Iterator
                 raise _unreadable(path, str(error).strip()) from None
             read += len(samples)
             last = len(samples) < READ_BLOCK_SAMPLES or read == file.frames
-            if not np.isfinite(samples).all():
-                raise _unreadable(path, "samples that are not finite")
+            if last and read < file.frames:
+                raise _unreadable(path, f"cut short: {read:,} of {file.frames:,} samples")
+            if len(samples) and not max(samples.max(), -samples.min()) < LOUDEST:
+                finite = np.isfinite(samples).all()
+                raise _unreadable(path, f"samples of {np.abs(samples).max():.0e}" if finite else "samples that are not finite")
             block = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
             if resampler:
                 block = resampler.resample_chunk(block, last=last)
@@ -83,13 +92,19 @@ def _unreadable(path: Path, why: str) -> MelfoldError:
 
 
 def cut_short(path: Path) -> str:
-    """Why a wav is incomplete: its header promises more bytes than there are, as after a broken download. Empty if it is whole.
+    """Why a file is incomplete, as after a broken download: a wav's header promises more bytes than there are, or the last page
+    of an Ogg file is not marked as such. Empty if it is whole.
 
-    libsndfile reads such a file without an error.
+    libsndfile reads such files without an error.
     """
     with path.open("rb") as file:
         head = file.read(8)
         size = os.fstat(file.fileno()).st_size
+        tail = os.pread(file.fileno(), OGG_PAGE, max(0, size - OGG_PAGE)) if head[:4] == b"OggS" else b""
+    if tail:
+        page = tail[tail.rfind(b"OggS") :]
+        whole = len(page) >= 27 and len(page) == 27 + page[26] + sum(page[27 : 27 + page[26]])
+        return "" if whole and page[5] & 4 else "cut short: its last page is missing"
     promised = int.from_bytes(head[4:8], "little") + 8
     # Programs that write to a pipe leave 0 or the largest number; an odd chunk may lack its padding byte.
     if head[:4] == b"RIFF" and 8 < promised < 2**32 - 8 and promised > size + 1:

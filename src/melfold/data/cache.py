@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from io import BytesIO, FileIO
@@ -28,7 +28,7 @@ from melfold.data.audio import open_waveform
 from melfold.data.competition import Competition, Split
 from melfold.data.logmel import LogMel, log_mel_of
 from melfold.errors import MelfoldError
-from melfold.files import Home, atomic_path, locked, remove_leftovers, write_json
+from melfold.files import Home, atomic_path, digest, locked, read_json_lines, remove_leftovers, sha256_file, write_json
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,8 @@ class ClipInfo:
     mean_square_db: float = 0.0
     crc32: int = 0
     """Of the whole `.npy` file."""
+    audio_crc32: int = 0
+    """Of the audio file. Unlike the log-mel, it is the same on every machine."""
     flags: str = ""
     """As `flags_of` reads them."""
     error: str = ""
@@ -151,8 +153,9 @@ def read_manifest(folder: Path) -> pd.DataFrame:
         raise MelfoldError("no cache", str(folder), "Run `melfold cache`")
     fix = "Delete it and run `melfold cache`"
     stamp = Artefact.of(path)
-    # With a journal, the stage was killed between writing the manifest and its stamp.
-    if not (folder / "journal.jsonl").exists() and (damage := stamp.changes({})):
+    damage = stamp.changes({})
+    # The stage may have been killed between writing the manifest and its stamp.
+    if damage and {"manifest": sha256_file(path)} not in _journal_rows(folder):
         raise MelfoldError("damaged manifest", f"{path} ({listed(damage)})", fix)
     try:
         table = pd.read_csv(path, index_col="fname", dtype={"fname": str}, keep_default_na=False, float_precision="round_trip")
@@ -167,9 +170,9 @@ def _stale(folder: Path, paths: dict[str, Path], known: dict[str, ClipInfo], con
     stale = {}
     for fname, path in paths.items():
         info = known.get(fname)
-        whole = info and sizes.get(npy_path(folder, fname).name) == NPY_HEADER + 2 * config.n_mels * info.frames
+        same = info and (info.size, info.mtime_ns) == _size_and_time(path)
         # A clip that was unreadable is tried again: the disk may have been full, or a network drive away.
-        if not whole or (info.size, info.mtime_ns) != _size_and_time(path):
+        if not info or not same or sizes.get(npy_path(folder, fname).name) != NPY_HEADER + 2 * config.n_mels * info.frames:
             stale[fname] = path
     return stale
 
@@ -196,7 +199,17 @@ def _damaged(folder: Path, paths: dict[str, Path], known: dict[str, ClipInfo], c
 
 def crc32_of(path: Path) -> int:
     """The CRC-32 of a file."""
-    return zlib.crc32(path.read_bytes())
+    crc32 = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            crc32 = zlib.crc32(block, crc32)
+    return crc32
+
+
+def audio_digest(folder: Path, fnames: Sequence[str]) -> str:
+    """The digest of some clips' audio files, as they were when their log-mels were made."""
+    known = read_manifest(folder)["audio_crc32"].reindex(list(fnames), fill_value=0)
+    return digest(list(zip(known.index, known.tolist(), strict=True)))
 
 
 def _make(folder: Path, work: dict[str, Path], config: LogMelConfig, known: dict[str, ClipInfo], compute: Compute) -> None:
@@ -215,7 +228,7 @@ def _make(folder: Path, work: dict[str, Path], config: LogMelConfig, known: dict
         for infos in results:
             for info in infos:
                 known[info.fname] = info
-                journal.write(json.dumps(asdict(info)) + "\n")
+                journal.write(_journal_line(asdict(info)))
             journal.flush()
             done += len(infos)
             compute.progress(done, len(work), "caching log-mels")
@@ -270,6 +283,7 @@ def make_clip(folder: Path, fname: str, path: Path, transform: LogMel) -> ClipIn
         mtime_ns,
         seconds=round(meter.samples / transform.config.sr, 4),
         **array,
+        audio_crc32=crc32_of(path),
         flags="|".join(flags),
     )
 
@@ -344,20 +358,26 @@ def _read_known(folder: Path) -> dict[str, ClipInfo]:
             log.warning("%s: making its log-mels again", error.lines[0].split(". ")[0])
     journal = folder / "journal.jsonl"
     if journal.exists():
-        for line in journal.read_text().splitlines():
-            try:
-                info = ClipInfo(**json.loads(line))
-            except (json.JSONDecodeError, TypeError):
-                break  # the stage was killed while it wrote this line
-            known[info.fname] = info
+        known |= {row["fname"]: ClipInfo(**row) for row in _journal_rows(folder) if "fname" in row}
         _write_manifest(folder, known)
     return known
+
+
+def _journal_line(row: dict[str, Any]) -> str:
+    return json.dumps(row | {"digest": digest(row)}) + "\n"
+
+
+def _journal_rows(folder: Path) -> list[dict[str, Any]]:
+    """What an interrupted stage wrote to its journal: a row for each clip, and the hash of the manifest it was about to write."""
+    return [row for row in read_json_lines(folder / "journal.jsonl") if row.pop("digest", "") == digest(row)]
 
 
 def _write_manifest(folder: Path, known: dict[str, ClipInfo]) -> None:
     rows: list[dict[str, Any]] = [asdict(known[fname]) for fname in sorted(known)]
     with atomic_path(folder / "manifest.csv") as temporary:
         pd.DataFrame(rows, columns=[f.name for f in fields(ClipInfo)]).to_csv(temporary, index=False, lineterminator="\n")
+        with (folder / "journal.jsonl").open("a") as journal:
+            journal.write(_journal_line({"manifest": sha256_file(temporary)}))
     Artefact.of(folder / "manifest.csv").commit({})
     (folder / "journal.jsonl").unlink(missing_ok=True)
 

@@ -197,8 +197,8 @@ def _read_vocabulary(layout: _Layout, problems: list[MelfoldError]) -> tuple[str
         labels = rows[0][1:]
     else:
         labels = [row[-1] for row in rows if row]
-    if not labels:
-        problems.append(MelfoldError(f"{path.name}: no labels"))
+    if len(labels) < 2:
+        problems.append(MelfoldError(f"{path.name}: fewer than two labels", ", ".join(labels) or "none"))
     for label, count in Counter(labels).items():
         if count > 1:
             problems.append(MelfoldError(f"{path.name}: duplicate label", label))

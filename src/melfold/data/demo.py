@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +139,6 @@ def _write_wav(path: Path, samples: np.ndarray) -> None:
         soundfile.write(temporary, np.clip(samples, -1, 1), SR, subtype="PCM_16", format="WAV")
 
 
-def _write_table(path: Path, header: list[str], rows: list[tuple]) -> None:
+def _write_table(path: Path, header: list[str], rows: Sequence[tuple[object, ...]]) -> None:
     with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *rows])

@@ -228,7 +228,9 @@ def _communicate(process: subprocess.Popen[bytes], limit: float, growing: Path |
 def _listen(process: subprocess.Popen[bytes], limit: float, tell: Callable[[str, int], None]) -> bytes:
     """As `_communicate`, and tell how far the uploads are, by the bars that the command draws."""
     assert process.stdout
-    stream, chunks, name = process.stdout, [], [""]
+    stream: Any = process.stdout
+    chunks: list[bytes] = []
+    name = [""]
 
     def read_on() -> None:
         for chunk in iter(lambda: stream.read1(1 << 16), b""):

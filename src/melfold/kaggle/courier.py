@@ -26,14 +26,14 @@ def prepare(record: Path, about: dict[str, Any]) -> None:
 def send(args: Sequence[str], timeout: float, record: Path) -> Said:
     """Run the kaggle command in a courier. Returns: what it left behind, which is in `record` too."""
     command = [sys.executable, "-m", "melfold.kaggle.courier", str(record), str(timeout), *args]
-    silent = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    silent: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     subprocess.Popen(command, **silent, start_new_session=True, close_fds=False).wait()
     return read_record(record)
 
 
 def read_record(record: Path) -> Said:
     """What a courier left behind, once it has ended. If it was killed, or is from elsewhere, nothing is known."""
-    content = read_json(record) if record.exists() else {"state": "lost"}
+    content: dict[str, Any] = read_json(record) if record.exists() else {"state": "lost"}
     if content["state"] == "ended":
         return Said(**content["said"])
     if content["state"] == "prepared":

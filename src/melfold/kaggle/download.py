@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import shutil
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 from melfold.compute import Progress, silent
-from melfold.errors import MelfoldError
+from melfold.errors import MelfoldError, first_line
 from melfold.files import atomic_path, locked, remove_leftovers
 from melfold.kaggle.client import Kaggle
 
@@ -91,7 +92,9 @@ def _unpack(archive: Path, target: Path, progress: Progress) -> None:
                 with pack.open(member) as source, atomic_path(path, durable=False) as temporary, temporary.open("wb") as out:
                     shutil.copyfileobj(source, out, 1 << 20)  # the last read checks the checksum
                 progress(number + 1, len(todo), f"unpacking {archive.name}")
-    except zipfile.BadZipFile as error:
+    except (RuntimeError, NotImplementedError) as error:  # encrypted, or compressed in a way that Python does not know
+        raise MelfoldError(f"{archive.name} cannot be unpacked", first_line(error), f"Unpack it into {target}") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         archive.unlink()
         raise MelfoldError("a broken download was removed", f"{archive.name}: {error}", "Run the command again") from None
 

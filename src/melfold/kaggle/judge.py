@@ -13,7 +13,7 @@ from melfold.data.competition import Competition
 from melfold.errors import MelfoldError
 from melfold.facts import Facts, facts_of
 from melfold.files import Home, read_json
-from melfold.kernels.boot import NOT_STARTED
+from melfold.kernels.boot import NOT_STARTED, RECORD
 from melfold.probs import read_probs
 
 MAX_DIFFERENCE = 1e-5
@@ -22,7 +22,7 @@ MAX_DIFFERENCE = 1e-5
 
 def record_of(working: Path) -> dict[str, Any]:
     """What a kernel's `melfold.json` says; nothing if it left none."""
-    path = working / "melfold.json"
+    path = working / RECORD
     return read_json(path) if path.exists() else {}
 
 
@@ -33,7 +33,7 @@ def judge_infer(
     path = working / "submission.csv"
     try:
         check_submission(path, competition)
-        record = read_json(working / "melfold.json")
+        record = read_json(working / RECORD)
     except MelfoldError as error:
         return list(error.lines), "", {}
     equality, difference = _compare(path, home.submissions / facts["id"] / "submission.csv")
@@ -84,7 +84,10 @@ def _project(record: dict[str, Any], facts: Facts) -> dict[str, float]:
 def judge_train(working: Path) -> list[str]:
     """The failures of a training kernel, by what it left in its working folder."""
     try:
-        state = read_json(working / "melfold.json")["folds"]
+        record = read_json(working / RECORD)
     except MelfoldError as error:
         return list(error.lines)
-    return [] if any(value != NOT_STARTED for value in state.values()) else [f"nothing was trained: {json.dumps(state)}"]
+    if record["failure"]:
+        return [record["failure"]]
+    states = record["folds"]
+    return [] if any(state != NOT_STARTED for state in states.values()) else [f"nothing was trained: {json.dumps(states)}"]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from melfold.errors import MelfoldError
+from melfold.errors import MelfoldError, first_line
 from melfold.facts import DEFAULT, facts_of
 from melfold.files import Home, locked, write_text
 from melfold.kaggle.client import Submission
@@ -18,6 +19,8 @@ from melfold.kaggle.client import Submission
 STATUSES = ("pending", "submitted", "complete", "error", "refused", "unknown")
 """`pending`: Kaggle is being called. `submitted`: accepted, no score yet. `complete`: scored. `error`: could not be scored.
 `refused`: not accepted. `unknown`: accepted or not; every sync looks for it again, and it is never repeated."""
+
+RESTORE = "Correct it by hand, or restore it, for example with git"
 
 SPENT = ("submitted", "complete", "error")
 
@@ -83,20 +86,31 @@ class Ledger:
         """All rows, oldest first.
 
         Raises:
-            MelfoldError: a table with other columns, or an unknown status.
+            MelfoldError: a table that is damaged, or was edited into something else.
         """
         if not self.path.exists():
             return []
-        with self.path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames not in (COLUMNS, OLD_COLUMNS):
-                raise MelfoldError(f"{self.path} has other columns", ", ".join(reader.fieldnames or []), "Fix the header by hand")
-            rows = [Row(**row) for row in reader]
-        if reader.fieldnames == OLD_COLUMNS:
+        try:
+            text = self.path.read_text(encoding="utf-8")
+            header, *cells = csv.reader(io.StringIO(text, newline=""), strict=True)
+        except (ValueError, csv.Error) as error:
+            raise MelfoldError(f"{self.path} is no ledger", first_line(error), RESTORE) from None
+        if header not in (COLUMNS, OLD_COLUMNS):
+            raise MelfoldError(f"{self.path} has other columns", ", ".join(header), RESTORE)
+        odd = next((str(number) for number, row in enumerate(cells, 1) if len(row) != len(header)), "")
+        if odd or not text.endswith("\n"):
+            raise MelfoldError(f"{self.path} is cut", f"row {odd or len(cells)} is not whole", RESTORE)
+        rows = [Row(**dict(zip(header, row, strict=True))) for row in cells]
+        if header == OLD_COLUMNS:
             rows = [replace(row, competition=facts_of(DEFAULT).slug, account=row.kernel.partition("/")[0]) for row in rows]
         for row in rows:
             if row.status not in STATUSES:
                 raise MelfoldError(f"{self.path}: no such status", f"{row.status!r} of {row.id}", f"Use {', '.join(STATUSES)}")
+            for score in (row.oof_lwlrap, row.public_score, row.private_score):
+                if score and not re.fullmatch(r"[01]\.?\d*(e-?\d+)?", score):
+                    raise MelfoldError(f"{self.path}: not a score", f"{score!r} of {row.id}", RESTORE)
+        if len({row.tag for row in rows}) < len(rows):
+            raise MelfoldError(f"{self.path} has a row twice", f"{len(rows)} rows", RESTORE)
         return rows
 
     def add(self, row: Row) -> None:

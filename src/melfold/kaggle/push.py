@@ -7,6 +7,7 @@ import logging
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from melfold.artefacts import differences, listed
 from melfold.combine.check import check_submission
@@ -182,7 +183,8 @@ def _damaged(output: Path) -> list[str]:
 
 def _wait_until_ended(client: Kaggle, kernel: str, version: int, minutes: float) -> tuple[str, str]:
     """The status a kernel ended with, and Kaggle's message. Meanwhile its log is shown."""
-    seen, followers = [("", "")], []
+    seen = [("", "")]
+    followers: list[Any] = []
 
     def tell_line(line: str) -> None:
         log.info("%s | %s", kernel.split("/")[1], line)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -88,7 +88,8 @@ def rehearse(
     settings |= {} if facts["gpu"] else {"CUDA_VISIBLE_DEVICES": ""}
     if isolation == "auto":
         isolation = "namespaces" if sandbox.available() else "prefix"
-    equality, note, predicted = "", "", {}
+    equality, note = "", ""
+    predicted: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="melfold-rehearsal-") as folder:
         if training:
             competition = write_few(competition, facts["n_folds"], Path(folder) / "few")

@@ -17,6 +17,7 @@ import tempfile
 import time
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 WATCH = '''"""Records every use of the network and every write where none is allowed, in this Python and in those it starts."""
 import os
@@ -88,7 +89,7 @@ sys.addaudithook(_watch)
 _BIND, _REC, _AT_RECURSIVE, _ATTR_READ_ONLY, _SYS_MOUNT_SETATTR = 4096, 16384, 0x8000, 1, 442
 
 
-def run_inside(spec: dict) -> int:
+def run_inside(spec: dict[str, Any]) -> int:
     """Build the file tree of `spec`, read-only but for some folders, and run its command there. Returns: its exit code.
 
     `spec`: `root` (an empty folder), `binds` ([source, target, read-only]), `argv`, `env`, `cwd`, `counters` (a file for
@@ -126,7 +127,11 @@ def available() -> bool:
     with tempfile.TemporaryDirectory(prefix="melfold-sandbox-") as folder:
         place = Path(folder)
         (place / "new").mkdir()
-        spec = {"root": f"{folder}/new", "binds": [[folder, "/tmp", True]], "argv": ["/bin/sh", "-c", "test ! -w /tmp"]}
+        spec: dict[str, Any] = {
+            "root": f"{folder}/new",
+            "binds": [[folder, "/tmp", True]],
+            "argv": ["/bin/sh", "-c", "test ! -w /tmp"],
+        }
         spec |= {"env": {"PATH": os.environ.get("PATH", "")}, "cwd": "/tmp", "counters": f"{folder}/counters"}
         (place / "spec.json").write_text(json.dumps(spec))
         try:

@@ -137,7 +137,8 @@ def find_source(text: str) -> tuple[str, str]:
 
 def _first_weights(training: Training) -> tuple[Recipe, dict[str, Path], dict[str, list[str]]]:
     """The recipe as the kernel gets it, the file of weights to upload (if any), and what to attach."""
-    recipe, sources = training.recipe, {"kernel_sources": [], "dataset_sources": [], "model_sources": []}
+    recipe = training.recipe
+    sources: dict[str, list[str]] = {"kernel_sources": [], "dataset_sources": [], "model_sources": []}
     if not recipe.model.weights.startswith("file:"):
         if training.weights_from:
             found = f"model.weights = {recipe.model.weights}"
@@ -205,5 +206,9 @@ def _run_session(
             log.info("pushed %s, version %d", built.facts["kernel"], version)
         output = wait_for_kernel(client, built)
         fetch_run(built, output, home)
-        built.fetch_stamp.commit(built.inputs, folds=read_json(output / RECORD)["folds"])
+        record = read_json(output / RECORD)
+        built.fetch_stamp.commit(built.inputs, folds=record["folds"])
+        if record["failure"]:
+            fix = "What it trained is here; the same command continues with the next session"
+            raise MelfoldError(f"session {session} of run {training.name} failed", record["failure"], fix)
     return built, built.fetch_stamp.read()["folds"]

@@ -219,7 +219,7 @@ class Inference:
 
     def _predict_pass(self, member: Member, fold: str, number: int) -> None:
         view, name = member.recipe.views[number], f"{member.name} fold {fold}, view {number}"
-        entry = {"run": member.name, "fold": fold, "view": number, "windows": member.windows(view), "done": False}
+        entry: dict[str, Any] = {"run": member.name, "fold": fold, "view": number, "windows": member.windows(view), "done": False}
         self.record["passes"].append(entry)
         if number and fold not in member.logits:
             self.session.say(f"{name}: skipped, as its first view was")
@@ -234,6 +234,7 @@ class Inference:
             self.session.say(f"{name}: {expected:.0f} s do not fit into the {self.time_left():.0f} s left")
             return
         began = self.session.elapsed()
+        assert member.store  # `_passes` leaves the others out
         member.add(fold, predict_logits(model, member.store, member.recipe, self.device, view))
         seconds = self.session.elapsed() - began
         member.seconds_per_frame = seconds / frames

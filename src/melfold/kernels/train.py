@@ -16,7 +16,7 @@ from melfold.combine.oof import score
 from melfold.compute import Compute
 from melfold.config import Recipe
 from melfold.data.cache import build_cache, stop_workers
-from melfold.data.competition import Competition, load_competition, with_bad_clips
+from melfold.data.competition import Competition, Split, load_competition, with_bad_clips
 from melfold.errors import MelfoldError
 from melfold.files import Home, read_json, write_text
 from melfold.kernels import boot
@@ -42,7 +42,7 @@ def read_recipe(session: boot.Session) -> Recipe:
     bundle, settings = session.bundle, session.bundle["recipe"]
     weights, sha256, target = settings["model"]["weights"], bundle["weights_sha256"], session.scratch / "weights.safetensors"
     if session.rehearsal and not sha256:
-        settings = settings | {"model": settings["model"] | {"weights": "none"}}
+        settings = settings | {"model": settings["model"] | {"weights": "none", "normalise": "scalar"}}
     elif weights.startswith("file:"):
         found = [session.weights({sha256})[sha256]] if sha256 else session.mounted(weights.removeprefix("file:"))
         if not found:
@@ -78,7 +78,7 @@ def fetch_earlier(session: boot.Session) -> None:
 
 def make_log_mels(session: boot.Session, competition: Competition, recipe: Recipe) -> Path:
     """Cache the clips that the recipe trains on. Returns: the cache's folder."""
-    splits = ["curated", "noisy"] if recipe.noisy.use else ["curated"]
+    splits: list[Split] = ["curated", "noisy"] if recipe.noisy.use else ["curated"]
     cache = build_cache(competition, recipe.logmel, Home(session.scratch), splits=splits, exclude=recipe.data.exclude)
     stop_workers()
     session.say("log-mels are made")
@@ -118,13 +118,18 @@ def train(session: boot.Session) -> None:
     cache = make_log_mels(session, competition, recipe)
     run = start_run(home, bundle["name"], recipe, competition, table)
     left = 60 * minutes * (1 - SAVE_SHARE) - session.elapsed()
-    train_folds(run, folds, cache, Compute(tuple(devices)), seconds=left)
+    failure = ""
+    try:
+        train_folds(run, folds, cache, Compute(tuple(devices)), seconds=left)
+    except MelfoldError as error:  # what the other folds did must not be lost: Kaggle keeps no output of a kernel that fails
+        failure = error.lines[0]
+        session.say(f"FAILED: {failure}")
     (home.root / "weights").unlink()
     if any(fold != FULL for fold in run.done_folds()):
         scores = score(own_prediction(run))
         session.say(f"OOF lwlrap {scores.oof_lwlrap:.5f} of {scores.clips} clips, folds missing: {scores.missing or 'none'}")
     states = {fold: state_of(run, fold) for fold in folds}
-    session.write_record({"folds": states})
+    session.write_record({"folds": states, "failure": failure})
     done = all(state == "done" for state in states.values())
     session.say(f"{states}; {'all done' if done else 'the next session continues'}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import timm
 import torch
@@ -19,6 +19,9 @@ SIZE_STEP = 32
 """The input of a backbone with a fixed input size is padded to a multiple of this: patches of 16, windows of a 32nd."""
 
 
+Kind: TypeAlias = Literal["NCHW", "NHWC", "tokens"]
+
+
 @dataclass(frozen=True)
 class Layout:
     """What a backbone gives, and how its input is padded.
@@ -29,7 +32,7 @@ class Layout:
         step: mels and frames are padded with zeros at the end to a multiple of this.
     """
 
-    kind: Literal["NCHW", "NHWC", "tokens"]
+    kind: Kind
     channels: int = 0
     step: int = 1
 
@@ -57,7 +60,7 @@ def find_layout(backbone: nn.Module, name: str, n_mels: int, frames: int) -> Lay
         with torch.inference_mode():
             x = torch.zeros(1, 1, n_mels, frames)
             shape = tuple(feature_map(backbone, x, Layout("NCHW", step=step)).shape)
-            kind = getattr(backbone, "output_fmt", "NCHW") if len(shape) == 4 else "tokens"
+            kind: Kind = getattr(backbone, "output_fmt", "NCHW") if len(shape) == 4 else "tokens"
             layout = Layout(kind, step=step)
             if kind == "tokens" and not hasattr(backbone, "forward_intermediates"):
                 raise _no_map(name, shape)

@@ -234,7 +234,7 @@ def _bar(progress: Progress, text: str) -> type:
     """What the hub's client draws on, as a `Progress`."""
     from tqdm import tqdm
 
-    class Bar(tqdm):  # type: ignore[type-arg]
+    class Bar(tqdm):
         monitor_interval = 0
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -28,6 +28,7 @@ class FoldData:
         targets: float32 `(clips, labels)` in 0..1, a row for each clip of `train`.
         curated: how many clips of `train` are curated.
         held_out: the clips the fold is scored on, with `held_out_targets`; none for `full`.
+        training_audio: the digest of the audio of the run's clips.
     """
 
     recipe: Recipe
@@ -37,13 +38,15 @@ class FoldData:
     curated: int
     held_out: ClipStore
     held_out_targets: pd.DataFrame
+    training_audio: str
 
     @classmethod
     def read(cls, run: Run, fold: str, cache: Path) -> FoldData:
         """Args: cache: the folder of the log-mels.
 
         Raises:
-            MelfoldError: a clip that is not in the cache, or no clip to learn from.
+            MelfoldError: a clip that is not in the cache, no clip to learn from, or audio that is not what the run's other
+                folds were trained on.
         """
         recipe, front = run.recipe, run.recipe.logmel
         train, held_out = run.trained_on(fold), run.held_out(fold)
@@ -63,6 +66,7 @@ class FoldData:
             len(train),
             ClipStore(cache, held_out, front.n_mels, front.top_db),
             run.targets(held_out),
+            run.training_audio(cache),
         )
 
     @property

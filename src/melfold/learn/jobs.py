@@ -16,7 +16,7 @@ from typing import Literal
 
 from melfold.compute import Progress, end_with_parent, silent
 from melfold.data.clips import ClipStore
-from melfold.errors import MelfoldError
+from melfold.errors import MelfoldError, system_error
 from melfold.files import Home
 from melfold.learn.devices import Device, pick_device
 from melfold.learn.noisy import make_pseudo_labels
@@ -121,8 +121,8 @@ def _worker(device: str) -> int:
     except KeyboardInterrupt:
         log.info("%s: stopped, its state is saved", job)
         return STOPPED
-    except MelfoldError as error:
-        for line in error.lines:
+    except (MelfoldError, OSError) as error:
+        for line in error.lines if isinstance(error, MelfoldError) else [system_error(error)]:
             log.error("%s", line)
         return 2
     return 0

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from melfold.compute import Compute, remote, spread
 from melfold.errors import MelfoldError
@@ -68,7 +69,7 @@ def train_folds(
         seconds: as in `launch`.
     """
     left = [str(fold) for fold in which if not run.fold(fold).done]
-    more = {"count": len(left), "teacher_cache": str(teacher_cache or "")}
+    more: dict[str, Any] = {"count": len(left), "teacher_cache": str(teacher_cache or "")}
     home = str(run.home.root)
     jobs = [Job("train", home, run.name, fold, str(cache), number + 1, **more) for number, fold in enumerate(left)]
     launch(jobs, compute, seconds=seconds)

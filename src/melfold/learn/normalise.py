@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import numpy as np
 import torch
 from torch import nn
 
 from melfold.data.clips import ClipStore
 
-Level = float | np.ndarray
+Level: TypeAlias = float | np.ndarray
 """dB: one number, or one per mel band, float64 `(n_mels,)`."""
 
 BLOCK_FRAMES = 8192

@@ -75,12 +75,14 @@ def freesound_warning(recipe: Recipe) -> str:
     """A warning if a recipe's first weights may have seen Freesound's recordings, the test clips among them; else empty."""
     images = recipe.model.weights == "hub"  # timm's own models: whatever they saw was not sound
     told = [name for name in seen_data(recipe) if name != UNKNOWN or not images]
-    if doubtful := [name for name in told if name == UNKNOWN or re.search("freesound|fsd|wavcaps|clap", name.lower())]:
-        return (
-            f"the weights of {recipe.model.name} ({recipe.model.weights}) may have seen clips of this competition: "
-            f"data sets {', '.join(doubtful)}. FAT2019's clips come from Freesound, as FSD50K's do"
-        )
-    return ""
+    doubtful = [name for name in told if name == UNKNOWN or re.search("freesound|fsd|wavcaps|clap", name.lower())]
+    if not doubtful:
+        return ""
+    weights = recipe.model.weights.rpartition("/")[2]
+    text = f"the weights of {recipe.model.name} ({weights}) may have seen clips of this competition: "
+    if doubtful == [UNKNOWN]:
+        return f"{text}their data sets are not known. Name them with --set model.seen=…"
+    return f"{text}data sets {', '.join(doubtful)}. FAT2019's clips come from Freesound, as FSD50K's do"
 
 
 def join_licences(*licences: str) -> str:

@@ -13,6 +13,7 @@ import pandas as pd
 
 from melfold.artefacts import Artefact, differences, listed, summary
 from melfold.config import Recipe
+from melfold.data.cache import audio_digest
 from melfold.data.competition import multi_hot
 from melfold.errors import MelfoldError
 from melfold.facts import split_labels
@@ -139,7 +140,7 @@ class FoldFolder:
             raise MelfoldError(f"{self.result} belongs to another fold or recipe", listed(changes), fix)
         return content["files"][self.weights.name]
 
-    def lock(self) -> AbstractContextManager[None]:
+    def lock(self) -> AbstractContextManager[Any]:
         """Hold this fold for training.
 
         Raises:
@@ -229,6 +230,23 @@ class Run:
         """The curated clips a fold learns from."""
         return list(self.clips.index if fold == FULL else self.clips.index[self.clips["fold"] != int(fold)])
 
+    def training_audio(self, cache: Path) -> str:
+        """The digest of the audio of all clips that take part.
+
+        Args:
+            cache: the folder of their log-mels.
+
+        Raises:
+            MelfoldError: a fold was trained on other audio.
+        """
+        audio = audio_digest(cache, [*self.clips.index, *self.noisy.index])
+        for fold in self.done_folds():
+            if self.fold(fold).artefact.read()["made_from"].get("training_audio") != audio:
+                what = f"audio files have changed since fold {fold} of run {self.name} was trained"
+                fix = "Put the old files back, or train all folds under another name: --run NAME"
+                raise MelfoldError(what, f"log-mels in {cache}", fix)
+        return audio
+
     def missing_folds(self) -> list[int]:
         """The folds that are not trained."""
         return [k for k in range(self.recipe.folds.n_folds) if not self.fold(k).done]
@@ -270,17 +288,17 @@ def open_run(home: Home, name: str | Path) -> Run:
     """
     folder = Path(name) if (Path(name) / "run.json").exists() else home.runs / str(name)
     if not (folder / "run.json").exists():
-        known = sorted(p.parent.name for p in home.runs.glob("*/run.json"))
-        fix = f"Known: {', '.join(known)}" if known else "Give the right --home, or run `melfold train` first"
+        names = ", ".join(sorted(p.parent.name for p in home.runs.glob("*/run.json")))
+        fix = f"Known: {names}" if names else "Give the right --home, or run `melfold train` first"
         raise MelfoldError("no such run", f"{name} in {home.runs}", fix)
     content = read_json(folder / "run.json")
     known = {each.name for each in fields(RunInfo)}
-    info = content.get("info") if isinstance(content, dict) else None
+    info = content.get("info")
     if not isinstance(info, dict) or set(info) != known or not isinstance(content.get("made_from"), dict):
         fix = "Use that version to read it, or train again under another name"
         raise MelfoldError(f"run {folder.name} was made by another version of melfold", str(folder / "run.json"), fix)
     recipe = parse_recipe(read_json(folder / "recipe.json"), f"{folder}/recipe.json")
-    run_stamp(folder, (folder / "noisy.csv").exists() and bool(info["noisy_sha256"])).verify()
+    run_stamp(folder, bool(info["noisy_sha256"])).verify()
     if changes := differences({k: content["made_from"].get(k) for k in recipe.training()}, summary(recipe.training())):
         raise MelfoldError(f"{folder}/recipe.json was changed after the run started", listed(changes), "Undo the change")
     return Run(folder.resolve(), recipe, RunInfo(**info))

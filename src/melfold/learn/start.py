@@ -8,6 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from melfold.artefacts import differences, listed
 from melfold.config import Recipe
 from melfold.data.competition import Competition
@@ -66,6 +68,7 @@ def start_run(home: Home, name: str, recipe: Recipe, competition: Competition, f
     check_name(name)
     folder = home.runs / name
     folds = read_folds(folds_path, competition).sort_index()
+    _check_exclude(recipe, folds["fold"])
     clips = folds.assign(labels=[join_labels(competition.curated.at[f, "labels"]) for f in folds.index]).to_csv(
         lineterminator="\n"
     )
@@ -87,6 +90,13 @@ def start_run(home: Home, name: str, recipe: Recipe, competition: Competition, f
     write_json(folder / "recipe.json", recipe.model_dump(mode="json"))
     run_stamp(folder, bool(noisy)).commit(recipe.training() | info.made_from(), info=asdict(info))
     return Run(folder, recipe, info)
+
+
+def _check_exclude(recipe: Recipe, folds: pd.Series) -> None:
+    left = folds[~folds.index.isin(recipe.data.exclude)]
+    if empty := sorted(set(folds) - set(left)):
+        found = f"fold {', '.join(map(str, empty))}, {len(left)} of {len(folds)} clips are left"
+        raise MelfoldError("data.exclude leaves a fold without clips", found, "Exclude fewer clips, or use fewer folds")
 
 
 def _sources(home: Home, recipe: Recipe) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from melfold.errors import MelfoldError
+from melfold.files import read_json_lines
 
 log = logging.getLogger(__name__)
 
@@ -80,10 +81,7 @@ class Mirror:
         """Send the rows that were not sent yet. A log that was cut back to a checkpoint repeats some: they are left out."""
         for path in sorted(self.folder.glob("*/log.jsonl")):
             fold = path.parent.name
-            for line in path.read_text().splitlines(keepends=True):
-                if not line.endswith("\n"):
-                    break  # it is still being written
-                row = json.loads(line)
+            for row in read_json_lines(path):
                 step, values = row.pop("step"), {key: value for key, value in row.items() if value is not None}
                 if (key := (fold, step, tuple(values))) not in self._sent:
                     if fold not in self._opened:

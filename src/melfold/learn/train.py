@@ -79,7 +79,7 @@ def less_memory(config: TrainConfig) -> str:
 def _train(run: Run, folder: FoldFolder, data: FoldData, device: Device, progress: Progress, place: tuple[int, int]) -> None:
     config, steps = run.recipe.train, data.steps
     title = f"{run.name} fold {folder.fold}, {place[0]} of {place[1]}"
-    made_from = {**_inputs(run, folder), "precision": device.precision}
+    made_from = {**_inputs(run, folder, data), "precision": device.precision}
     # A checkpoint replaces the initial weights, so they need not be there.
     state = start_state(run, data, device, initial=not folder.checkpoint.exists())
     if folder.checkpoint.exists():
@@ -111,12 +111,13 @@ def _train(run: Run, folder: FoldFolder, data: FoldData, device: Device, progres
     _finish(run, folder, data, state, watch)
 
 
-def _inputs(run: Run, folder: FoldFolder) -> dict[str, str]:
+def _inputs(run: Run, folder: FoldFolder, data: FoldData) -> dict[str, str]:
     """What a fold's weights are made from."""
     pseudo = sha256_file(folder.pseudo_labels) if run.recipe.noisy.teacher and folder.pseudo_labels.exists() else ""
     first = _first_fold(run, folder.fold)
     weights = {"first_weights": first.weights_sha256()} if first else {}
-    return {"fold": folder.fold, **run.made_from, "pseudo_labels": pseudo, **weights}
+    audio = {"training_audio": data.training_audio}
+    return {"fold": folder.fold, **run.made_from, "pseudo_labels": pseudo, **weights, **audio}
 
 
 def _first_fold(run: Run, fold: str) -> FoldFolder | None:
@@ -175,7 +176,7 @@ def train_step(
     log_mels, wanted, noisy = device.log_mels(batch.log_mels), device.tensor(targets), device.tensor(batch.noisy)
     if rng:
         groups = batch.noisy if apart else None  # clips that are treated differently are not mixed with each other
-        draw = draw_augment(recipe.augment, len(log_mels), *log_mels.shape[2:], rng, groups)
+        draw = draw_augment(recipe.augment, len(log_mels), log_mels.shape[2], log_mels.shape[3], rng, groups)
         log_mels, wanted = apply_augment(draw, log_mels, wanted, state.model.normalise.fill(noisy), device)
     size, losses = config.micro_batch or len(log_mels), []
     for part, aims, own in zip(log_mels.split(size), wanted.split(size), noisy.split(size), strict=True):
@@ -226,7 +227,7 @@ def _finish(run: Run, folder: FoldFolder, data: FoldData, state: TrainState, wat
     facts |= {"seconds": round(state.seconds, 1), "device": state.device.describe(), "versions": versions()}
     facts |= {"cudnn_benchmark": state.device.torch.type == "cuda" and run.recipe.train.benchmark}
     facts |= {"peak_memory_mib": state.device.peak_memory() >> 20}
-    folder.artefact.commit(_inputs(run, folder), **facts)
+    folder.artefact.commit(_inputs(run, folder, data), **facts)
     folder.checkpoint.unlink(missing_ok=True)
     log.info("%s: %s%s", watch.title, score, duration(state.seconds))
 

@@ -17,12 +17,12 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from melfold.config import ModelConfig
 from melfold.errors import MelfoldError, first_line
-from melfold.files import atomic_path
+from melfold.files import write_bytes
 from melfold.learn.backbones import final_norm
 
 State = Mapping[str, torch.Tensor]
@@ -214,8 +214,7 @@ def check_fit(own: State, state: State, what: str, *, adapted_stem: bool = False
 
 def save_weights(path: Path, state: State) -> None:
     """Write tensors as safetensors, whole or not at all."""
-    with atomic_path(path) as temporary:
-        save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, temporary)
+    write_bytes(path, save({key: value.detach().cpu().contiguous() for key, value in state.items()}))
 
 
 def load_weights(path: Path, model: nn.Module, recipe: str = "its") -> None:

@@ -146,7 +146,8 @@ class _Frame:
 
     def _labels(self, points: list[tuple[float, float]], labels: Sequence[str]) -> list[str]:
         """Text beside points, on the side that has room; one that would cover another is left to the tooltip."""
-        parts, taken = [], []
+        parts: list[str] = []
+        taken: list[tuple[float, float, float, float]] = []
         for (x, y), name in zip(points, labels, strict=False):
             name = name if len(name) <= 18 else name[:17] + "…"
             width, left = 6.0 * len(name), x > (LEFT + self.chart.width - RIGHT) / 2

@@ -22,7 +22,7 @@ from melfold.report.ledger import scored
 from melfold.report.pages import write_page
 from melfold.report.training import cost_of
 
-WIDE = {"width": 410, "height": 270}
+WIDE: dict[str, Any] = {"width": 410, "height": 270}
 """Pixels of this page's charts."""
 
 PUBLIC, PRIVATE, OOF = 1, 0, 2

@@ -166,7 +166,7 @@ def calibration_chart(sides: Sequence[Side], together: Together) -> Any:
     for style, side in enumerate(sides):
         bins = diagnosis.calibration(together.targets, side.probs).bins
         names = [f"predicted {b.predicted:.2f}, true {b.observed:.2f}, {number(b.pairs)} pairs" for b in bins.itertuples()]
-        columns = {key: list(bins[key]) for key in ("low", "high")}
+        columns: dict[str, Any] = {key: list(bins[key]) for key in ("low", "high")}
         lines.append(
             Line(side.prediction.label, list(bins["predicted"]), list(bins["observed"]), style, dots=True, names=names, **columns)
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from markupsafe import Markup
 
 from melfold.config import Recipe
 from melfold.errors import MelfoldError
+from melfold.files import read_json_lines
 from melfold.learn.runs import FULL, Run
 from melfold.recipes import explain_recipe, load_recipe, recipe_names
 from melfold.report.charts import Chart, Line
@@ -23,13 +23,7 @@ CURVES = (("lwlrap", "held-out lwlrap"), ("loss", "training loss"), ("lr", "lear
 
 def read_log(run: Run, fold: str) -> Rows:
     """The rows of a fold's log; a last line that a killed process left unfinished is dropped."""
-    path, rows = run.fold(fold).log, []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    return [row for row in read_json_lines(run.fold(fold).log) if "epoch" in row]
 
 
 def learning_curves(runs: Sequence[Run]) -> list[tuple[str, list[Markup]]]:
