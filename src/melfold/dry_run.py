@@ -20,8 +20,10 @@ from melfold.compute import Compute
 from melfold.config import Recipe
 from melfold.data.competition import Competition, load_competition, with_bad_clips
 from melfold.files import Home
+from melfold.learn.phases import phases_of
 from melfold.learn.predictions import own_prediction
 from melfold.learn.runs import Run, open_run
+from melfold.train_config import Phase
 
 if TYPE_CHECKING:
     from melfold.learn.devices import Device
@@ -154,7 +156,7 @@ def forecast(run: Run, cache: Path, whole: Competition, recipe: Recipe, devices:
     import torch
 
     from melfold.learn.devices import explain_out_of_memory, pick_device, repeatable, shared_threads
-    from melfold.learn.fold_data import FoldData, phases_of
+    from melfold.learn.fold_data import FoldData
     from melfold.learn.train import less_memory
 
     device, config = pick_device(devices[0], recipe.train.amp), recipe.train
@@ -173,9 +175,7 @@ def forecast(run: Run, cache: Path, whole: Competition, recipe: Recipe, devices:
         noisy = min(noisy, recipe.noisy.top or noisy, most or noisy)
     phases = phases_of(recipe, curated, noisy)
     steps = phases[-1].until
-    looks = 1
-    if config.validate_every:
-        looks += (steps - 1) // max(1, math.ceil(config.validate_every * len(phases[0].rows) / config.batch_size))
+    looks = 1 + sum(look < steps for phase in phases for look in phase.looks())
     predicted = looks * (len(whole.curated) - curated) + (len(whole.noisy) if recipe.noisy.teacher else 0)
     return Forecast(
         device.describe(),
@@ -223,23 +223,17 @@ def _measure(run: Run, data: FoldData, device: Device) -> tuple[float, float, fl
 
 
 def _shortened(recipe: Recipe, few: Competition, teacher: str, *, batch_size: int, steps: int) -> Recipe:
-    """A recipe with a few steps in each phase, the last one without augmentation."""
+    """A recipe with a few steps in each phase."""
     curated, noisy = len(few.curated) * (recipe.folds.n_folds - 1) // recipe.folds.n_folds, len(few.noisy)
-    rows = curated * recipe.noisy.curated_times + noisy if recipe.noisy.use else curated
-    wanted = steps - 0.5  # rounded up
-    last = batch_size / (curated if recipe.noisy.curated_epochs or not recipe.noisy.use else rows)
-    epochs = wanted * batch_size / rows
-    alone: dict[str, Any] = {"teacher": teacher} if recipe.noisy.teacher else {}
-    if recipe.noisy.curated_epochs:
-        alone["curated_epochs"] = wanted * batch_size / curated
+    # The end is validated in any case, outside the time measured.
+    train = recipe.train.model_copy(update={"batch_size": batch_size, "validate_every": 0.0})
+    phases = []
+    for phase, own in zip(recipe.phases or (Phase(),), phases_of(recipe, curated, noisy), strict=True):
+        epochs = (steps - 0.5) * batch_size / len(own.rows)  # rounded up
+        phases.append(phase.model_copy(update={"epochs": epochs, "warmup_epochs": epochs / 3}))
     corrections = {f: c for f, c in recipe.data.corrections.items() if f in few.curated.index}
-    changes = {"epochs": epochs, "warmup_epochs": epochs / 3, "batch_size": batch_size}
-    changes |= {"validate_every": 0.0}  # the end is validated in any case, outside the time measured
-    return recipe.model_copy(
-        update={
-            "data": recipe.data.model_copy(update={"corrections": corrections}),
-            "train": recipe.train.model_copy(update=changes),
-            "noisy": recipe.noisy.model_copy(update=alone),
-            "augment": recipe.augment.model_copy(update={"off_epochs": last / 2}),
-        }
-    )
+    changes: dict[str, Any] = {"train": train, "phases": tuple(phases)}
+    changes["data"] = recipe.data.model_copy(update={"corrections": corrections})
+    if recipe.noisy.teacher:
+        changes["noisy"] = recipe.noisy.model_copy(update={"teacher": teacher})
+    return recipe.model_copy(update=changes)

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 def cache(competition: Competition, home: Home, recipe: Recipe, compute: Compute, *, verify: bool = False) -> Path:
     """Make the log-mels a recipe needs; `verify` checks those that exist. Returns: the cache's folder."""
-    splits = SPLITS if recipe.noisy.use else ("curated", "test")
+    splits = SPLITS if recipe.uses_noisy else ("curated", "test")
     exclude = with_bad_clips(recipe, competition).data.exclude
     try:
         options = {"exclude": exclude, "compute": compute, "verify": verify}

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 LAYERS = """
-: errors files artefacts config facts recipes compute probs metrics
+: errors files artefacts train_config config facts recipes compute probs metrics
 data: competition audio logmel cache folds check clips demo
-learn: fetch provenance runs start predictions devices augment losses normalise batches backbones weights model predict
+learn: fetch provenance runs start predictions devices augment losses normalise phases batches backbones weights model predict
 learn: fold_data state train_log tracker train footprint noisy jobs launch
 combine: oof ensemble relabel check submission rebuild
 kernels: boot infer train

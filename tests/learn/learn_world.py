@@ -25,7 +25,6 @@ TINY = (
     "train.crop_seconds=0.64",
     "train.warmup_epochs=0.2",
     "train.validate_every=0",
-    "augment.off_epochs=0.2",
     "model.drop_rate=0.1",
 )
 

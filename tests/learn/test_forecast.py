@@ -32,8 +32,8 @@ SETS = (
     "train.batch_size=6",
     "train.validate_every=0.5",
     "folds.n_folds=3",
-    "noisy.use=true",
-    "noisy.curated_times=1",
+    "train.clips=both",
+    "train.curated_times=1",
 )
 CPU = Compute(("cpu",), jobs=1)
 

@@ -29,7 +29,7 @@ from melfold.learn.start import start_run
 from melfold.learn.train import load_fold, train_fold
 from melfold.probs import make_probs, read_probs, write_probs
 
-JOINT = ("noisy.use=true", "noisy.curated_times=2", "train.epochs=0.2", "noisy.curated_epochs=0.4")
+JOINT = ("train.clips=both", "train.curated_times=2", "train.epochs=0.2", 'phases=[{}, {clips = "curated", epochs = 0.4}]')
 STUDENT = (*JOINT, "noisy.teacher=teacher", "noisy.top=6", "noisy.per_label=2", "noisy.pseudo=0.5")
 
 
@@ -83,7 +83,7 @@ def test_curated_clips_are_drawn_as_often_as_asked_and_alone_at_the_end(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = shown(monkeypatch)
-    run = world.start(tmp_path, "noisy.use=true", "noisy.curated_times=3", "train.epochs=1", "noisy.curated_epochs=1")
+    run = world.start(tmp_path, "train.epochs=1", "phases.0={clips = 'both', curated_times = 3}", "phases.1.clips=curated")
     train_fold(run, 0, world.cache, world.device)
     curated, noisy = set(run.trained_on(0)), set(world.competition.noisy.index)
     drawn = 3 * len(curated) + len(noisy)
@@ -152,7 +152,7 @@ def learned(world: World, root: Path, competition: Competition, fold: int) -> tu
 
 
 def test_no_curated_clips_label_reaches_the_model_that_scores_it(world: World, tmp_path: Path) -> None:
-    run = world.start(tmp_path / "look", "noisy.use=true")
+    run = world.start(tmp_path / "look", "train.clips=both")
     before = learned(world, tmp_path / "a", world.competition, 1)
     # Every label of the clips that fold 1 is scored on is another one: all three are the same to the byte.
     assert learned(world, tmp_path / "b", relabelled(world.competition, run.held_out(1)), 1) == before
@@ -251,7 +251,7 @@ def test_a_full_student_may_learn_from_the_mean_of_the_folds(world: World, tmp_p
 def test_without_noisy_clips_a_recipe_that_wants_them_is_refused(world: World, tmp_path: Path) -> None:
     without = replace(world.competition, noisy=world.competition.noisy.iloc[:0])
     with pytest.raises(MelfoldError, match="this download has no noisy clips"):
-        stages.start(without, Home(tmp_path), world.recipe("noisy.use=true"), "tiny", [0])
+        stages.start(without, Home(tmp_path), world.recipe("train.clips=both"), "tiny", [0])
     assert not list(tmp_path.iterdir())
 
 
@@ -298,7 +298,7 @@ def test_a_student_without_pseudo_labels_is_not_trained(world: World, tmp_path: 
 
 
 def test_an_edited_list_of_noisy_clips_is_found(world: World, tmp_path: Path) -> None:
-    run = world.start(tmp_path, "noisy.use=true")
+    run = world.start(tmp_path, "train.clips=both")
     path = run.folder / "noisy.csv"
     path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
     with pytest.raises(MelfoldError, match="noisy.csv was changed after it was written") as caught:

@@ -52,7 +52,7 @@ def fetch_earlier(session: boot.Session) -> None:
 
 def make_log_mels(session: boot.Session, competition: Competition, recipe: Recipe) -> Path:
     """Cache the clips that the recipe trains on. Returns: the cache's folder."""
-    splits = ["curated", "noisy"] if recipe.noisy.use else ["curated"]
+    splits = ["curated", "noisy"] if recipe.uses_noisy else ["curated"]
     cache = build_cache(competition, recipe.logmel, Home(session.scratch), splits=splits, exclude=recipe.data.exclude)
     stop_workers()
     session.say("log-mels are made")

@@ -77,7 +77,7 @@ def _teacher_probs(teacher: Run, fold: str, inputs: dict[str, Any], student: Run
     if not Artefact.of(path).is_fresh(inputs):
         store = ClipStore(cache, list(student.noisy.index), recipe.logmel.n_mels, recipe.logmel.top_db)
         model = load_fold(teacher, fold, device)
-        if recipe.noisy.use and recipe.noisy.own_norm:  # it was trained with these clips' own statistics
+        if recipe.uses_noisy and recipe.noisy.own_norm:  # it was trained with these clips' own statistics
             model.normalise.set(*statistics(store, bands=recipe.model.normalise != "scalar"))
         write_current(path, predict_probs(model, store, teacher.info.labels, recipe, device), inputs)
     return read_probs(path)

@@ -182,7 +182,7 @@ class Run:
     @cached_property
     def noisy(self) -> pd.Series:
         """The labels (a tuple) of the noisy clips that take part, by `fname`, sorted; empty if the recipe does not use them."""
-        if not self.recipe.noisy.use:
+        if not self.recipe.uses_noisy:
             return pd.Series([], index=pd.Index([], name="fname", dtype=str), dtype=object)
         labels = _read_clips(self.folder / "noisy.csv")["labels"]
         return labels.loc[~labels.index.isin(self.recipe.data.exclude)]

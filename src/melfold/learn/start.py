@@ -60,7 +60,7 @@ def start_run(home: Home, name: str, recipe: Recipe, competition: Competition, f
         lineterminator="\n"
     )
     noisy = ""
-    if recipe.noisy.use:
+    if recipe.uses_noisy:
         noisy = competition.noisy[["labels"]].sort_index()["labels"].map(join_labels).to_csv(lineterminator="\n")
     info = _info(home, recipe, competition, folds_path, clips, noisy)
     if (folder / "run.json").exists() and (run := open_run(home, name)).has_data():
@@ -111,8 +111,10 @@ def check_recipe(recipe: Recipe, competition: Competition) -> None:
     Raises:
         MelfoldError: no noisy clips, or one line for each correction of an unknown clip or with an unknown label.
     """
-    if recipe.noisy.use and not len(competition.noisy):
-        raise MelfoldError("this download has no noisy clips", str(competition.root), "Use a recipe without noisy.use")
+    if recipe.uses_noisy and not len(competition.noisy):
+        raise MelfoldError(
+            "this download has no noisy clips", str(competition.root), "Use --set train.clips=curated --set phases=[]"
+        )
     problems = []
     for fname, correction in recipe.data.corrections.items():
         if fname not in competition.curated.index:
