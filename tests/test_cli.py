@@ -87,8 +87,8 @@ def test_home_is_offered_only_where_it_is_used() -> None:
 
 def test_results_come_as_json_too() -> None:
     takes = {" ".join(words) for words in commands() if "--json" in options_of(words)}
-    assert takes == {"oof", "compare", "ensemble suggest", "submission score", "ledger show"}  # and `runs`, which is a group
-    assert "--json" in options_of(("runs",))
+    assert takes == {"oof", "compare", "ensemble suggest", "submission score", "ledger show", "weights fetch"}
+    assert "--json" in options_of(("runs",)), "which is a group"
 
 
 @pytest.mark.parametrize("words", [*commands(), ("runs",)], ids=" ".join)

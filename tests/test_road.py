@@ -238,7 +238,7 @@ def test_a_dry_run_runs_every_stage_and_leaves_the_home_alone(road: Road, more: 
     words = [word for item in (*more, f"data.corrections={road.home.parent / 'c.csv'}") for word in ("--set", item)]
     shown = road("run", road.data, "--dry-run", "--device", "cpu", "--jobs", 1, *words, recipe=True).stdout
     assert "Every stage runs: " in shown
-    assert re.search(r"One fold will take [\d,]+ steps of 16 crops: about \d+\.\d h on this device", shown)
+    assert re.search(r"One fold: [\d,]+ steps of 16, about \d+ (s|min)\nAll 3 folds on 1 device: about ", shown)
     assert times(road.home, "runs/*/*", "submissions/**/*", "folds/*") == before
 
 

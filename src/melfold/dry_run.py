@@ -96,19 +96,6 @@ class DryRun:
     submission: Path
     forecast: Forecast
 
-    @property
-    def steps(self) -> int:
-        """Of a fold's training."""
-        return self.forecast.steps
-
-    @property
-    def seconds_per_step(self) -> float:
-        return self.forecast.seconds_per_step
-
-    @property
-    def batch_size(self) -> int:
-        return self.forecast.batch_size
-
 
 def dry_run(root: Path, home: Home, recipe: Recipe, compute: Compute) -> DryRun:
     """Run every stage of a recipe with a few clips and steps, from the start, in `build/dry-run`; then forecast its training.

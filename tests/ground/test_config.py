@@ -100,14 +100,8 @@ def test_the_quick_recipes_are_the_measured_runs() -> None:
     s1 = ["logmel.hop_length=661", "train.epochs=100", "train.lr=2e-3", "train.warmup_epochs=3", "augment.mixup_prob=0.3"]
     quick = load_recipe("quick")
     assert differences(load_recipe("small", [*common, *s1]).training(), quick.training()) == []
-    lite0 = [
-        "model.name=tf_efficientnet_lite0",
-        "model.head=linear",
-        "train.lr=1e-3",
-        "train.layer_decay=1",
-        "train.warmup_epochs=1",
-    ]
-    o3 = ["logmel.hop_length=661", "train.epochs=40", "augment.mixup_prob=0.5", "model.weights=hub"]
+    lite0 = ["model.name=tf_efficientnet_lite0", "train.lr=1e-3", "train.layer_decay=1", "train.warmup_epochs=1"]
+    o3 = ["logmel.hop_length=661", "train.epochs=40", "augment.mixup_prob=0.5", "model.weights=hub", "model.head=linear"]
     pretrained = load_recipe("quick_pretrained")
     assert differences(load_recipe("open", [*common, *lite0, *o3]).training(), pretrained.training()) == []
     assert (quick.track, pretrained.track) == ("scratch", "open")

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ ORDER = [
 PACKAGE = Path(__file__).resolve().parents[2] / "src" / "melfold"
 
 
+@cache
 def modules() -> dict[str, ast.Module]:
     """Every module of the package by its dotted name, packages' own `__init__` left out."""
     paths = [p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py"]

@@ -40,7 +40,7 @@ from melfold.probs import read_probs
 from melfold.recipes import load_recipe
 
 ON_KAGGLE = {"joblib", "librosa", "numpy", "pandas", "pydantic", "safetensors", "scipy", "sklearn", "soundfile", "soxr"}
-ON_KAGGLE |= {"timm", "torch"}
+ON_KAGGLE |= {"huggingface_hub", "timm", "torch", "tqdm"}  # timm needs huggingface_hub, which needs tqdm
 """The libraries that the package imports and Kaggle's image has."""
 
 CPU = Target("tester", SLUG, gpu=False)

@@ -120,10 +120,8 @@ def run(
         from melfold.dry_run import dry_run
 
         tried = dry_run(data, place, resolved, compute)
-        batch_size = resolved.train.batch_size
-        hours = tried.steps * tried.seconds_per_step * batch_size / tried.batch_size / 3600
         typer.echo(f"Every stage runs: {tried.submission} is no result.")
-        typer.echo(f"One fold will take {tried.steps:,} steps of {batch_size} crops: about {hours:,.1f} h on this device.")
+        typer.echo("\n".join(tried.forecast.lines()))
         return
     name = resolve_run_name(run, recipe, resolved, place)
     with compute.connected(place.root), tracked(tracker, place.runs / name, resolved.model_dump(mode="json")):
