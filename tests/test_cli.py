@@ -159,7 +159,7 @@ BAD: dict[str, tuple[list[str], str]] = {
         "cannot read data.corrections: no.csv",
     ),
     "train: no teacher": (
-        ["train", "DATA", "--recipe", "demo", "--set", "train.clips=both", "--set", "noisy.teacher=nosuch"],
+        ["train", "DATA", "--recipe", "demo", "--set", "train.clips=both", "--set", "noisy.teachers=nosuch"],
         "no such run: nosuch",
     ),
     "submission check: no file": (["submission", "check", "NOSUCH", "--data", "DATA"], "no such file: NOSUCH"),

@@ -206,7 +206,7 @@ def test_9_a_model_of_every_clip_predicts_where_there_is_no_other(road: Road) ->
 
 def test_runs_are_compared_and_combined_and_their_labels_doubted(road: Road, tmp_path: Path) -> None:
     args = ("train", road.data, "--run", "seed1", "--device", "cpu", "--jobs", 1, "--set", "seed=1")
-    road(*args, "--set", "train.clips=both", "--set", "noisy.teacher=road", "--set", "train.curated_times=2", recipe=True)
+    road(*args, "--set", "train.clips=both", "--set", "noisy.teachers=road", "--set", "train.curated_times=2", recipe=True)
     compared = road("compare", "road", "seed1", "--labels").stdout
     assert re.search(r"seed1\s+open\s+1\s+0\.\d{5}\s+0\.\d{5}\s+[01]\.\d{5}\s+-?0\.\d{5}", compared), compared
     suggested = road("ensemble", "suggest").stdout
@@ -229,7 +229,7 @@ def test_runs_are_compared_and_combined_and_their_labels_doubted(road: Road, tmp
 
 
 @pytest.mark.parametrize(
-    "more", [(), ("train.clips=both", 'phases=[{}, {clips="curated"}]'), ("train.clips=both", "noisy.teacher=road")]
+    "more", [(), ("train.clips=both", 'phases=[{}, {clips="curated"}]'), ("train.clips=both", "noisy.teachers=road")]
 )
 def test_a_dry_run_runs_every_stage_and_leaves_the_home_alone(road: Road, more: tuple[str, ...]) -> None:
     before = times(road.home, "runs/*/*", "submissions/**/*", "folds/*")

@@ -63,6 +63,8 @@ class Correction(Frozen):
     """The labels to train on."""
     why: str = ""
     """The reason."""
+    track: Literal["scratch", "open"] = "scratch"
+    """Of the run that suggested it; `scratch` if a person did."""
 
 
 class DataConfig(Frozen):
@@ -72,7 +74,7 @@ class DataConfig(Frozen):
     """Clips left out of training and scoring: fname -> reason."""
     corrections: dict[str, Correction] = {}
     """Labels to train on instead of the table's: fname -> labels and reason, or the path of a `corrections.csv` (fname, labels,
-    why), whose rows become part of the recipe. Scores still use the table's own labels."""
+    why, track), whose rows become part of the recipe. Scores still use the table's own labels."""
 
 
 class NoisyConfig(Frozen):
@@ -84,20 +86,24 @@ class NoisyConfig(Frozen):
     """Give noisy clips an output layer of their own, which is dropped after training."""
     bootstrap: Rate = 0.0
     """Share of the model's own prediction in the target of a noisy clip (soft bootstrapping)."""
-    teacher: str = ""
-    """A run whose model of the same fold selects noisy clips and gives pseudo labels."""
+    teachers: tuple[str, ...] = ()
+    """Runs, one or several, whose models of the same fold together choose noisy clips and give soft targets."""
     top: Annotated[int, Field(ge=0)] = 5000
-    """With a teacher: keep this many clips, those whose labels it agrees with most; 0 keeps all."""
-    per_label: Annotated[int, Field(ge=0)] = 50
-    """With a teacher: keep at most this many clips of any label; 0 is no limit."""
-    pseudo: Fraction = 0.0
-    """With a teacher: share of its probabilities in the target of a noisy clip."""
+    """With teachers: keep at most this many noisy clips, those whose labels they agree with most; 0 keeps all."""
+    per_label: Annotated[int, Field(ge=0)] = 100
+    """With teachers: keep at most this many noisy clips of any label; 0 is no limit. With 50, `top` could not be reached."""
+    pseudo: Fraction = 0.5
+    """With teachers: share of their probabilities in the target of a noisy clip."""
+    power: Annotated[float, Field(gt=0)] = 1.0
+    """With teachers: their probabilities are raised to this power before they become targets; more than 1 sharpens them."""
+    missing: Rate = 0.0
+    """With teachers: of the curated clips without a label, this share, those where they find it most probable, is taken to lack
+    it by mistake, and gets their probability as its target."""
 
-    @model_validator(mode="after")
-    def _check(self) -> NoisyConfig:
-        if self.pseudo and not self.teacher:
-            raise ValueError("pseudo needs a teacher")
-        return self
+    @field_validator("teachers", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
 
 class FoldsConfig(Frozen):
@@ -238,8 +244,8 @@ class Recipe(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
-        if self.noisy.teacher and not self.uses_noisy:
-            raise ValueError('noisy.teacher needs a phase that draws noisy clips: train.clips = "both"')
+        if self.noisy.teachers and not self.uses_noisy and not self.noisy.missing:
+            raise ValueError('noisy.teachers need a phase that draws noisy clips (train.clips = "both"), or noisy.missing')
         if self.noisy.own_head and all(phase.clips == "noisy" for phase in self.schedule):
             raise ValueError("no phase draws curated clips, so their output layer learns nothing: set noisy.own_head = false")
         return self
@@ -278,8 +284,9 @@ class Recipe(Frozen):
 
     @property
     def track(self) -> Literal["scratch", "open"]:
-        """`scratch`: the competition's data alone, as its rules ask. `open`: weights from elsewhere."""
-        return "scratch" if self.model.weights == "none" else "open"
+        """`scratch`: the competition's data alone, as its rules ask. `open`: weights from elsewhere, also through corrections."""
+        elsewhere = self.model.weights != "none" or any(own.track == "open" for own in self.data.corrections.values())
+        return "open" if elsewhere else "scratch"
 
     def training(self) -> dict[str, Any]:
         """The settings that decide a run's weights: two recipes with the same ones give the same run.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,19 +114,18 @@ def dry_run(root: Path, home: Home, recipe: Recipe, compute: Compute) -> DryRun:
     )
     place = Home(home.root / "build" / "dry-run")
     shutil.rmtree(place.root, ignore_errors=True)
-    recipes = [recipe]
-    while recipes[0].noisy.teacher:
-        recipes.insert(0, open_run(home, recipes[0].noisy.teacher).recipe)
-    if any(hub_file(each.model) for each in recipes):
+    recipes = _with_teachers(home, "", recipe)
+    names = {name: f"try{number}" for number, name in enumerate(recipes)}
+    if any(hub_file(each.model) for each in recipes.values()):
         share_weights(home, place)
-    for number, each in enumerate(recipes):
-        short = _shortened(each, few, f"try{number - 1}", batch_size=min(4, each.train.batch_size), steps=3)
-        run = stages.train(few, place, short, f"try{number}", range(recipe.folds.n_folds), compute)
+    for name, each in recipes.items():
+        short = _shortened(each, few, names, batch_size=min(4, each.train.batch_size), steps=3)
+        run = stages.train(few, place, short, names[name], range(recipe.folds.n_folds), compute)
         prediction = own_prediction(run)
         score(prediction)
     stages.predict(prediction, few, place, compute)
     path = build_submission(place, [prediction], few, id=run.name, mean=recipe.predict.fold_mean)
-    full = _shortened(recipe, few, f"try{number - 1}", batch_size=recipe.train.batch_size, steps=10_000)
+    full = _shortened(recipe, few, names, batch_size=recipe.train.batch_size, steps=10_000)
     cache = stages.cache(few, place, full, compute)
     return DryRun(run.folder, path, forecast(replace(run, recipe=full), cache, whole, recipe, compute.devices))
 
@@ -157,13 +156,15 @@ def forecast(run: Run, cache: Path, whole: Competition, recipe: Recipe, devices:
         torch.set_num_threads(threads)
     curated = len(whole.curated) * (recipe.folds.n_folds - 1) // recipe.folds.n_folds
     noisy = len(whole.noisy)
-    if recipe.noisy.teacher:
+    taught = recipe.noisy.teachers
+    if taught:
         most = recipe.noisy.per_label * len(whole.labels)
         noisy = min(noisy, recipe.noisy.top or noisy, most or noisy)
     phases = phases_of(recipe, curated, noisy)
     steps = phases[-1].until
     looks = 1 + sum(look < steps for phase in phases for look in phase.looks())
-    predicted = looks * (len(whole.curated) - curated) + (len(whole.noisy) if recipe.noisy.teacher else 0)
+    by_teachers = len(whole.noisy) + (curated if recipe.noisy.missing else 0)
+    predicted = looks * (len(whole.curated) - curated) + len(taught) * by_teachers
     return Forecast(
         device.describe(),
         len(devices),
@@ -209,8 +210,16 @@ def _measure(run: Run, data: FoldData, device: Device) -> tuple[float, float, fl
     return per_step, start, per_clip, peak
 
 
-def _shortened(recipe: Recipe, few: Competition, teacher: str, *, batch_size: int, steps: int) -> Recipe:
-    """A recipe with a few steps in each phase."""
+def _with_teachers(home: Home, name: str, recipe: Recipe) -> dict[str, Recipe]:
+    """A recipe by its name, behind those of its teachers and of their teachers."""
+    found: dict[str, Recipe] = {}
+    for teacher in recipe.noisy.teachers:
+        found |= _with_teachers(home, teacher, open_run(home, teacher).recipe)
+    return found | {name: recipe}
+
+
+def _shortened(recipe: Recipe, few: Competition, names: Mapping[str, str], *, batch_size: int, steps: int) -> Recipe:
+    """A recipe with a few steps in each phase, its teachers with other names."""
     curated, noisy = len(few.curated) * (recipe.folds.n_folds - 1) // recipe.folds.n_folds, len(few.noisy)
     # The end is validated in any case, outside the time measured.
     train = recipe.train.model_copy(update={"batch_size": batch_size, "validate_every": 0.0})
@@ -221,6 +230,5 @@ def _shortened(recipe: Recipe, few: Competition, teacher: str, *, batch_size: in
     corrections = {f: c for f, c in recipe.data.corrections.items() if f in few.curated.index}
     changes: dict[str, Any] = {"train": train, "phases": tuple(phases)}
     changes["data"] = recipe.data.model_copy(update={"corrections": corrections})
-    if recipe.noisy.teacher:
-        changes["noisy"] = recipe.noisy.model_copy(update={"teacher": teacher})
+    changes["noisy"] = recipe.noisy.model_copy(update={"teachers": tuple(names[name] for name in recipe.noisy.teachers)})
     return recipe.model_copy(update=changes)

@@ -77,7 +77,7 @@ def parse_set(item: str) -> tuple[str, Any]:
 
 
 def read_corrections(path: Path) -> dict[str, dict[str, Any]]:
-    """fname -> labels and why, of a `corrections.csv`.
+    """fname -> labels, why and track, of a `corrections.csv`.
 
     Raises:
         MelfoldError: a missing file, other columns, a duplicate clip or one without labels.
@@ -85,9 +85,9 @@ def read_corrections(path: Path) -> dict[str, dict[str, Any]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
-            if reader.fieldnames != ["fname", "labels", "why"]:
+            if reader.fieldnames not in (["fname", "labels", "why"], ["fname", "labels", "why", "track"]):
                 found = ",".join(reader.fieldnames or ["an empty file"])
-                raise MelfoldError(f"{path} is no table of corrections", found, "Its columns are fname,labels,why")
+                raise MelfoldError(f"{path} is no table of corrections", found, "Its columns are fname,labels,why,track")
             rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         why = error.strerror if isinstance(error, OSError) else error
@@ -98,7 +98,8 @@ def read_corrections(path: Path) -> dict[str, dict[str, Any]]:
         if None in row or fname in corrections or not row["labels"]:
             why = "more cells than columns" if None in row else "duplicate clip" if fname in corrections else "no labels"
             raise MelfoldError(f"{path}: {why}", fname, "Put several labels in quotes; to leave a clip out use data.exclude")
-        corrections[fname] = {"labels": split_labels(row["labels"]), "why": row["why"] or ""}
+        own = {"labels": split_labels(row["labels"]), "why": row["why"] or ""}
+        corrections[fname] = own | ({"track": row["track"]} if row.get("track") else {})
     return corrections
 
 

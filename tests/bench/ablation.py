@@ -84,7 +84,7 @@ ROWS = (
         (
             *NOISY,
             "train.curated_times=3",
-            "noisy.teacher=baseline",
+            "noisy.teachers=baseline",
             "noisy.top=40",
             "noisy.per_label=0",
             "noisy.pseudo=0.5",

@@ -318,7 +318,7 @@ def test_views_are_every_length_with_every_padding_at_every_shift_the_first_of_e
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("fname,labels\na.wav,Bark\n", "is no table of corrections: fname,labels. Its columns are fname,labels,why"),
+        ("fname,labels\na.wav,Bark\n", "is no table of corrections: fname,labels. Its columns are fname,labels,why,track"),
         ("", "is no table of corrections: an empty file"),
         ("fname,labels,why\na.wav,Bark,x\na.wav,Tone,x\n", "duplicate clip: a.wav"),
         ("fname,labels,why\na.wav,,x\n", "no labels: a.wav. Put several labels in quotes; to leave a clip out use data.exclude"),
@@ -337,20 +337,26 @@ def test_corrections_become_part_of_the_recipe_and_of_its_fingerprint(tmp_path: 
     path.write_text('fname,labels,why\na.wav,"Bark,Tone",both are heard\n')
     recipe = load_recipe("base", [f"data.corrections={path}"])
     assert recipe.data.corrections["a.wav"].labels == ("Bark", "Tone")
+    assert recipe.track == "scratch"
     assert recipe.fingerprint() != load_recipe("base").fingerprint()
     assert parse_recipe(recipe.model_dump(mode="json"), "saved") == recipe
     path.write_text("fname,labels,why\na.wav,Bark,both are heard\n")
     assert load_recipe("base", [f"data.corrections={path}"]).fingerprint() != recipe.fingerprint()
+    path.write_text("fname,labels,why,track\na.wav,Bark,x,scratch\nb.wav,Bark,,\nc.wav,Tone,y,open\n")
+    assert load_recipe("base", [f"data.corrections={path}"]).track == "open", "what an open run suggests is open"
+    path.write_text("fname,labels,why,track\na.wav,Bark,x,neither\n")
+    with pytest.raises(MelfoldError, match="a.wav.track: .*found 'neither'"):
+        load_recipe("base", [f"data.corrections={path}"])
 
 
 def test_a_recipe_that_would_never_show_a_curated_clip_to_its_output_layer_is_refused() -> None:
     with pytest.raises(MelfoldError, match="no phase draws curated clips, .*set noisy.own_head = false"):
         load_recipe("base", ["train.clips=noisy"])
     assert load_recipe("base", ["train.clips=noisy", "noisy.own_head=false"]).uses_noisy
-    with pytest.raises(MelfoldError, match="noisy.teacher needs a phase that draws noisy clips"):
-        load_recipe("base", ["noisy.teacher=x"])
-    with pytest.raises(MelfoldError, match="pseudo needs a teacher"):
-        load_recipe("base", ["train.clips=both", "noisy.pseudo=0.5"])
+    with pytest.raises(MelfoldError, match="noisy.teachers need a phase that draws noisy clips .*, or noisy.missing"):
+        load_recipe("base", ["noisy.teachers=x"])
+    assert load_recipe("base", ["noisy.teachers=x", "noisy.missing=0.01"]).noisy.teachers == ("x",)
+    assert load_recipe("base", ['noisy.teachers=["x", "y"]', "train.clips=both"]).noisy.teachers == ("x", "y")
 
 
 def test_a_phase_changes_some_settings_of_training_and_keeps_the_others(tmp_path: Path) -> None:

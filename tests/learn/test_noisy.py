@@ -30,7 +30,7 @@ from melfold.learn.train import load_fold, train_fold
 from melfold.probs import make_probs, read_probs, write_probs
 
 JOINT = ("train.clips=both", "train.curated_times=2", "train.epochs=0.2", 'phases=[{}, {clips = "curated", epochs = 0.4}]')
-STUDENT = (*JOINT, "noisy.teacher=teacher", "noisy.top=6", "noisy.per_label=2", "noisy.pseudo=0.5")
+STUDENT = (*JOINT, "noisy.teachers=teacher", "noisy.top=6", "noisy.per_label=2", "noisy.pseudo=0.5")
 
 
 def named(values: object, labels: str = "ABC") -> pd.DataFrame:
@@ -39,7 +39,7 @@ def named(values: object, labels: str = "ABC") -> pd.DataFrame:
 
 
 def chosen(targets: pd.DataFrame, judged: pd.DataFrame, **config: int) -> list[str]:
-    given = NoisyConfig(use=True, teacher="t", **config)
+    given = NoisyConfig(teachers="t", **config)
     return select_noisy(targets, make_probs(judged.to_numpy(), list(judged.index), list(judged.columns)), given)
 
 
@@ -144,7 +144,7 @@ def learned(world: World, root: Path, competition: Competition, fold: int) -> tu
     teacher = start_run(home, "teacher", world.recipe(*JOINT), competition, world.folds)
     train_fold(teacher, fold, world.cache, world.device)
     student = start_run(home, "student", world.recipe(*STUDENT), competition, world.folds)
-    make_pseudo_labels(student, teacher, fold, world.cache, world.device)
+    make_pseudo_labels(student, fold, [world.cache], world.device)
     train_fold(student, fold, world.cache, world.device)
     return tuple(
         p.read_bytes() for p in (teacher.fold(fold).weights, student.fold(fold).pseudo_labels, student.fold(fold).weights)
@@ -177,7 +177,7 @@ def test_a_teacher_may_have_another_front_end(world: World, tmp_path: Path) -> N
     teacher = start_run(home, "teacher", recipe, world.competition, world.folds)
     train_fold(teacher, 0, folder, world.device)
     student = start_run(home, "student", world.recipe(*STUDENT), world.competition, world.folds)
-    make_pseudo_labels(student, teacher, 0, folder, world.device)
+    make_pseudo_labels(student, 0, [folder], world.device)
     assert train_fold(student, 0, world.cache, world.device).done
     assert len(read_probs(teacher.fold(0).teacher_probs)) == len(world.competition.noisy)
 
@@ -186,7 +186,7 @@ def test_a_student_does_not_continue_under_other_pseudo_labels(world: World, tmp
     teacher = start_run(Home(tmp_path), "teacher", world.recipe(), world.competition, world.folds)
     train_fold(teacher, 0, world.cache, world.device)
     student = world.start(tmp_path, *STUDENT, "train.checkpoint_minutes=0", name="student")
-    make_pseudo_labels(student, teacher, 0, world.cache, world.device)
+    make_pseudo_labels(student, 0, [world.cache], world.device)
 
     def stop(done: int, total: int, text: str) -> None:
         if done == 3:
@@ -195,7 +195,7 @@ def test_a_student_does_not_continue_under_other_pseudo_labels(world: World, tmp
     with pytest.raises(KeyboardInterrupt):
         train_fold(student, 0, world.cache, world.device, progress=stop)
     before = student.fold(0).pseudo_labels.stat().st_mtime_ns
-    make_pseudo_labels(student, teacher, 0, world.cache, world.device)
+    make_pseudo_labels(student, 0, [world.cache], world.device)
     assert student.fold(0).pseudo_labels.stat().st_mtime_ns == before, "the same pseudo labels are not made again"
     labels = read_probs(student.fold(0).pseudo_labels)
     write_probs(student.fold(0).pseudo_labels, labels.iloc[1:])
@@ -236,16 +236,16 @@ def test_a_student_is_no_stricter_than_its_teacher(world: World, tmp_path: Path,
     assert (teacher.info.track, teacher.info.licence) == ("open", "CC-BY-NC-4.0")
     student = world.start(tmp_path, *STUDENT)
     assert (student.recipe.track, student.info.track, student.info.licence) == ("scratch", "open", "CC-BY-NC-4.0")
-    assert student.info.teacher == f"teacher {teacher.recipe.fingerprint()}"
+    assert student.info.teachers == [f"teacher {teacher.recipe.fingerprint()}"]
 
 
 def test_a_full_student_may_learn_from_the_mean_of_the_folds(world: World, tmp_path: Path) -> None:
     learned(world, tmp_path, world.competition, 0)
-    student, teacher = open_run(Home(tmp_path), "student"), open_run(Home(tmp_path), "teacher")
-    make_pseudo_labels(student, teacher, FULL, world.cache, world.device)
+    student = open_run(Home(tmp_path), "student")
+    make_pseudo_labels(student, FULL, [world.cache], world.device)
     assert len(read_probs(student.fold(FULL).pseudo_labels))
     with pytest.raises(MelfoldError, match="fold 2 of teacher teacher is not trained"):
-        make_pseudo_labels(student, teacher, 2, world.cache, world.device)
+        make_pseudo_labels(student, 2, [world.cache], world.device)
 
 
 def test_without_noisy_clips_a_recipe_that_wants_them_is_refused(world: World, tmp_path: Path) -> None:
@@ -282,11 +282,11 @@ def test_changed_pseudo_labels_are_made_again_by_the_next_training_job(world: Wo
     path = student.fold(0).pseudo_labels
     before = path.read_bytes()
     write_probs(path, read_probs(path).iloc[1:])
-    make_pseudo_labels(student, teacher, 0, world.cache, world.device)
+    make_pseudo_labels(student, 0, [world.cache], world.device)
     assert path.read_bytes() == before
     write_probs(teacher.fold(0).teacher_probs, read_probs(teacher.fold(0).teacher_probs) / 2)
     path.unlink()
-    make_pseudo_labels(student, teacher, 0, world.cache, world.device)
+    make_pseudo_labels(student, 0, [world.cache], world.device)
     assert path.read_bytes() == before, "edited predictions of the teacher are not used"
 
 
@@ -311,7 +311,7 @@ def test_the_launcher_makes_pseudo_labels_where_it_trains(world: World, tmp_path
     start_run(home, "teacher", world.recipe(*JOINT, sets), world.competition, world.folds)
     launch.train_folds(open_run(home, "teacher"), [0], world.cache, Compute(devices=("cpu",)))
     student = start_run(home, "student", world.recipe(*STUDENT, sets), world.competition, world.folds)
-    launch.train_folds(student, [0], world.cache, Compute(devices=("cpu",)), teacher_cache=world.cache)
+    launch.train_folds(student, [0], world.cache, Compute(devices=("cpu",)), teacher_caches=[world.cache])
     assert student.done_folds() == ["0"]
     by_hand = learned(world, tmp_path / "b", world.competition, 0)[1]
     assert student.fold(0).pseudo_labels.read_bytes() == by_hand

@@ -165,8 +165,8 @@ def _users(home: Home, name: str) -> list[str]:
     """What refers to a run by its name."""
     users = []
     for path in sorted(home.runs.glob("*/recipe.json")):
-        if read_json(path).get("noisy", {}).get("teacher") == name:
-            users.append(f"the teacher of run {path.parent.name}")
+        if name in read_json(path).get("noisy", {}).get("teachers", []):
+            users.append(f"a teacher of run {path.parent.name}")
     for path in sorted(home.submissions.glob("*/manifest.json")):
         if any(part["name"] == name for part in read_json(path).get("runs", [])):
             users.append(f"part of submission {path.parent.name}")

@@ -119,9 +119,11 @@ def build_train(
         MelfoldError: weights that cannot be downloaded, a recipe with a teacher, or a script that would be too large.
     """
     recipe, weights = _first_weights(recipe, home)
-    if recipe.noisy.teacher:
+    if recipe.noisy.teachers:
         raise MelfoldError(
-            "a kernel cannot use a teacher", f"noisy.teacher = {recipe.noisy.teacher}", "Train this recipe where its teacher is"
+            "a kernel cannot use teachers",
+            f"noisy.teachers = {list(recipe.noisy.teachers)}",
+            "Train this recipe where its teachers are",
         )
     minutes, table_sha256 = target.minutes or TRAIN_MINUTES, sha256_file(table)
     bundle = {

@@ -49,17 +49,14 @@ class FoldData:
         train, held_out = run.trained_on(fold), run.held_out(fold)
         if not train:
             raise MelfoldError(f"fold {fold} has no clip to learn from", "every clip is excluded", "Check data.exclude")
-        targets, noisy = run.train_targets(train).to_numpy(), []
-        if recipe.uses_noisy:
-            table = run.noisy_targets(fold)
-            if table.empty:
-                raise MelfoldError("no noisy clip is left to learn from", run.name, "Check noisy.top and data.exclude")
-            noisy, targets = list(table.index), np.concatenate([targets, table.to_numpy()])
+        curated, noisy = run.fold_targets(fold)
+        if recipe.uses_noisy and noisy.empty:
+            raise MelfoldError("no noisy clip is left to learn from", run.name, "Check noisy.top and data.exclude")
         return cls(
             recipe,
             fold,
-            ClipStore(cache, [*train, *noisy], front.n_mels, front.top_db),
-            targets,
+            ClipStore(cache, [*curated.index, *noisy.index], front.n_mels, front.top_db),
+            np.concatenate([curated.to_numpy(), noisy.to_numpy()]),
             len(train),
             ClipStore(cache, held_out, front.n_mels, front.top_db),
             run.targets(held_out),

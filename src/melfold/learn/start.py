@@ -80,14 +80,13 @@ def start_run(home: Home, name: str, recipe: Recipe, competition: Competition, f
 
 
 def _licence(home: Home, recipe: Recipe) -> str:
-    teacher = recipe.noisy.teacher
-    return join_licences(licence_of(recipe, home), open_run(home, teacher).info.licence if teacher else "")
+    return join_licences(licence_of(recipe, home), *(open_run(home, name).info.licence for name in recipe.noisy.teachers))
 
 
 def _info(home: Home, recipe: Recipe, competition: Competition, folds_path: Path, clips: str, noisy: str) -> RunInfo:
     """The facts of a new run, without licence and commit, which an existing run does not compare."""
     clips_sha256 = hashlib.sha256(clips.encode()).hexdigest()
-    teacher = find_teacher(home, recipe, clips_sha256)
+    teachers = find_teachers(home, recipe, clips_sha256)
     return RunInfo(
         competition=competition.name,
         labels=list(competition.labels),
@@ -96,9 +95,9 @@ def _info(home: Home, recipe: Recipe, competition: Competition, folds_path: Path
         clips_sha256=clips_sha256,
         noisy_sha256=hashlib.sha256(noisy.encode()).hexdigest() if noisy else "",
         first_weights_sha256=first_weights_sha256(recipe.model, home),
-        teacher=f"{teacher.name} {teacher.recipe.fingerprint()}" if teacher else "",
-        track="open" if teacher and teacher.info.track == "open" else recipe.track,
-        data="curated and noisy" if noisy or (teacher and teacher.info.noisy_sha256) else "curated",
+        teachers=[f"{teacher.name} {teacher.recipe.fingerprint()}" for teacher in teachers],
+        track="open" if any(teacher.info.track == "open" for teacher in teachers) else recipe.track,
+        data="curated and noisy" if noisy or any(teacher.info.noisy_sha256 for teacher in teachers) else "curated",
         licence="",
         commit="",
         data_folder=str(competition.root.resolve()),
@@ -125,20 +124,19 @@ def check_recipe(recipe: Recipe, competition: Competition) -> None:
         raise MelfoldError.many(problems)
 
 
-def find_teacher(home: Home, recipe: Recipe, clips_sha256: str) -> Run | None:
-    """The run that predicts the noisy clips for a recipe.
+def find_teachers(home: Home, recipe: Recipe, clips_sha256: str) -> list[Run]:
+    """The runs that give a recipe its soft targets.
 
     Raises:
         MelfoldError: no such run, or one with other folds or labels: its models would have seen what the student is scored on.
     """
-    if not recipe.noisy.teacher:
-        return None
-    teacher = open_run(home, recipe.noisy.teacher)
-    if teacher.info.clips_sha256 != clips_sha256:
-        raise MelfoldError(
-            "a teacher must have the student's folds and labels", teacher.name, "Train it on the same fold table and download"
-        )
-    return teacher
+    teachers = [open_run(home, name) for name in recipe.noisy.teachers]
+    for teacher in teachers:
+        if teacher.info.clips_sha256 != clips_sha256:
+            raise MelfoldError(
+                "a teacher must have the student's folds and labels", teacher.name, "Train it on the same fold table and download"
+            )
+    return teachers
 
 
 def refuse_changes(run: Run, recipe: Recipe, info: RunInfo | None = None) -> None:

@@ -114,7 +114,7 @@ def _train(run: Run, folder: FoldFolder, data: FoldData, device: Device, progres
 
 def _inputs(run: Run, folder: FoldFolder) -> dict[str, str]:
     """What a fold's weights are made from."""
-    pseudo = sha256_file(folder.pseudo_labels) if run.recipe.noisy.teacher and folder.pseudo_labels.exists() else ""
+    pseudo = sha256_file(folder.pseudo_labels) if run.recipe.noisy.teachers and folder.pseudo_labels.exists() else ""
     return {"fold": folder.fold, **run.made_from, "pseudo_labels": pseudo}
 
 

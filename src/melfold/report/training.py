@@ -112,7 +112,7 @@ def provenance(run: Run) -> list[tuple[str, str]]:
         ("Training data", info.data),
         ("Track", info.track),
         ("Licence of the first weights", info.licence or "none needed"),
-        ("Teacher", info.teacher),
+        ("Teachers", ", ".join(info.teachers)),
         ("Fold table", f"{info.fold_table}, {info.folds_sha256[:12]}"),
         ("Recipe", f"{run.recipe.name}, {run.recipe.fingerprint()}"),
         ("Commit", info.commit[:12] + ("+ (with changes)" if info.commit.endswith("+") else "")),
