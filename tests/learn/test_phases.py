@@ -57,14 +57,15 @@ Spy = Callable[[Run], list[tuple[float, bool, object, int]]]
 
 @pytest.fixture
 def steps_of(world: World, monkeypatch: pytest.MonkeyPatch) -> Spy:
-    """Trains fold 0 of a run. Returns: of each step the learning rate, whether the loss is LSEP, the generator's state or None,
+    """Trains fold 0 of a run. Returns: of each step the learning rate, whether the loss ranks, the generator's state or None,
     and torch's seed."""
     step, seen = train.train_step, []
 
     def spy(state: TrainState, batch: Batch, targets: np.ndarray, recipe: object, rng: np.random.Generator | None) -> object:
         drawn = rng and str(rng.bit_generator.state)
-        same = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0]])
-        seen.append((state.lr, float(state.loss_of(*same)) > 1, drawn, torch.initial_seed()))
+        logits, target = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0]])
+        ranks = torch.allclose(state.loss_of(logits, target), state.loss_of(logits + 5, target))
+        seen.append((state.lr, ranks, drawn, torch.initial_seed()))
         return step(state, batch, targets, recipe, rng)
 
     def go(run: Run) -> list[tuple[float, bool, object, int]]:
@@ -81,11 +82,11 @@ PHASES = ("phases.0={epochs = 0.6}", "phases.1={epochs = 0.4, lr = 0.25, warmup_
 def test_each_phase_trains_with_its_own_rate_loss_and_augmentation(world: World, tmp_path: Path, steps_of: Spy) -> None:
     run = world.start(tmp_path, *PHASES, "train.lr_min=0.125", "train.lr=0.5")
     seen = steps_of(run)
-    rates, lsep, drawn, seeds = zip(*seen, strict=True)
+    rates, ranks, drawn, seeds = zip(*seen, strict=True)
     assert rates[:3] == (0.125, 0.3125, 0.5)
     assert rates[4] == 0.25
     assert len(seen) == 7
-    assert lsep == (False,) * 4 + (True,) * 3
+    assert ranks == (False,) * 4 + (True,) * 3
     assert [state is None for state in drawn] == [False] * 4 + [True] * 3
     assert len(set(drawn[:4])) == 4, "each step draws another augmentation"
     assert len(set(seeds)) == 7, "and another dropout"
