@@ -225,7 +225,7 @@ def _shortened(recipe: Recipe, few: Competition, names: Mapping[str, str], *, ba
     train = recipe.train.model_copy(update={"batch_size": batch_size, "validate_every": 0.0})
     phases = []
     for phase, own in zip(recipe.phases or (Phase(),), phases_of(recipe, curated, noisy), strict=True):
-        epochs = (steps - 0.5) * batch_size / len(own.rows)  # rounded up
+        epochs = (steps - 0.5) * batch_size / max(1, len(own.rows))  # rounded up
         phases.append(phase.model_copy(update={"epochs": epochs, "warmup_epochs": epochs / 3}))
     corrections = {f: c for f, c in recipe.data.corrections.items() if f in few.curated.index}
     changes: dict[str, Any] = {"train": train, "phases": tuple(phases)}

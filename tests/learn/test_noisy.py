@@ -52,6 +52,11 @@ def test_the_clips_a_teacher_agrees_with_most_are_kept() -> None:
     assert chosen(targets, judged, top=0, per_label=0) == list(targets.index)
 
 
+def test_agreement_is_a_mean_over_a_clips_labels() -> None:
+    targets, judged = named([[1, 1, 0], [0, 0, 1]]), named([[0.6, 0.6, 0.1], [0.1, 0.1, 0.5]])
+    assert chosen(targets, judged, top=1, per_label=0) == ["n0.wav"], "two labels of .6 are more than one of .5"
+
+
 def test_no_label_has_more_clips_than_it_may() -> None:
     rng = np.random.default_rng(0)
     targets = named(np.eye(3)[rng.integers(0, 3, 60)] + np.eye(3)[rng.integers(0, 3, 60)] > 0)

@@ -150,6 +150,8 @@ def _reasons(recipe: Recipe) -> dict[str, tuple[Any, str]]:
 def _flat(recipe: Recipe) -> dict[str, str]:
     flat: dict[str, str] = {}
     for section, value in recipe.model_dump(mode="json", exclude={"name", "about"}).items():
+        if section == "phases":
+            value = {f"{number}.{key}": inner for number, phase in enumerate(value) for key, inner in phase.items()}
         if not isinstance(value, dict):
             flat[section] = _shown(value)
             continue
