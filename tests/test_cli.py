@@ -77,7 +77,7 @@ def test_there_is_a_command_for_every_stage() -> None:
 def test_set_is_offered_only_where_it_changes_something() -> None:
     takes = {" ".join(words) for words in commands() if "--set" in options_of(words)}
     from_a_recipe = {" ".join(words) for words in commands() if "--recipe" in options_of(words)}
-    assert takes == from_a_recipe | {"demo", "recipe show", "predict"}
+    assert takes == from_a_recipe | {"demo", "recipe show", "predict", "student"}
 
 
 def test_home_is_offered_only_where_it_is_used() -> None:

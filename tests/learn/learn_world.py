@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from melfold.config import Recipe
@@ -59,3 +59,12 @@ class World:
         """Cached clips."""
         config = self.recipe().logmel
         return ClipStore(self.cache, fnames, config.n_mels, config.top_db)
+
+
+def relabelled(competition: Competition, fnames: list[str]) -> Competition:
+    """The same clips, those named with other labels."""
+    curated = competition.curated.copy()
+    for fname in fnames:
+        old = curated.at[fname, "labels"]
+        curated.at[fname, "labels"] = tuple(label for label in competition.labels if label not in old)[:2]
+    return replace(competition, curated=curated)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from learn_world import TINY, World
+from learn_world import TINY, World, relabelled
 from safetensors.torch import load_file, save_file
 
 from melfold import stages
@@ -29,7 +29,7 @@ from melfold.learn.train import load_fold, train_fold
 from melfold.probs import make_probs, mean_probs, read_probs
 from melfold.recipes import change_recipe, load_recipe
 
-JOINT = ("train.clips=both", "train.curated_times=2", "train.epochs=0.2", 'phases=[{}, {clips = "curated", epochs = 0.4}]')
+JOINT = ("train.clips=both", "train.curated_times=2", "train.epochs=0.1", 'phases=[{}, {clips = "curated", epochs = 0.2}]')
 TAUGHT = ("noisy.missing=0.05", "noisy.power=2", "noisy.top=6", "noisy.pseudo=0.25")
 
 
@@ -143,15 +143,6 @@ def rounds_of(world: World, root: Path, competition: Competition, fold: int) -> 
         teachers = json.dumps([f"{name}{number}" for name in recipes])
         recipes = {name: change_recipe(recipe, [f"noisy.teachers={teachers}", *TAUGHT]) for name, recipe in recipes.items()}
     return found
-
-
-def relabelled(competition: Competition, fnames: list[str]) -> Competition:
-    """The same clips, those named with other labels."""
-    curated = competition.curated.copy()
-    for fname in fnames:
-        old = curated.at[fname, "labels"]
-        curated.at[fname, "labels"] = tuple(label for label in competition.labels if label not in old)[:2]
-    return replace(competition, curated=curated)
 
 
 def test_in_no_round_does_a_curated_clips_label_reach_a_model_that_scores_it(world: World, tmp_path: Path) -> None:
