@@ -89,7 +89,7 @@ def test_a_file_is_submitted_scored_and_listed(server: FakeKaggle, submission: P
     short.write_text("".join(submission.read_text().splitlines(keepends=True)[:-1]))
     assert call(server, "competitions", "submissions", SLUG, "--csv").stdout == "No submissions found\n"
     done = submit(server, submission, "tag one, with a comma")
-    assert (done.returncode, done.stdout) == (0, "Successfully submitted to Freesound Audio Tagging 2019")
+    assert (done.returncode, done.stdout) == (0, "Submission ref: 1\nSuccessfully submitted to Freesound Audio Tagging 2019")
     submit(server, short, "tag two")
     two, one = listed(server)
     assert list(one) == ["ref", "fileName", "date", "description", "status", "publicScore", "privateScore"]
@@ -120,7 +120,7 @@ def test_a_half_that_is_not_covered_has_no_score(tmp_path: Path, submission: Pat
         ("CreateSubmission", "error_body", 1, 0, "400 Client Error"),
         ("CreateSubmission", "500_after", 1, 1, "500 Server Error"),
         ("CreateSubmission", "drop_after", 1, 1, "RemoteDisconnected"),
-        ("PUT", "refuse_upload", 0, 0, "Could not submit to competition"),
+        ("PUT", "refuse_upload", 1, 0, "Could not submit to competition"),
     ],
 )
 def test_faults_of_a_submission(
@@ -165,7 +165,7 @@ def test_the_data_is_listed_downloaded_and_resumed(server: FakeKaggle, download:
         assert archive.read("train_curated.csv") == (download / "train_curated.csv").read_bytes()
     one = call(server, "competitions", "download", SLUG, "-f", "test/t0000.wav", "-p", tmp_path / "got", "-q")
     assert one.returncode == 0
-    assert (tmp_path / "got" / "t0000.wav").read_bytes() == (download / "test" / "t0000.wav").read_bytes()
+    assert (tmp_path / "got" / "test" / "t0000.wav").read_bytes() == (download / "test" / "t0000.wav").read_bytes()
 
 
 def test_datasets_are_made_and_versioned(server: FakeKaggle, tmp_path: Path) -> None:
@@ -186,15 +186,14 @@ def test_datasets_are_made_and_versioned(server: FakeKaggle, tmp_path: Path) -> 
     assert [(v.number, v.notes) for v in server.datasets["my-weights"]] == [(1, "Initial release"), (2, "two")]
 
 
-def test_a_dataset_version_that_loses_a_file_looks_fine(server: FakeKaggle, tmp_path: Path) -> None:
+def test_a_dataset_is_not_made_without_one_of_its_files(server: FakeKaggle, tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "dataset")
-    (folder / "empty.txt").unlink()
-    (folder / "more.bin").write_bytes(b"m" * 10)
     server.faults += [Fault("PUT", "refuse_upload"), Fault("CreateDataset", "drop_after")]
+    refused = call(server, "datasets", "create", "-p", folder, "-q")
+    assert (refused.returncode, "Upload unsuccessful" in refused.stderr, server.datasets) == (1, True, {})
     done = call(server, "datasets", "create", "-p", folder, "-q")
-    assert done.returncode == 0
     assert done.stdout.startswith("Dataset creation error: The requested title")  # the client asked twice
-    assert len(list(server.datasets["my-weights"][0].folder.iterdir())) == 1
+    assert list(server.datasets) == ["my-weights"]
 
 
 RECORD = """

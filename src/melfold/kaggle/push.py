@@ -59,7 +59,7 @@ def publish_dataset(client: Kaggle, folder: Path, dataset: str) -> None:
     """
     wanted = {p.name: p.stat().st_size for p in folder.iterdir() if p.name != "dataset-metadata.json"}
     for attempt in range(UPLOADS):
-        status, failure = client.dataset_status(dataset), None
+        status = client.dataset_status(dataset)
         try:
             if status is None:
                 log.info("uploading %d files (%.0f MB) to %s", len(wanted), sum(wanted.values()) / 1e6, dataset)
@@ -76,11 +76,12 @@ def publish_dataset(client: Kaggle, folder: Path, dataset: str) -> None:
             if error.outcome == "refused" or attempt == UPLOADS - 1:
                 raise
             log.warning("%s; checking whether the upload arrived", error)
-            failure = error
             client.wait(10)
+            if client.dataset_status(dataset) is None:  # it did not
+                continue
         if not wait_until(
             client,
-            lambda failure=failure: _is_ready(client, dataset, failure),
+            lambda: client.dataset_status(dataset) == "ready",
             minutes=DATASET_MINUTES,
             tell=lambda: log.info("waiting until dataset %s is ready", dataset),
         ):
@@ -89,13 +90,6 @@ def publish_dataset(client: Kaggle, folder: Path, dataset: str) -> None:
         raise MelfoldError(
             f"dataset {dataset} is incomplete", f"after {UPLOADS} uploads", "Look at it on kaggle.com, then push again"
         )
-
-
-def _is_ready(client: Kaggle, dataset: str, failure: KaggleError | None) -> bool:
-    status = client.dataset_status(dataset)
-    if status is None and failure:
-        raise failure
-    return status == "ready"
 
 
 def _is_complete(client: Kaggle, dataset: str, wanted: dict[str, int]) -> bool:
