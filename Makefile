@@ -29,7 +29,7 @@ demo: setup  ## the whole job on a synthetic competition, shipped to a local sta
 		--data build/demo/data/demo --truth build/demo/data/demo/test_post_competition.csv -- $(BIN)/melfold ship demo --cpu
 
 test: setup lint  ## lint and tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup  ## ruff and import order
 	$(BIN)/ruff check .

@@ -1,8 +1,9 @@
-"""Fixtures for every floor: the real material where it is there, and tiny competitions made on the spot."""
+"""Fixtures for all layers: the real data where it is present, and tiny competitions made on the spot."""
 
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ import numpy as np
 import pytest
 import soundfile
 from hypothesis import settings
+
+# For torch, which reads it when it is imported: tiny models are fastest so, and give the same bytes in every process.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # A shared machine is no reason to fail, and a failure in CI must fail here too.
 settings.register_profile("melfold", deadline=None, derandomize=True, max_examples=60)
@@ -65,7 +69,7 @@ def write_wav(path: Path, samples: np.ndarray, sr: int = 16_000) -> Path:
 
 
 def draw_sound(label: str, seconds: float, sr: int, rng: np.random.Generator) -> np.ndarray:
-    """A sound that a label can be told by: bursts, noise or a tone, at about a tenth of full scale."""
+    """A sound that shows its label: bursts, noise or a tone, at about a tenth of full scale."""
     t = np.arange(max(1, int(seconds * sr))) / sr
     noise = 0.1 * rng.standard_normal(len(t))
     if label == "Tone":
@@ -127,7 +131,7 @@ def tiny_download(tmp_path: Path) -> Maker:
 
 @pytest.fixture
 def tiny_zenodo(tmp_path: Path) -> Maker:
-    """As `tiny_download`, in Zenodo's layout; the test table stands in reverse order."""
+    """As `tiny_download`, in Zenodo's layout; the test table is in reverse order."""
 
     def make(
         name: str = "tiny_zenodo",

@@ -164,23 +164,23 @@ def test_6_a_submission_built_again_is_the_same_and_passes_and_scores(road: Road
 def test_7_an_unreadable_test_clip_gets_the_mean_probabilities(road: Road, tmp_path: Path) -> None:
     home = tmp_path / "home"
     shutil.copytree(road.home, home)
-    spoilt, *whole = load_competition(road.data).test.index
-    audio = road.data / "test" / spoilt
+    broken, *whole = load_competition(road.data).test.index
+    audio = road.data / "test" / broken
     sound = audio.read_bytes()
     audio.write_bytes(b"RIFF and then nothing")
     try:
         shown = road("predict", "road", "--data", road.data, home=home)
-        assert re.search(f"WARNING: TEST CLIP unreadable audio: {spoilt}.*mean out-of-fold probabilities", shown.stderr)
+        assert re.search(f"WARNING: TEST CLIP unreadable audio: {broken}.*mean out-of-fold probabilities", shown.stderr)
         probs, before = (read_probs(place / "runs" / "road" / "test.csv") for place in (home, road.home))
         prior = read_probs(home / "runs" / "road" / "oof.csv").mean()
-        np.testing.assert_allclose(probs.loc[spoilt], prior, rtol=1e-5)
+        np.testing.assert_allclose(probs.loc[broken], prior, rtol=1e-5)
         np.testing.assert_allclose(probs.loc[whole], before.loc[whole], atol=1e-5)
         road("submission", "build", "road", "--data", road.data, code=2, home=home)  # the id exists, made from different inputs
-        road("submission", "build", "road", "--data", road.data, "--id", "spoilt", home=home)
-        file = home / "submissions" / "spoilt" / "submission.csv"
+        road("submission", "build", "road", "--data", road.data, "--id", "broken", home=home)
+        file = home / "submissions" / "broken" / "submission.csv"
         assert "in order" in road("submission", "check", file, "--data", road.data, home=home).stdout
         refused = road("check", road.data, code=2, home=home)
-        assert f"test: unreadable audio: {spoilt}" in refused.stderr
+        assert f"test: unreadable audio: {broken}" in refused.stderr
     finally:
         audio.write_bytes(sound)
 
@@ -204,7 +204,7 @@ def test_9_a_model_of_every_clip_predicts_where_there_is_no_other(road: Road) ->
     assert len(read_probs(road.home / "runs" / "all" / "test.csv")) == 60
 
 
-def test_runs_are_compared_and_combined_and_their_labels_doubted(road: Road, tmp_path: Path) -> None:
+def test_runs_are_compared_and_combined_and_doubtful_labels_are_listed(road: Road, tmp_path: Path) -> None:
     args = ("train", road.data, "--run", "seed1", "--device", "cpu", "--jobs", 1, "--set", "seed=1")
     road(*args, "--set", "train.clips=both", "--set", "noisy.teachers=road", "--set", "train.curated_times=2", recipe=True)
     compared = road("compare", "road", "seed1", "--labels").stdout
@@ -231,7 +231,10 @@ def test_runs_are_compared_and_combined_and_their_labels_doubted(road: Road, tmp
 @pytest.mark.parametrize(
     "more", [(), ("train.clips=both", 'phases=[{}, {clips="curated"}]'), ("train.clips=both", "noisy.teachers=road")]
 )
-def test_a_dry_run_runs_every_stage_and_leaves_the_home_alone(road: Road, more: tuple[str, ...]) -> None:
+def test_a_dry_run_runs_every_stage_and_leaves_the_home_alone(
+    road: Road, more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("melfold.dry_run._MEASURED_SECONDS", 0.5)
     before = times(road.home, "runs/*/*", "submissions/**/*", "folds/*")
     last = sorted(load_competition(road.data).curated.index)[-1]  # a clip that a dry run does not hold
     (road.home.parent / "c.csv").write_text(f"fname,labels,why\n{last},Bell,heard\n")
@@ -346,7 +349,7 @@ def test_runs_are_listed_renamed_and_deleted(road: Road) -> None:
     assert "run corrected cannot be opened: run corrected was made by another version of melfold" in broken.stderr
 
 
-def test_clean_shows_what_nothing_needs_and_deletes_it_when_told(road: Road, tmp_path: Path) -> None:
+def test_clean_shows_what_nothing_needs_and_deletes_it_when_asked(road: Road, tmp_path: Path) -> None:
     home = tmp_path / "home"
     shutil.copytree(road.home, home)
     needed = times(home, "runs/*/fold?/weights.safetensors", "submissions/*/*", "folds/*", "cache/*/*/*.npy")

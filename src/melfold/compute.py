@@ -1,4 +1,4 @@
-"""Where work runs: devices, worker processes, a cluster; and who is told how it goes."""
+"""Where work runs: devices, worker processes, a cluster; and progress."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from melfold.errors import MelfoldError
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
-"""Told (done, total, text) as work goes on; the library draws nothing itself."""
+"""Called with (done, total, text) during work; the library draws nothing itself."""
 
 ENGINES = ("joblib", "dask")
 WAIT_SECONDS = 60
@@ -41,7 +41,7 @@ class Compute:
         jobs: worker processes for log-mels; -1 is one per core.
         engine: `joblib` (this machine) or `dask` (the workers of `scheduler`).
         scheduler: address of the Dask scheduler.
-        progress: told how the work goes on.
+        progress: called during the work.
     """
 
     devices: tuple[str, ...] = ("auto",)

@@ -125,7 +125,7 @@ def _resampled(values: np.ndarray, draws: int, rng: np.random.Generator) -> np.n
 
 
 def constant_lwlrap(targets: pd.DataFrame) -> float:
-    """What predicting every label's frequency for every clip scores: the floor to beat."""
+    """What predicting every label's frequency for every clip scores: the least to beat."""
     prior = targets.to_numpy(np.float64).mean(axis=0)
     return lwlrap(targets, pd.DataFrame([prior] * len(targets), index=targets.index, columns=targets.columns))
 
@@ -151,7 +151,7 @@ def pair_precisions(targets: pd.DataFrame, scores: Probs) -> tuple[np.ndarray, n
     precision = np.empty(len(clips))
     for begin in range(0, len(clips), _PAIRS):
         part = slice(begin, begin + _PAIRS)
-        # One row a true pair: which labels stand at or above it.
+        # One row a true pair: which labels are at or above it.
         above = values[clips[part]] >= values[clips[part], labels[part]][:, None]
         precision[part] = (above & (truth[clips[part]] > 0)).sum(axis=1) / above.sum(axis=1)
     return precision, clips, labels

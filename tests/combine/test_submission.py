@@ -93,7 +93,7 @@ def test_a_submission_made_from_different_inputs_is_never_overwritten(made_up: M
     pd.testing.assert_frame_equal(read_probs(path), draw(made_up.competition.test.index, 9))
 
 
-def test_a_submission_changed_by_hand_is_told(made_up: MadeUp) -> None:
+def test_a_submission_changed_by_hand_is_reported(made_up: MadeUp) -> None:
     path = build(made_up, run := made_up.run())
     path.write_text(path.read_text().replace("0.", "0.0", 1))
     for what in (lambda: build(made_up, run), lambda: open_submission(made_up.home, "sub")):
@@ -163,7 +163,7 @@ BROKEN: dict[str, tuple[Callable[[pd.DataFrame], pd.DataFrame], str]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_submission_is_told_in_one_line(case: str, made_up: MadeUp) -> None:
+def test_a_broken_submission_is_reported_in_one_line(case: str, made_up: MadeUp) -> None:
     breaking, message = BROKEN[case]
     table = draw(made_up.competition.test.index, 0).reset_index()
     path = made_up.home.root / "sub.csv"

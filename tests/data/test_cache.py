@@ -422,7 +422,9 @@ def test_a_wav_that_was_cut_short_is_unreadable(tiny_download: Maker, tmp_path: 
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "zeros", "another clip's array"])
-def test_a_damaged_array_is_told_when_it_is_read_and_healed_by_verify(damage: str, tiny_download: Maker, tmp_path: Path) -> None:
+def test_a_damaged_array_is_reported_when_it_is_read_and_made_again_by_verify(
+    damage: str, tiny_download: Maker, tmp_path: Path
+) -> None:
     competition, home = load_competition(tiny_download()), Home(tmp_path / "home")
     folder = build_cache(competition, CONFIG, home, compute=Compute(jobs=1))
     first, second = list(competition.curated.index[:2])

@@ -40,7 +40,7 @@ def test_what_was_just_made_is_fresh_and_knows_its_inputs_files_and_facts(artefa
     assert content["made_from"]["predict"] == INPUTS["predict"]
 
 
-def test_what_changed_is_told_in_words(artefact: Artefact) -> None:
+def test_what_changed_is_described_in_words(artefact: Artefact) -> None:
     now = INPUTS | {"weights": "bbbb", "predict": {"overlap": 0.75, "views": [[1, 0, "wrap"]]}}
     assert artefact.changes(now) == ["weights: aaaa -> bbbb", "predict.overlap: 0.5 -> 0.75"]
     assert artefact.changes(INPUTS | {"new": 1}) == ["new: none -> 1"]

@@ -242,7 +242,7 @@ def test_an_unknown_recipe_is_refused(name: str, said: str) -> None:
         load_recipe(name)
 
 
-def test_a_recipe_that_is_not_toml_is_told_so(tmp_path: Path) -> None:
+def test_a_recipe_that_is_not_toml_is_reported(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("[train\n")
     with pytest.raises(MelfoldError, match=r"bad\.toml is not TOML"):
         load_recipe(str(tmp_path / "bad.toml"))

@@ -23,14 +23,14 @@ def test_an_error_is_one_line_of_what_found_and_fix(parts: tuple[str, ...], line
 
 
 def test_a_merged_error_lists_every_line_also_of_merged_ones() -> None:
-    inner = MelfoldError.many([MelfoldError("a", "1"), MelfoldError("b", "2", "Mend it")])
+    inner = MelfoldError.many([MelfoldError("a", "1"), MelfoldError("b", "2", "Fix it")])
     outer = MelfoldError.many([inner, MelfoldError("c")])
-    assert outer.lines == ("a: 1", "b: 2. Mend it", "c")
+    assert outer.lines == ("a: 1", "b: 2. Fix it", "c")
     assert str(outer).splitlines() == list(outer.lines)
 
 
 def test_errors_come_back_whole_from_a_worker_process() -> None:
-    merged = MelfoldError.many([MelfoldError("a", "1"), MelfoldError("b", "2", "Mend it")])
+    merged = MelfoldError.many([MelfoldError("a", "1"), MelfoldError("b", "2", "Fix it")])
     for error in (merged, MelfoldError("what", "found", "Fix")):
         back = pickle.loads(pickle.dumps(error))
         assert isinstance(back, MelfoldError)

@@ -89,7 +89,7 @@ def test_json_comes_back_as_it_was(tmp_path: Path) -> None:
     assert read_json(tmp_path / "a.json") == value
 
 
-def test_unreadable_json_is_told_with_its_path(tmp_path: Path) -> None:
+def test_unreadable_json_is_reported_with_its_path(tmp_path: Path) -> None:
     with pytest.raises(MelfoldError, match=r"missing: .*none\.json"):
         read_json(tmp_path / "none.json")
     write_text(tmp_path / "broken.json", '{"a": ')

@@ -53,7 +53,7 @@ def imported(tree: ast.Module) -> Iterator[str]:
 
 
 def module_of(name: str, known: list[str]) -> str | None:
-    """The module that `melfold.data.clips.ClipStore` stands in: `data.clips`."""
+    """The module that holds `melfold.data.clips.ClipStore`: `data.clips`."""
     inner = name.removeprefix("melfold.")
     return (
         next((module for module in known if inner == module or inner.startswith(f"{module}.")), None) if inner != name else None
@@ -71,7 +71,7 @@ def test_a_module_imports_only_from_modules_listed_before_it(module: str) -> Non
     assert [r for r in sorted(own) if ORDER.index(r) >= ORDER.index(module)] == []
     ours = {n for n in imported(tree) if n == "melfold" or n.startswith("melfold.")}
     lost = {n for n in ours if not module_of(n, ORDER)} - {f"melfold.{r}" for r in ORDER} - {"melfold.__version__"}
-    assert not lost, "imports that no module answers to"
+    assert not lost, "imports of modules that do not exist"
 
 
 def test_packages_import_nothing() -> None:

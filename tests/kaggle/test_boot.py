@@ -99,7 +99,7 @@ def test_inputs_are_found_by_name_in_any_layout_and_through_links(session: Sessi
         session.competition_folder("sample_submission.csv")
 
 
-def test_an_expected_error_is_told_in_its_lines_with_exit_code_2(
+def test_an_expected_error_is_shown_as_its_lines_with_exit_code_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "melfold")  # restored after the test

@@ -33,7 +33,7 @@ def wait_until(so: Callable[[], bool], seconds: float = 300) -> None:
     """Look again and again; the limit is only there to end a broken test."""
     limit = time.monotonic() + seconds
     while not so():
-        assert time.monotonic() < limit, "waited in vain"
+        assert time.monotonic() < limit, "it did not happen in time"
         time.sleep(0.01)
 
 

@@ -343,7 +343,7 @@ def test_a_loss_that_is_not_finite_names_the_clips_and_can_be_fixed(world: World
     assert contents(run.fold(0)) == contents(whole.fold(0))
 
 
-def test_a_learning_rate_that_explodes_is_told(world: World, tmp_path: Path) -> None:
+def test_a_learning_rate_that_explodes_is_reported(world: World, tmp_path: Path) -> None:
     sets = ("train.lr=1e30", "train.lr_min=1e30", "train.clip_grad=0.0", "train.warmup_epochs=0", "train.epochs=2")
     run = world.start(tmp_path, *sets)
     with pytest.raises(MelfoldError, match="the loss is not finite at step .*Lower train.lr"):
@@ -376,7 +376,7 @@ def test_a_broken_checkpoint_is_named(world: World, tmp_path: Path) -> None:
         go(world, run)
 
 
-def test_an_unknown_optimizer_is_told(world: World, tmp_path: Path) -> None:
+def test_an_unknown_optimizer_is_reported(world: World, tmp_path: Path) -> None:
     with pytest.raises(MelfoldError, match="timm refuses optimizer adammm: .*Check train.optimizer"):
         go(world, world.start(tmp_path, "train.optimizer=adammm"))
 

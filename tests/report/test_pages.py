@@ -158,7 +158,7 @@ def test_the_recipe_is_shown_as_differences_with_reasons(pages: Pages) -> None:
     assert cost.crops_per_second == pytest.approx(3 * 400 * pages.runs[0].recipe.train.batch_size / cost.seconds)
 
 
-def test_windows_cover_the_clip_and_are_told_in_words(pages: Pages) -> None:
+def test_windows_cover_the_clip_and_are_described_in_words(pages: Pages) -> None:
     recipe = pages.runs[0].recipe
     frames = recipe.window_frames
     assert window_shares(frames // 2, recipe) == [(0.0, 1.0)]
@@ -195,7 +195,7 @@ def test_a_score_of_zero_is_no_score(tmp_path: Path) -> None:
         plot_ledger(rows[:1], tmp_path / "one.png")
 
 
-def test_a_chart_is_told_in_words_and_its_text_is_escaped() -> None:
+def test_a_chart_is_described_in_words_and_its_text_is_escaped() -> None:
     line = Line("a", [0, 1, 2], [0.1, 0.4, 0.2], dots=True, names=["<b>", "&", '"'], labels=["<i>x</i>", "y", "z"])
     svg = Chart("<title>", "x & y", "y", [line], about="up, then down").svg()
     assert 'aria-label="&lt;title&gt;. up, then down"' in svg

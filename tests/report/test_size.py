@@ -20,6 +20,7 @@ from melfold.data.competition import Competition
 from melfold.data.logmel import log_mel_of
 from melfold.files import Home
 from melfold.learn.predictions import Prediction, own_prediction
+from melfold.report.cards import Media
 from melfold.report.review_page import write_review_page
 from melfold.report.run_page import write_run_page
 
@@ -77,29 +78,34 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Large:
     return Large(home, competition, own_prediction(run))
 
 
-def test_a_page_of_fat2019s_size_is_small_and_soon_made(large: Large) -> None:
+@pytest.fixture(scope="module")
+def page(large: Large) -> tuple[Path, Media, float]:
+    """The run's page without sounds, what is embedded in it, and the CPU seconds it took."""
     path, began = large.home.reports / "large.html", time.process_time()
     media = write_run_page([large.prediction], path, competition=large.competition, audio=False)
-    assert time.process_time() - began < 15 * 2  # two cores, however busy the machine is
+    return path, media, time.process_time() - began
+
+
+def test_a_page_of_fat2019s_size_is_small_and_soon_made(page: tuple[Path, Media, float]) -> None:
+    path, media, seconds = page
+    assert seconds < 15 * 2  # two cores, however busy the machine is
     assert path.stat().st_size < 2e6
     assert len(media.items) > 2 * LABELS
     assert all(item["picture"] and not item["sound"] for item in media.items)
 
 
-def test_a_page_of_fat2019s_size_is_painted_at_once(large: Large, browser: Browser) -> None:
-    path = large.home.reports / "painted.html"
-    write_run_page([large.prediction], path, competition=large.competition, audio=False)
-    browser.open(path)
+def test_a_page_of_fat2019s_size_is_painted_at_once(page: tuple[Path, Media, float], browser: Browser) -> None:
+    browser.open(page[0])
     paint = "return performance.getEntriesByName('first-contentful-paint').map(entry => entry.startTime)"
     browser.wait(lambda: browser.run(paint))
     assert browser.run(paint)[0] < 3000
     assert browser.messages() == []
 
 
-def test_a_review_of_a_hundred_clips_with_sound_can_be_mailed(large: Large) -> None:
+def test_a_review_with_sound_can_be_mailed(large: Large) -> None:
     path = large.home.reports / "review.html"
-    media = write_review_page(large.prediction, path, count=100, competition=large.competition)
-    assert len(media.items) == 100
+    media = write_review_page(large.prediction, path, count=25, competition=large.competition)
+    assert len(media.items) == 25
     assert all(item["picture"] and item["sound"] for item in media.items)
     assert np.mean([item["seconds"] for item in media.items]) > 5
-    assert path.stat().st_size < 12e6
+    assert path.stat().st_size < 12e6 / 4, "a hundred clips are to take less than 12 MB"

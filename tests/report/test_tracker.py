@@ -64,7 +64,7 @@ def test_a_tracker_that_fails_does_not_stop_training(
     assert "the tracker failed and gets no more: ConnectionError: no answer" in caplog.text
 
 
-def test_an_unknown_or_missing_tracker_is_told_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_or_missing_tracker_is_reported_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         pytest.raises(MelfoldError, match="unknown tracker: 'mlflow'. Use trackio, wandb, tensorboard"),
         tracked("mlflow", tmp_path),

@@ -35,13 +35,13 @@ DATA_OF_TAGS = {
     "as2m|as20k|audioset": "AudioSet",
     "fsd50k": "FSD50K",
 }
-"""A part of a timm tag -> the data set it stands for."""
+"""A part of a timm tag -> its data set."""
 
 
 def licence_of(recipe: Recipe, home: Home | None = None) -> str:
     """The licence of the weights a recipe starts from: what the recipe says, or timm knows, or the hub said at the download.
 
-    Empty for random weights, `unknown` if nobody names it.
+    Empty for random weights, `unknown` if no source says.
     """
     if recipe.model.weights == "none":
         return ""
@@ -54,7 +54,7 @@ def licence_of(recipe: Recipe, home: Home | None = None) -> str:
 def seen_data(recipe: Recipe) -> tuple[str, ...]:
     """The data sets that the weights a recipe starts from were trained on: what the recipe says, or timm's tags tell.
 
-    Empty for random weights; `unknown` stands for a data set that nobody names.
+    Empty for random weights; `unknown` is a data set without a known name.
     """
     model = recipe.model
     if model.weights == "none":

@@ -1,4 +1,4 @@
-"""Training as it goes on, in the trackers that people already use: trackio, wandb, TensorBoard.
+"""Training curves while it runs, in the trackers that people already use: trackio, wandb, TensorBoard.
 
 The tracker reads the folds' log files while they grow. So training does not know of it and is not slowed by it, and folds in
 other processes, or on other machines that share the home folder, are followed in the same way.
