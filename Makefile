@@ -26,7 +26,8 @@ $(READY): requirements.txt pyproject.toml
 demo: setup  ## the whole job on a synthetic competition, shipped to a local stand-in for Kaggle: a few minutes
 	$(BIN)/melfold demo
 	MELFOLD_HOME=build/demo MELFOLD_PACE=0.2 $(BIN)/python -m tests.fake_kaggle --root build/demo/kaggle \
-		--data build/demo/data/demo --truth build/demo/data/demo/test_post_competition.csv -- $(BIN)/melfold ship demo --cpu
+		--data build/demo/data/demo --truth build/demo/data/demo/test_post_competition.csv --competition demo \
+		-- $(BIN)/melfold ship demo --cpu --competition demo
 
 test: setup lint  ## lint and tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import melfold
 from melfold.cli.main import app
-from melfold.recipes import load_recipe, recipe_keys
+from melfold.recipes import load_recipe, recipe_keys, recipe_names
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +66,14 @@ def options_of(words: tuple[str, ...]) -> set[str]:
     return {option for param in found.params for option in param.opts if option.startswith("--")}  # type: ignore[attr-defined]
 
 
+def default_of(words: tuple[str, ...], option: str) -> object:
+    """The value that an option of a command has if it is not given."""
+    found: object = root_command()
+    for word in words:
+        found = found.commands[word]  # type: ignore[attr-defined]
+    return next(param.default for param in found.params if option in param.opts)  # type: ignore[attr-defined]
+
+
 def test_there_is_a_command_for_every_stage() -> None:
     words = {" ".join(w) for w in commands()}
     assert words >= {"download", "check", "show", "cache", "folds", "train", "resume", "oof", "predict", "run", "demo", "clean"}
@@ -78,6 +86,12 @@ def test_set_is_offered_only_where_it_changes_something() -> None:
     takes = {" ".join(words) for words in commands() if "--set" in options_of(words)}
     from_a_recipe = {" ".join(words) for words in commands() if "--recipe" in options_of(words)}
     assert takes == from_a_recipe | {"demo", "recipe show", "predict", "student"}
+
+
+def test_the_default_recipe_is_one_of_the_shipped_ones() -> None:
+    taking = [words for words in commands() if "--recipe" in options_of(words)]
+    assert ("run",) in taking
+    assert {default_of(words, "--recipe") for words in taking} == {"audioset"} <= set(recipe_names())
 
 
 def test_home_is_offered_only_where_it_is_used() -> None:

@@ -123,7 +123,8 @@ class ModelConfig(Frozen):
     name: str = "convnext_tiny"
     """Any timm model that gives a feature map or a grid of tokens."""
     weights: str = "none"
-    """Initial weights: `none`, `hub` (timm's), `hf:OWNER/REPO[/FILE]`, or `file:PATH` (safetensors, or a .pth of tensors)."""
+    """Initial weights: `none`, `hub` (timm's), `hf:OWNER/REPO[/FILE]`, `file:PATH` (safetensors, or a .pth of tensors), or
+    `run:NAME`: each fold starts from that run's weights of the same fold."""
     axes: Literal["auto", "mel_time", "time_mel"] = "auto"
     """Which axis of the weights' kernels comes first; `auto`: time in files with a `bn0`, such as AudioSet's, else mel."""
     normalise: Literal["scalar", "band", "checkpoint"] = "scalar"
@@ -150,9 +151,14 @@ class ModelConfig(Frozen):
     @field_validator("weights")
     @classmethod
     def _known(cls, value: str) -> str:
-        if not re.fullmatch(r"none|hub|file:.+|hf:\w[\w.-]*(/\w[\w.-]*)+", value):
-            raise ValueError(f"needs none, hub, hf:OWNER/REPO[/FILE] or file:PATH, found {value!r}")
+        if not re.fullmatch(r"none|hub|file:.+|hf:\w[\w.-]*(/\w[\w.-]*)+|run:[\w.-]+", value):
+            raise ValueError(f"needs none, hub, hf:OWNER/REPO[/FILE], file:PATH or run:NAME, found {value!r}")
         return value
+
+    @property
+    def first_run(self) -> str:
+        """The name of the run whose weights the folds start from; empty if they start from none."""
+        return self.weights.removeprefix("run:") if self.weights.startswith("run:") else ""
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -284,9 +290,12 @@ class Recipe(Frozen):
 
     @property
     def track(self) -> Literal["scratch", "open"]:
-        """`scratch`: the competition's data alone, as its rules ask. `open`: weights from elsewhere, also through corrections."""
-        elsewhere = self.model.weights != "none" or any(own.track == "open" for own in self.data.corrections.values())
-        return "open" if elsewhere else "scratch"
+        """`scratch`: the competition's data alone, as its rules ask. `open`: weights from elsewhere, also through corrections.
+
+        The run that this recipe starts from, and its teachers, may open it still: see `RunInfo.track`.
+        """
+        own = self.model.weights == "none" or self.model.first_run
+        return "scratch" if own and all(c.track == "scratch" for c in self.data.corrections.values()) else "open"
 
     def training(self) -> dict[str, Any]:
         """The settings that decide a run's weights: two recipes with the same ones give the same run.

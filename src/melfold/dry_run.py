@@ -231,4 +231,6 @@ def _shortened(recipe: Recipe, few: Competition, names: Mapping[str, str], *, ba
     changes: dict[str, Any] = {"train": train, "phases": tuple(phases)}
     changes["data"] = recipe.data.model_copy(update={"corrections": corrections})
     changes["noisy"] = recipe.noisy.model_copy(update={"teachers": tuple(names[name] for name in recipe.noisy.teachers)})
+    if recipe.model.first_run:  # other weights take no other time
+        changes["model"] = recipe.model.model_copy(update={"weights": "none", "normalise": "scalar"})
     return recipe.model_copy(update=changes)

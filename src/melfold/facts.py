@@ -17,12 +17,18 @@ DEFAULT = "fat2019"
 
 @dataclass(frozen=True)
 class Standings:
-    """The final Private leaderboard; scores are lwlrap. `ranks`: rank -> score."""
+    """The final Private leaderboard; scores are lwlrap. `ranks`: rank -> score. `medals`: medal -> its last rank, best first."""
 
     teams: int
     median: float
+    medals: dict[str, int]
     best_known: float
     ranks: dict[int, float]
+
+    @property
+    def lines(self) -> dict[str, float]:
+        """Medal -> the score of its last rank, best first."""
+        return {medal: self.ranks[rank] for medal, rank in self.medals.items()}
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Facts:
         n_labels: how many labels it has.
         test_clips: the number of test clips in each stage.
         test_hours: the length of all test clips together.
+        code_only: whether it takes kernels alone, and no files.
         external_data: whether external data and pretrained models are allowed.
         external_data_rule: that rule in words.
         kernel_minutes: the limits of an inference kernel, by `cpu` and `gpu`.
@@ -49,6 +56,7 @@ class Facts:
     n_labels: int
     test_clips: tuple[int, ...]
     test_hours: float
+    code_only: bool
     external_data: bool
     external_data_rule: str
     kernel_minutes: dict[str, int]
@@ -64,7 +72,8 @@ class Facts:
 def facts_of(competition: str | Sequence[str]) -> Facts:
     """The facts of a competition.
 
-    An unknown one, such as the demo, gets the limits, rules and test sizes of `DEFAULT`, but no name, bad clips or standings.
+    An unknown one, such as the demo, gets the limits, rules and test sizes of `DEFAULT`, but no name, bad clips or standings, and
+    it takes files.
 
     Args:
         competition: its name, its slug on Kaggle, or all of its labels in order.
@@ -76,7 +85,8 @@ def facts_of(competition: str | Sequence[str]) -> Facts:
         found = [facts for facts in known_facts() if sha256.startswith(facts.labels_sha256)]
     if found:
         return found[0]
-    return replace(facts_of(DEFAULT), name="", slug="", labels_sha256="", n_labels=0, bad_clips={}, standings=None)
+    unknown = {"name": "", "slug": "", "labels_sha256": "", "n_labels": 0, "bad_clips": {}, "standings": None, "code_only": False}
+    return replace(facts_of(DEFAULT), **unknown)
 
 
 @cache

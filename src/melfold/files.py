@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from melfold.errors import MelfoldError
 
@@ -114,8 +114,8 @@ def sha256_file(path: Path) -> str:
 
 
 @contextmanager
-def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold an exclusive lock; the system lets go of it when the process dies, however it dies.
+def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[IO[str]]:
+    """Hold an exclusive lock, and give its open file; the system lets go of it when the process dies, however it dies.
 
     Args:
         path: the lock's file, made if needed and left in place.
@@ -129,7 +129,7 @@ def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[No
             if waiting:
                 waiting()
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        yield file
 
 
 def is_locked(path: Path) -> bool:

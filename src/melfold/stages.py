@@ -60,9 +60,10 @@ def start(competition: Competition, home: Home, recipe: Recipe, name: str, which
     """
     recipe = with_bad_clips(recipe, competition)
     check_recipe(recipe, competition)
-    for teacher in (open_run(home, name) for name in recipe.noisy.teachers):
-        if missing := [str(fold) for fold in which if fold != FULL and not teacher.fold(fold).done]:
-            raise MelfoldError(f"teacher {teacher.name} lacks folds", ", ".join(missing), "Train them first")
+    numbered = [fold for fold in which if fold != FULL]
+    for other, needed in ((recipe.model.first_run, which), *((teacher, numbered) for teacher in recipe.noisy.teachers)):
+        if other and (missing := [str(fold) for fold in needed if not open_run(home, other).fold(fold).done]):
+            raise MelfoldError(f"run {other}, which this one learns from, lacks folds", ", ".join(missing), "Train them first")
     if (home.runs / name / "run.json").exists() and (run := open_run(home, name)).has_data():
         refuse_changes(run, recipe)
     else:

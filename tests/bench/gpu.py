@@ -25,13 +25,13 @@ import torch
 from melfold.data.demo import write_demo
 from melfold.files import Home
 from melfold.learn.devices import Device, pick_device, repeatable
-from melfold.learn.footprint import fake_batch, footprint, trained_model
 from melfold.learn.provenance import current_commit, versions
 from melfold.learn.runs import FoldFolder, open_run
 from melfold.learn.state import TrainState
 from melfold.learn.train import train_step
 from melfold.recipes import load_recipe
 from tests.bench import learning
+from tests.bench.footprint import fake_batch, footprint, trained_model
 from tests.bench.harness import RESULTS
 from tests.bench.workspace import Workspace
 

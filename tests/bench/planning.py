@@ -12,9 +12,9 @@ from melfold.compute import Compute
 from melfold.data.competition import Competition, load_competition
 from melfold.files import Home
 from melfold.learn.devices import pick_device
-from melfold.learn.footprint import T4_BYTES, footprint, largest_batch
 from melfold.learn.train import train_fold
 from melfold.recipes import load_recipe, recipe_names
+from tests.bench.footprint import T4_BYTES, footprint, largest_batch
 from tests.bench.harness import RESULTS, Result
 from tests.bench.workspace import REAL, Workspace
 

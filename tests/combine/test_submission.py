@@ -256,17 +256,19 @@ def test_a_truth_that_is_none_is_refused(text: str, message: str, made_up: MadeU
         score_submission(file, path)
 
 
-def loosened(run: Run, **info: str) -> Run:
+def loosened(run: Run, **info: object) -> Run:
     return replace(run, info=replace(run.info, **info))
 
 
 def test_a_combination_is_as_strict_as_its_loosest_run(made_up: MadeUp) -> None:
     strict = made_up.run("strict", seed=1)
-    assert standing_of([strict]) == Standing("scratch", ["curated"], [], [])
-    loose = loosened(made_up.run("loose", seed=2), track="open", licence="apache-2.0, mit")
+    assert standing_of([strict]) == Standing("scratch", ["curated"], [], [], [])
+    loose = loosened(made_up.run("loose", seed=2), track="open", licence="apache-2.0, mit", seen=["ImageNet-1k"])
     assert standing_of([strict, loose]) == Standing(
-        "open", ["curated"], ["apache-2.0", "mit"], ["no pretrained models and no external data (loose)"]
+        "open", ["curated"], ["apache-2.0", "mit"], ["ImageNet-1k"], ["no pretrained models and no external data (loose)"]
     )
+    doubtful = loosened(loose, warnings=["the weights may have seen clips of this competition"])
+    assert standing_of([doubtful]).breaks[0] == "the weights may have seen clips of this competition"
     unknown = loosened(loose, licence="unknown")
     assert standing_of([unknown]).breaks[1].startswith("the licence of its first weights is not known")
     bound = loosened(loose, licence="CC-BY-NC-4.0")

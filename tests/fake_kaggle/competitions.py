@@ -29,6 +29,7 @@ class Submission:
     public_score: str = ""
     private_score: str = ""
     error: str = ""
+    hidden: int = 0
 
 
 class Competitions(State):
@@ -89,7 +90,8 @@ class Competitions(State):
             raise Refused(400, "You have reached the daily limit of submissions")
         ref = len(self.submissions) + 1
         kept = copy_once(path, self.store / "submissions" / f"{ref}.csv")
-        self.submissions.append(Submission(ref, request.get("submissionDescription", ""), name, kept, kernel))
+        message = request.get("submissionDescription", "")
+        self.submissions.append(Submission(ref, message, name, kept, kernel, hidden=self.list_late))
         self.spawn(self._score, self.submissions[-1])
         return {"message": f"Successfully submitted to {title_of(self.competition)}", "ref": ref}
 
@@ -106,6 +108,8 @@ class Competitions(State):
         except MelfoldError as refused:
             error = str(refused)
         submission.public_score, submission.private_score = scores.get("Public", ""), scores.get("Private", "")
+        if self.late and scores:  # only the Private half is scored after the deadline
+            submission.public_score = "0.00000"
         submission.error = error
         submission.status = "ERROR" if error else "COMPLETE"
 
@@ -134,13 +138,25 @@ class Competitions(State):
         return self._limits()
 
     def _ListSubmissions(self, request: Request) -> Request:
-        return page("submissions", [self._shown(s) for s in reversed(self.submissions)], request)
+        shown = [s for s in self.submissions if s.hidden <= 0]
+        for submission in self.submissions:
+            submission.hidden -= 1
+        return page("submissions", [self._shown(s) for s in reversed(shown)], request)
 
     def _GetSubmission(self, request: Request) -> Request:
         for submission in self.submissions:
             if submission.ref == request.get("ref"):
                 return self._shown(submission)
         raise Refused(404, "Submission not found")
+
+    def _DownloadLeaderboard(self, _: Request) -> Reply:
+        path = self.store / "downloads" / f"{self.competition}-leaderboard.zip"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        head = "Rank,TeamId,TeamName,LastSubmissionDate,Score,SubmissionCount,TeamMemberUserNames"
+        rows = [f'{n},{n},"team, {n}",2019-06-10 12:00:00,{score:.5f},3,user{n}' for n, score in enumerate(self.leaderboard, 1)]
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(f"{self.competition}-publicleaderboard-2026-11-25.csv", "\ufeff" + "\n".join([head, *rows]) + "\n")
+        return Reply(302, headers={"Location": self.link(path)})
 
     def _GetLeaderboard(self, request: Request) -> Request:
         scored = [s for s in self.submissions if s.public_score]

@@ -21,6 +21,7 @@ class Fault:
     Args:
         rpc: its name, `PUT`, `GET` or `*`.
         seconds: for `delay` and `late` (1 if not given) and `hang*` (for ever); for `429` the `Retry-After`.
+        message: of an error.
     """
 
     rpc: str
@@ -28,6 +29,7 @@ class Fault:
     after: int = 0
     times: int = 1
     seconds: float | None = None
+    message: str = "Something went wrong"
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS.split() and not re.fullmatch(r"[45]\d\d(_before|_after)?", self.kind):

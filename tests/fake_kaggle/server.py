@@ -19,8 +19,10 @@ class FakeKaggle(Kernels):
     """The server and all it knows. Use it as a context manager; a fault of its own makes the exit raise.
 
     Set at any time: `faults`; `layout` (`nested` or `flat` mounts); `rules_accepted`; `kernels_only` (no file submissions);
-    `score_delay` and `dataset_delay` in seconds; `missing_code`, the status for what is not there; `flat_errors` (error bodies
-    whose message the client prints); `python`, the command that runs kernels, and `kernel_env` on top of their environment.
+    `late` (after the deadline: Public 0.00000); `leaderboard` (scores, best first); `gpu_hours` (left this week); `score_delay`
+    and `dataset_delay` in seconds; `list_late` (so many lists lack a new submission); `missing_code`, the status for what is not
+    there; `flat_errors` (error bodies whose message the client prints); `python`, the command that runs kernels, and `kernel_env`
+    on top of their environment.
 
     To look at: `calls`, `connects`, `submissions`, `datasets` and `kernels` (versions by slug), `blobs`, `errors`.
 
@@ -56,23 +58,23 @@ class FakeKaggle(Kernels):
         for thread in self._threads:
             thread.join()
 
-    def settings(self, home: Path) -> dict[str, str]:
-        """The variables that point the client here."""
+    def settings(self, home: Path, token: str = "") -> dict[str, str]:
+        """The variables that point the client here, with a key or an access token."""
+        login = {"KAGGLE_API_TOKEN": token} if token else {"KAGGLE_USERNAME": self.owner, "KAGGLE_KEY": "dummy"}
         here = f"http://127.0.0.1:{self.port}"
         return {
             "HOME": str(home),
             "TMPDIR": str(home / "tmp"),  # where the client remembers half-finished uploads
             "KAGGLE_CONFIG_DIR": str(home),
-            "KAGGLE_USERNAME": self.owner,
-            "KAGGLE_KEY": "dummy",
+            **login,
             "KAGGLE_API_ENVIRONMENT": "LOCALHOST",
             **{name: here for proxy in PROXIES[:2] for name in (proxy, proxy.upper())},
         }
 
-    def env(self, home: Path) -> dict[str, str]:
+    def env(self, home: Path, token: str = "") -> dict[str, str]:
         """A whole environment for a subprocess, with a home of its own; nothing can leave the machine."""
         (home / "tmp").mkdir(parents=True, exist_ok=True)
-        return clean_environ() | self.settings(home)
+        return clean_environ() | self.settings(home, token)
 
     # What every request goes through
 
@@ -103,15 +105,15 @@ class FakeKaggle(Kernels):
         return result if isinstance(result, Reply) else Reply(body=result)
 
     def authorise(self, authorization: str) -> None:
-        """Everything is private: `owner` with any key but `bad`, or any token but `bad`."""
+        """Everything is private: `owner` with any key or token that does not begin with `bad`."""
         scheme, _, secret = authorization.partition(" ")
         user, key = self.owner, secret
         if scheme == "Basic":
             user, _, key = base64.b64decode(secret).decode().partition(":")
-        if key in ("", "bad"):
+        if not key or key.startswith("bad"):
             raise Refused(401, "Unauthenticated")
         if user != self.owner:
             raise Refused(403, "Permission denied")
 
     def _IntrospectToken(self, request: Request) -> Request:
-        return {"active": request.get("token") != "bad", "username": self.owner}
+        return {"active": not request.get("token", "bad").startswith("bad"), "username": self.owner}

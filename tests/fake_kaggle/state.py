@@ -54,7 +54,11 @@ class State:
         self.store = self.root / "store"
         self.owner, self.daily_limit, self.run_kernels = owner, daily_limit, run_kernels
         self.layout, self.rules_accepted, self.kernels_only, self.flat_errors = "nested", True, False, False
+        self.late = False
+        self.leaderboard: Sequence[float] = ()
+        self.gpu_hours = 30.0
         self.score_delay = self.dataset_delay = 0.0
+        self.list_late = 0
         self.missing_code = 403
         self.python: Sequence[str] = [sys.executable]
         self.kernel_env: dict[str, str] = {}

@@ -105,10 +105,10 @@ class Handler(BaseHTTPRequestHandler):
             return self._drop()
         status = re.match(r"\d+", {"error_body": "400", "refuse_upload": "403"}.get(kind, kind))
         if kind == "reply_error":
-            return self._send(Reply(body={"status": "error", "error": "Something went wrong"}))
+            return self._send(Reply(body={"status": "error", "error": fault.message}))
         if status and not kind.endswith("_after"):
             retry = {"Retry-After": f"{fault.seconds:g}"} if fault.seconds is not None else {}
-            return self._send(self._error(int(status[0]), "Something went wrong", retry))
+            return self._send(self._error(int(status[0]), fault.message, retry))
         if kind == "delay":
             self.fake.pause(when)
         reply = self._done(action)
@@ -117,7 +117,7 @@ class Handler(BaseHTTPRequestHandler):
         if kind in ("hang_after", "drop_after"):
             return self._drop()
         if status:
-            reply = self._error(int(status[0]), "Something went wrong")
+            reply = self._error(int(status[0]), fault.message)
         return self._send(reply, cut=kind == "cut")
 
     def _done(self, action: Callable[[], Reply]) -> Reply:

@@ -38,6 +38,7 @@ def test_the_standings_of_fat2019() -> None:
     assert standings
     assert (standings.teams, standings.median, standings.best_known) == (417, 0.54819, 0.765)
     assert standings.ranks == {1: 0.760, 10: 0.74399, 50: 0.7181, 100: 0.69233}
+    assert standings.lines == {"gold": 0.74399, "silver": 0.7181, "bronze": 0.69233}
 
 
 @pytest.mark.parametrize("competition", ["esc10", "", ["Bark", "Tone"], ("Bark",), []], ids=repr)

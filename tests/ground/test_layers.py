@@ -15,10 +15,10 @@ LAYERS = """
 : errors files artefacts train_config config facts recipes compute probs metrics
 data: competition audio logmel cache folds check clips demo
 learn: fetch provenance runs start predictions devices augment losses normalise phases batches backbones weights model predict
-learn: fold_data state train_log tracker train footprint noisy jobs launch
+learn: fold_data state train_log tracker train noisy jobs launch
 combine: oof ensemble relabel check submission rebuild
-kernels: boot infer train
-kaggle: client ledger download pack built build sandbox rehearsal push submit
+kernels: boot infer train copy_csv
+kaggle: command courier client ledger standings download pack built build sandbox rehearsal push submit
 report: pages charts audio pictures diagnosis training cards clips ledger run_page review_page home_page
 : stages dry_run
 cli: output options recipes data scores training runs clean submissions ledger kernels weights report main

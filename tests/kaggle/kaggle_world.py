@@ -24,6 +24,8 @@ from melfold.kaggle.built import Built
 from melfold.recipes import load_recipe
 
 SLUG = "freesound-audio-tagging-2019"
+DEMO = "demo"
+"""A competition of the demo's data, which takes files; the real one is not for it."""
 SETS = (
     "logmel.n_fft=256",
     "logmel.hop_length=320",

@@ -7,11 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from kaggle_world import SLUG, environment
 from PIL import Image
 
 from melfold.errors import MelfoldError
-from melfold.kaggle.ledger import COLUMNS, Ledger, Row, choose_two
-from melfold.report.ledger import plot_ledger
+from melfold.facts import facts_of
+from melfold.files import Home
+from melfold.kaggle.client import Kaggle
+from melfold.kaggle.ledger import COLUMNS, OLD_COLUMNS, Ledger, Row, choose_two
+from melfold.kaggle.standings import fetch_table, place_at, place_of, read_table, table_path
+from melfold.report.ledger import draw_ledger, plot_ledger
+from tests.fake_kaggle import FakeKaggle
 
 
 def row(id: str, oof: float | None = None, public: float | None = None, private: float | None = None, **more: str) -> Row:
@@ -63,6 +69,98 @@ def test_the_two_to_select_are_the_best_by_oof_and_the_best_of_the_others_by_pub
 def test_the_same_weights_are_not_selected_twice() -> None:
     twin = replace(row("b2", 0.95, 0.69), runs="b", weights="w-b")
     assert [c.row.id for c in choose_two([row("b", 0.95, 0.68), twin, row("a", 0.5, 0.5)])] == ["b2", "a"]
+
+
+def test_a_public_score_of_zero_beside_a_private_one_is_none() -> None:
+    late = row("a", 0.9, 0.0, 0.7)
+    assert (late.public, late.private, late.public_score) == (None, 0.7, "0.0")
+    assert row("b", 0.9, 0.0).public == 0, "it may be a real score"
+    assert choose_two([late, row("b", 0.8, 0.0, 0.71)]) == [], "late submissions are not selected"
+    assert [c.row.id for c in choose_two([late, row("c", 0.8, 0.6, 0.71)])] == ["c"]
+
+
+def test_an_old_ledger_is_read_and_upgraded(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.csv")
+    ledger.add(row("a", 0.9, 0.7, kernel="someone/melfold-infer-a"))
+    lines = [line.rsplit(",", 2)[0] for line in ledger.path.read_text().splitlines()]
+    ledger.path.write_text("\n".join(lines) + "\n")
+    assert lines[0] == ",".join(OLD_COLUMNS)
+    (old,) = ledger.rows()
+    assert (old.competition, old.account) == (SLUG, "someone")
+    ledger.add(row("b"))
+    assert ledger.path.read_text().splitlines()[0] == ",".join(COLUMNS)
+    assert ledger.rows()[0] == old
+
+
+FAT2019 = facts_of("fat2019")
+TABLE = [0.76 - 0.0001 * n for n in range(9)] + [0.74399] + [0.73] * 39 + [0.7181] + [0.7] * 49 + [0.69233] + [0.5] * 317
+
+
+@pytest.mark.parametrize(
+    ("score", "rank", "exact", "medal", "following", "missing"),
+    [
+        (0.77, 1, 1, "gold", "", 0),
+        (0.74399, 10, 10, "gold", "rank 1", 0.01601),
+        (0.74398, 10, 11, "silver", "gold", 0.00001),
+        (0.7181, 50, 50, "silver", "gold", 0.02589),
+        (0.70, 85, 51, "bronze", "silver", 0.0181),
+        (0.69233, 100, 100, "bronze", "silver", 0.02577),
+        (0.6, 170, 101, "", "bronze", 0.09233),
+        (0.0, 417, 417, "", "bronze", 0.69233),
+    ],
+)
+def test_where_a_score_stands(score: float, rank: int, exact: int, medal: str, following: str, missing: float) -> None:
+    assert FAT2019.standings
+    place = place_of(score, FAT2019.standings)
+    assert (place.rank, place.exact, place.medal, place.next) == (rank, False, medal, following)
+    assert place.missing == pytest.approx(missing)
+    assert place_of(score, FAT2019.standings, TABLE).rank == exact
+    assert f"about rank {rank} of 417" in str(place)
+
+
+def test_the_full_leaderboard_is_fetched_once_and_must_be_the_final_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    home, path = Home(tmp_path / "home"), table_path(Home(tmp_path / "home"), FAT2019)
+    with FakeKaggle(tmp_path / "kaggle") as fake, environment(fake.env(tmp_path / "user") | {"MELFOLD_PACE": "0"}):
+        fake.leaderboard = TABLE[1:]
+        fetch_table(Kaggle(), home)
+        assert "not the final Private one" in caplog.text
+        assert not path.exists()
+        fake.leaderboard = TABLE
+        fetch_table(Kaggle(), home)
+        assert read_table(home, FAT2019) == pytest.approx(sorted(TABLE, reverse=True), abs=1e-5)
+        asked = len(fake.calls)
+        fetch_table(Kaggle(), home)
+        assert len(fake.calls) == asked
+        fetch_table(Kaggle(), home, refresh=True)
+        assert len(fake.calls) > asked
+    place = place_at(home, "fat2019", 0.70)
+    assert place
+    assert str(place) == "rank 51 of 417 (top 12 %), bronze; 0.01810 below silver"
+    assert place_at(home, "demo", 0.70) is place_at(home, "fat2019", None) is None
+
+
+def test_twenty_submissions_with_long_names_are_readable() -> None:
+    import matplotlib.pyplot as plt
+
+    rows = [
+        row(f"a-run-with-a-long-name-{n:02}+another-one-with-other-settings-{n}", 0.84 + 0.002 * (n % 5), 0.0, 0.69 + 0.002 * n)
+        for n in range(20)
+    ]
+    rows = [replace(r, competition=SLUG, time=f"2026-01-{n + 1:02}T10:00:00Z") for n, r in enumerate(rows)]
+    figure = draw_ledger(rows)
+    left, right, names = figure.axes
+    figure.canvas.draw()
+    numbers = [text for text in left.texts if text.get_text().isdigit()]
+    boxes = [text.get_window_extent() for text in numbers]
+    assert sorted(int(text.get_text()) for text in numbers) == list(range(1, 21))
+    assert not [1 for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)], "no number hides another"
+    (listed,) = names.texts
+    assert listed.get_window_extent().x1 <= figure.bbox.x1
+    assert listed.get_window_extent().y0 >= 0
+    for axes in (left, right):
+        assert {"silver 0.71810", "bronze 0.69233"} <= {text.get_text() for text in axes.texts}
+    assert {line.get_label() for line in right.lines} >= {"best Private so far"}
+    plt.close(figure)
 
 
 def test_the_plot_is_a_picture(tmp_path: Path) -> None:

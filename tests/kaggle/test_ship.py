@@ -6,27 +6,28 @@ import json
 from pathlib import Path
 
 import pytest
-from kaggle_world import World, melfold
+from kaggle_world import DEMO, World, melfold
 
 from melfold.kaggle.ledger import COLUMNS, Ledger
 from tests.fake_kaggle import FakeKaggle
 
 QUICK = {"MELFOLD_PACE": "0.05"}
+TO = ("--competition", DEMO)
 
 
 @pytest.mark.parametrize("layout", ["nested", pytest.param("flat", marks=pytest.mark.soak)])
 def test_the_code_form(layout: str, own: World, tmp_path: Path) -> None:
-    with FakeKaggle(tmp_path / "kaggle", data=own.data, truth=own.truth) as fake:
+    with FakeKaggle(tmp_path / "kaggle", competition=DEMO, data=own.data, truth=own.truth) as fake:
         fake.layout = layout
         env = fake.env(tmp_path / "user") | QUICK
-        shipped = melfold("ship", "tiny", "--cpu", "--data", own.data, env=env, home=own.home)
+        shipped = melfold("ship", "tiny", "--cpu", *TO, "--data", own.data, env=env, home=own.home)
         assert shipped.returncode == 0, shipped.stdout + shipped.stderr
         assert "the same bytes as at home" in shipped.stdout
         (row,) = Ledger.of(own.home).rows()
         assert (row.status, row.kernel, row.version) == ("complete", "tester/melfold-infer-tiny", "1")
         (theirs,) = fake.submissions
         assert theirs.path.read_bytes() == (own.home.submissions / "tiny" / "submission.csv").read_bytes()
-        again = melfold("ship", "tiny", "--cpu", "--data", own.data, env=env, home=own.home)
+        again = melfold("ship", "tiny", "--cpu", *TO, "--data", own.data, env=env, home=own.home)
         assert again.returncode == 0, again.stderr
         assert "rehearsing" not in again.stderr
         assert len(fake.submissions) == 1
@@ -34,11 +35,11 @@ def test_the_code_form(layout: str, own: World, tmp_path: Path) -> None:
 
 
 def test_the_file_form_and_the_ledgers_commands(own: World, tmp_path: Path) -> None:
-    with FakeKaggle(tmp_path / "kaggle", data=own.data, truth=own.truth) as fake:
+    with FakeKaggle(tmp_path / "kaggle", competition=DEMO, data=own.data, truth=own.truth) as fake:
         env = fake.env(tmp_path / "user") | QUICK
-        shipped = melfold("ship", "tiny", "--file", env=env, home=own.home)
+        shipped = melfold("ship", "tiny", "--file", *TO, env=env, home=own.home)
         assert shipped.returncode == 0, shipped.stdout + shipped.stderr
-        assert melfold("submit", "tiny", "--again", env=env, home=own.home).returncode == 0
+        assert melfold("submit", "tiny", "--again", *TO, env=env, home=own.home).returncode == 0
         synced = melfold("ledger", "sync", env=env, home=own.home)
         assert synced.returncode == 0, synced.stderr
         for column in ("oof_lwlrap", "time"):
@@ -47,7 +48,7 @@ def test_the_file_form_and_the_ledgers_commands(own: World, tmp_path: Path) -> N
         found = json.loads(melfold("ledger", "show", "--json", env=env, home=own.home).stdout)
         assert found.keys() == {"ledger", "rows", "select"}
         assert [row["id"] for row in found["rows"]] == ["tiny", "tiny"]
-        assert found["rows"][0].keys() == set(COLUMNS)
+        assert found["rows"][0].keys() == {*COLUMNS, "place"}
         assert f"public {found['rows'][0]['public_score']:.5f}" in shipped.stdout
         assert found["select"][0].keys() == {"id", "tag", "ref", "reason"}
         picture = tmp_path / "ledger.png"
@@ -56,6 +57,26 @@ def test_the_file_form_and_the_ledgers_commands(own: World, tmp_path: Path) -> N
         bad = melfold("ledger", "show", "--sort", "luck", env=env, home=own.home)
         assert (bad.returncode, len(bad.stderr.splitlines())) == (2, 1)
         assert {row.status for row in Ledger.of(own.home).rows()} == {"complete"}
+
+
+@pytest.mark.parametrize("layout", ["nested", pytest.param("flat", marks=pytest.mark.soak)])
+def test_the_copy(layout: str, own: World, tmp_path: Path) -> None:
+    with FakeKaggle(tmp_path / "kaggle", competition=DEMO, data=own.data, truth=own.truth) as fake:
+        fake.layout, fake.kernels_only, fake.late = layout, True, True
+        env = fake.env(tmp_path / "user") | QUICK
+        for _ in range(2):
+            shipped = melfold("ship", "tiny", "--copy", *TO, "--data", own.data, env=env, home=own.home)
+            assert shipped.returncode == 0, shipped.stdout + shipped.stderr
+        (row,) = Ledger.of(own.home).rows()
+        assert (row.status, row.kernel, row.public_score) == ("complete", "tester/melfold-copy-csv-tiny", "0.00000")
+        assert "public" not in shipped.stdout
+        assert f"private {row.private_score}" in shipped.stdout
+        (theirs,) = fake.submissions
+        assert theirs.path.read_bytes() == (own.home.submissions / "tiny" / "submission.csv").read_bytes()
+        (kernel,) = fake.kernels["melfold-copy-csv-tiny"]
+        assert len(kernel.request["text"]) < 30_000, "it holds only what copying needs"
+        assert kernel.request.get("enableInternet", False) is False
+        assert fake.kernels.keys() == {"melfold-copy-csv-tiny"}
 
 
 def test_download_by_command(own: World, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 from collections.abc import Iterator
@@ -10,12 +11,15 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from click.testing import Result
 from hub_standin import REVISION, Hub, serve
 from safetensors.torch import save
+from typer.testing import CliRunner
 
+from melfold.cli.main import app
 from melfold.config import ModelConfig
 from melfold.errors import MelfoldError
-from melfold.files import Home, read_json
+from melfold.files import Home, read_json, sha256_file
 from melfold.learn.fetch import HubFile, fetch, first_weights, first_weights_sha256, hub_file, recipe_named, share_weights
 from melfold.learn.model import build_model
 from melfold.learn.provenance import licence_of
@@ -155,3 +159,23 @@ def test_another_home_can_use_the_same_weights(hub: Hub, home: Home, tmp_path: P
     found = first_weights(ModelConfig(name=NAME, weights="hub"), other)
     assert found is not None
     assert found.samefile(path)
+
+
+def test_the_command_says_what_was_fetched(hub: Hub, home: Home) -> None:
+    def run(*words: str) -> Result:
+        return CliRunner().invoke(app, ["weights", "fetch", *words, "--home", str(home.root)])
+
+    found = run(NAME)
+    path = HubFile(REPO).path(home)
+    assert (found.exit_code, found.stdout.split()[0]) == (0, str(path))
+    assert f"licence apache-2.0, trained on ImageNet-1k, sha256 {sha256_file(path)}" in found.stdout
+    asked = len(hub.asked)
+    again = json.loads(run(NAME, "--json").stdout)
+    assert again["sha256"] == sha256_file(path)
+    assert (again["path"], again["seen"]) == (str(path), ["ImageNet-1k"])
+    assert len(hub.asked) == asked
+    hub.files["someone/tagger.fsd50k/model.safetensors"] = b"x"
+    assert "may have seen clips of this competition: data sets FSD50K" in run("hf:someone/tagger.fsd50k").stderr
+    refused = run("scratch")
+    assert refused.exit_code == 2
+    assert "recipe scratch needs no download: model.weights = none" in refused.stderr

@@ -209,7 +209,7 @@ def test_pseudo_labels_hold_the_chosen_clips_and_soft_targets(world: World, tmp_
 def test_a_teacher_must_have_the_same_folds(world: World, tmp_path: Path) -> None:
     other = relabelled(world.competition, [world.competition.curated.index[0]])
     start_run(Home(tmp_path), "teacher", world.recipe(), other, world.folds)
-    with pytest.raises(MelfoldError, match="a teacher must have the student's folds and labels: teacher"):
+    with pytest.raises(MelfoldError, match="a teacher must have the same folds and labels: teacher"):
         world.start(tmp_path, *STUDENT)
     with pytest.raises(MelfoldError, match="no such run: teacher"):
         world.start(tmp_path / "empty", *STUDENT)

@@ -15,7 +15,11 @@ from melfold.config import Recipe
 from melfold.errors import MelfoldError
 from melfold.learn import devices
 from melfold.learn.devices import Device, exact, explain_out_of_memory, find_device, pick_device, repeatable
-from melfold.learn.footprint import (
+from melfold.learn.predict import predict_logits
+from melfold.learn.state import TrainState
+from melfold.learn.train import train_step
+from melfold.recipes import load_recipe
+from tests.bench.footprint import (
     Backward,
     fake_batch,
     fake_gpu,
@@ -24,10 +28,6 @@ from melfold.learn.footprint import (
     largest_batch,
     trained_model,
 )
-from melfold.learn.predict import predict_logits
-from melfold.learn.state import TrainState
-from melfold.learn.train import train_step
-from melfold.recipes import load_recipe
 
 TINY = (
     "logmel.n_mels=32",

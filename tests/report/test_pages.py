@@ -183,11 +183,11 @@ def test_a_score_of_zero_is_no_score(tmp_path: Path) -> None:
         Row(f"t{n}", f"s{n}", "2026-10-01T00:00:00Z", "", "", "", "", "", "open", f"0.8{n}", "0.00000", f"0.7{n}")
         for n in range(3)
     ]
-    assert scored(rows, "public_score") == []
-    assert [value for _, value, _ in scored(rows, "private_score")] == [0.7, 0.71, 0.72]
-    slope, intercept = fitted(scored(rows, "private_score"))
+    assert scored(rows, "public") == []
+    assert [value for _, value, _ in scored(rows, "private")] == [0.7, 0.71, 0.72]
+    slope, intercept = fitted(scored(rows, "private"))
     assert (slope, intercept) == (pytest.approx(1), pytest.approx(-0.1))
-    assert fitted(scored(rows[:2], "private_score")) is None
+    assert fitted(scored(rows[:2], "private")) is None
     assert trust_words([]).startswith("No submission")
     plot_ledger(rows, tmp_path / "ledger.png")
     assert (tmp_path / "ledger.png").read_bytes().startswith(b"\x89PNG")

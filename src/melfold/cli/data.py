@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from melfold.cli.options import (
+    DEFAULT_RECIPE,
     DataArg,
     EngineOpt,
     HomeOpt,
@@ -40,7 +41,7 @@ def download(
 
 
 @command(app, "check", "melfold check data/fat2019")
-def check(data: DataArg, recipe: RecipeOpt = "open", home: HomeOpt = None, set_: SetOpt = None) -> None:
+def check(data: DataArg, recipe: RecipeOpt = DEFAULT_RECIPE, home: HomeOpt = None, set_: SetOpt = None) -> None:
     """Is this download complete? Reads the tables and the header of every file."""
     from melfold.data.check import check as check_download
 
@@ -60,7 +61,7 @@ def show(
     run: Annotated[
         str | None, typer.Option("--run", help="Draw the predictions of this run or RUN@NAME, with its recipe.")
     ] = None,
-    recipe: RecipeOpt = "open",
+    recipe: RecipeOpt = DEFAULT_RECIPE,
     home: HomeOpt = None,
     set_: SetOpt = None,
 ) -> None:
@@ -79,10 +80,10 @@ def show(
     typer.echo(output)
 
 
-@command(app, "cache", "melfold cache data/fat2019 --recipe open", continues=True)
+@command(app, "cache", "melfold cache data/fat2019 --recipe audioset", continues=True)
 def cache(
     data: DataArg,
-    recipe: RecipeOpt = "open",
+    recipe: RecipeOpt = DEFAULT_RECIPE,
     verify: Annotated[bool, typer.Option("--verify", help="Also read every log-mel, and make damaged ones again.")] = False,
     jobs: JobsOpt = -1,
     engine: EngineOpt = "joblib",
@@ -109,7 +110,7 @@ def folds(
         bool,
         typer.Option("--group-identical", help="Keep clips with identical audio in the same fold, in a table of its own."),
     ] = False,
-    recipe: RecipeOpt = "open",
+    recipe: RecipeOpt = DEFAULT_RECIPE,
     home: HomeOpt = None,
     set_: SetOpt = None,
 ) -> None:

@@ -7,8 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from melfold.cli.ledger import AgainOpt, CompetitionOpt, print_row
-from melfold.cli.options import FoldsOpt, HomeOpt, IdArg, RecipeOpt, RunOpt, SetOpt, resolve_recipe, resolve_run_name
+from melfold.cli.ledger import AgainOpt, CompetitionOpt, OwnCompetitionOpt, print_row
+from melfold.cli.options import (
+    DEFAULT_RECIPE,
+    FoldsOpt,
+    HomeOpt,
+    IdArg,
+    RecipeOpt,
+    RunOpt,
+    SetOpt,
+    resolve_recipe,
+    resolve_run_name,
+)
 from melfold.cli.output import command
 from melfold.errors import MelfoldError
 from melfold.files import Home
@@ -42,28 +52,36 @@ ISOLATION = {
 }
 
 
-@command(app, "ship", "melfold ship open", continues=True)
+@command(app, "ship", "melfold ship audioset", continues=True)
 def ship(
     id: IdArg,
     data: DownloadOpt = None,
-    file: Annotated[bool, typer.Option("--file", help="Submit the file itself, without a kernel.")] = False,
+    file: Annotated[bool, typer.Option("--file", help="Submit the file itself, where a competition takes files.")] = False,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Submit the file by a small kernel that copies it: minutes instead of an hour.")
+    ] = False,
     gpu: GpuOpt = True,
     budget: BudgetOpt = None,
     again: AgainOpt = False,
     owner: OwnerOpt = None,
-    competition: CompetitionOpt = COMPETITION,
+    competition: OwnCompetitionOpt = None,
     home: HomeOpt = None,
 ) -> None:
     """Build, rehearse and push a kernel, submit its output, wait for the score and record it."""
     from melfold.combine.submission import open_submission
     from melfold.kaggle.client import Kaggle
     from melfold.kaggle.push import check_output, push, wait_for_kernel
-    from melfold.kaggle.submit import Kernel, submit, wait_for_score
+    from melfold.kaggle.standings import fetch_table
+    from melfold.kaggle.submit import Kernel, check_file_form, competition_for, submit, wait_for_score
 
-    client, place, form = Kaggle(competition), Home.find(home), None
-    open_submission(place, id)
-    if not file:
-        built = _build_infer(place, id, owner, competition, gpu=gpu, budget=budget)
+    place, form = Home.find(home), None
+    if file and copy:
+        raise MelfoldError("--file and --copy are two ways", "both were given", "Give one of them")
+    client = Kaggle(competition_for(open_submission(place, id), competition))
+    if file:
+        check_file_form(id, client.competition)
+    else:
+        built = _build_infer(place, id, owner, client.competition, gpu=gpu, budget=budget, copy=copy)
         typer.echo(f"1/5 built {built.folder}")
         download = _download(place, built, data)
         if not built.passed:
@@ -75,14 +93,13 @@ def ship(
         check_output(wait_for_kernel(client, built), download)
         typer.echo("4/5 the kernel is complete and its output is a valid submission")
         form = Kernel(built.facts["kernel"], version)
-    row = submit(client, place, id, kernel=form, again=again)
-    if row.status == "submitted":
-        row = wait_for_score(client, place, row.tag)
+    row = wait_for_score(client, place, submit(client, place, id, kernel=form, again=again))
     typer.echo("5/5 submitted and scored" if not file else "submitted and scored")
-    print_row(row)
+    fetch_table(client, place)
+    print_row(row, place)
 
 
-@command(build_app, "infer", "melfold kernel build infer --submission open")
+@command(build_app, "infer", "melfold kernel build infer --submission audioset")
 def kernel_build_infer(
     submission: Annotated[str, typer.Option("--submission", metavar="ID", help="A submission's name in submissions/.")],
     weights_from: Annotated[
@@ -91,7 +108,7 @@ def kernel_build_infer(
     gpu: GpuOpt = True,
     budget: BudgetOpt = None,
     owner: OwnerOpt = None,
-    competition: CompetitionOpt = COMPETITION,
+    competition: OwnCompetitionOpt = None,
     home: HomeOpt = None,
 ) -> None:
     """Build a kernel that makes a submission again from its weights, within a time budget."""
@@ -100,15 +117,24 @@ def kernel_build_infer(
 
 
 def _build_infer(
-    home: Home, id: str, owner: str | None, competition: str, *, gpu: bool, budget: float | None, weights_from: str = ""
+    home: Home,
+    id: str,
+    owner: str | None,
+    competition: str | None,
+    *,
+    gpu: bool,
+    budget: float | None,
+    weights_from: str = "",
+    copy: bool = False,
 ) -> Built:
     from melfold.combine.submission import open_submission
-    from melfold.kaggle.build import Target, build_infer
+    from melfold.kaggle.build import Target, build_copy, build_infer
     from melfold.kaggle.client import Kaggle
+    from melfold.kaggle.submit import competition_for
 
-    open_submission(home, id)  # before the account's name is asked for
-    target = Target(owner or Kaggle(competition).username(), competition, gpu, budget)
-    return build_infer(home, id, target, source=weights_from)
+    slug = competition_for(open_submission(home, id), competition)  # before the account's name is asked for
+    target = Target(owner or Kaggle(slug).username(), slug, gpu, budget)
+    return build_copy(home, id, target) if copy else build_infer(home, id, target, source=weights_from)
 
 
 @command(build_app, "train", "melfold kernel build train --recipe scratch")
@@ -116,7 +142,7 @@ def kernel_build_train(
     data: Annotated[
         Path | None, typer.Argument(metavar="[DATA]", help="The competition's download (default: where `download` put it).")
     ] = None,
-    recipe: RecipeOpt = "open",
+    recipe: RecipeOpt = DEFAULT_RECIPE,
     folds: FoldsOpt = "all",
     run: RunOpt = None,
     session: Annotated[int, typer.Option("--session", min=1, help="2 continues from the output of session 1, and so on.")] = 1,
@@ -145,7 +171,7 @@ def kernel_build_train(
     typer.echo(f"{built.folder}\nNext: melfold kernel rehearse {built.folder} --data {data}")
 
 
-@command(kernel_app, "rehearse", "melfold kernel rehearse build/kernels/melfold-infer-open")
+@command(kernel_app, "rehearse", "melfold kernel rehearse build/kernels/melfold-infer-audioset")
 def kernel_rehearse(
     folder: DirArg,
     data: DownloadOpt = None,
@@ -167,7 +193,7 @@ def kernel_rehearse(
     typer.echo(f"Next: melfold kernel push {folder}")
 
 
-@command(kernel_app, "push", "melfold kernel push build/kernels/melfold-infer-open --wait", continues=True)
+@command(kernel_app, "push", "melfold kernel push build/kernels/melfold-infer-audioset --wait", continues=True)
 def kernel_push(
     folder: DirArg,
     wait: WaitOpt = False,

@@ -15,6 +15,7 @@ from melfold.kaggle.client import COMPETITION
 
 if TYPE_CHECKING:
     from melfold.kaggle.ledger import Row
+    from melfold.kaggle.standings import Place
     from melfold.kaggle.submit import Kernel
 
 app = typer.Typer()
@@ -22,65 +23,88 @@ ledger_app = typer.Typer(help="The ledger: every submission's OOF score beside i
 app.add_typer(ledger_app, name="ledger")
 
 CompetitionOpt = Annotated[str, typer.Option("--competition", help="The competition's name in its address.")]
+OwnCompetitionOpt = Annotated[
+    str | None,
+    typer.Option("--competition", help="The competition's name in its address (default: its data's)."),
+]
 AgainOpt = Annotated[bool, typer.Option("--again", help="Submit although Kaggle has it, or may have it, already.")]
 
 SCORES = ("oof_lwlrap", "public_score", "private_score")
 
 
-@command(app, "submit", "melfold submit open --kernel", continues=True)
+@command(app, "submit", "melfold submit audioset --kernel", continues=True)
 def submit(
     id: IdArg,
     kernel: Annotated[bool, typer.Option("--kernel/--file", help="The pushed kernel's output, or the file itself.")] = False,
     again: AgainOpt = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the score.")] = False,
-    competition: CompetitionOpt = COMPETITION,
+    competition: OwnCompetitionOpt = None,
     home: HomeOpt = None,
 ) -> None:
     """Submit once. If an earlier try may have succeeded, it is looked up and never repeated."""
     from melfold.combine.submission import open_submission
     from melfold.kaggle.client import Kaggle
+    from melfold.kaggle.submit import check_file_form, competition_for, wait_for_score
     from melfold.kaggle.submit import submit as spend
-    from melfold.kaggle.submit import wait_for_score
 
-    client, place = Kaggle(competition), Home.find(home)
-    open_submission(place, id)
+    place = Home.find(home)
+    client = Kaggle(competition_for(open_submission(place, id), competition))
+    if not kernel:
+        check_file_form(id, client.competition)
     row = spend(client, place, id, kernel=_find_kernel(place, id) if kernel else None, again=again)
-    if wait and row.status == "submitted":
-        row = wait_for_score(client, place, row.tag)
-    print_row(row)
+    if wait or row.status == "error":
+        row = wait_for_score(client, place, row)
+    print_row(row, place)
 
 
 def _find_kernel(home: Home, id: str) -> Kernel:
-    """The pushed kernel of a submission.
+    """The pushed kernel of a submission: the one that predicts, or the one that copies.
 
     Raises:
-        MelfoldError: it was not pushed since it was built.
+        MelfoldError: none was pushed since it was built.
     """
     from melfold.kaggle.built import built_for
     from melfold.kaggle.submit import Kernel
 
-    built = built_for(home, "infer", id)
-    pushed = built.pushed
+    builds = [built_for(home, kind, id) for kind in ("infer", "copy_csv")]
+    pushed = next((built.pushed for built in builds if built.artefact.stamp.exists() and built.pushed), None)
     if not pushed:
-        raise MelfoldError("this kernel was not pushed since it was built", str(built.folder), "Run `melfold kernel push`")
+        raise MelfoldError("this kernel was not pushed since it was built", str(builds[0].folder), "Run `melfold kernel push`")
     return Kernel(pushed["kernel"], pushed["version"])
 
 
-def print_row(row: Row) -> None:
-    """A submission's state and scores in a line."""
-    private = f", private {score(float(row.private_score))}" if row.private_score else ""
-    public = f"public {score(float(row.public_score))}{private}" if row.public_score else "no score yet: `melfold ledger sync`"
-    oof = f"OOF {score(float(row.oof_lwlrap))}, " if row.oof_lwlrap else ""
-    typer.echo(f"{row.id}: {row.status}, {oof}{public} (ref {row.ref or '-'}, melfold:{row.tag})")
+def print_row(row: Row, home: Home) -> None:
+    """A submission's state, its scores, and where it stands."""
+    from melfold.kaggle.standings import place_at
+
+    halves = {"OOF": row.oof, "public": row.public, "private": row.private}
+    known = [f"{half} {score(value)}" for half, value in halves.items() if value is not None]
+    later = ["no score yet: `melfold ledger sync`"] if row.public is None and row.private is None else []
+    typer.echo(f"{row.id}: {', '.join([row.status, *known, *later])} (ref {row.ref or '-'}, melfold:{row.tag})")
+    if place := place_at(home, row.competition, row.private):
+        typer.echo(f"On the final Private leaderboard: {place}")
 
 
 @command(ledger_app, "sync", "melfold ledger sync")
-def ledger_sync(competition: CompetitionOpt = COMPETITION, home: HomeOpt = None) -> None:
-    """Fetch states and scores from Kaggle, and look again for submissions whose state is unknown."""
+def ledger_sync(
+    competition: Annotated[
+        str | None, typer.Option("--competition", help="The competition's name in its address (default: all in the ledger).")
+    ] = None,
+    leaderboard: Annotated[bool, typer.Option("--leaderboard", help="Download the final leaderboard again.")] = False,
+    home: HomeOpt = None,
+) -> None:
+    """Fetch states and scores from Kaggle, look again for what is unknown, and once fetch the final leaderboard."""
     from melfold.kaggle.client import Kaggle
+    from melfold.kaggle.ledger import Ledger
+    from melfold.kaggle.standings import fetch_table
     from melfold.kaggle.submit import sync
 
-    for line in sync(Kaggle(competition), Home.find(home)) or ["Nothing new."]:
+    place, lines = Home.find(home), []
+    known = sorted({row.competition for row in Ledger.of(place).rows()}) or [COMPETITION]
+    for client in map(Kaggle, [competition] if competition else known):
+        lines += sync(client, place)
+        fetch_table(client, place, refresh=leaderboard)
+    for line in lines or ["Nothing new."]:
         typer.echo(line)
 
 
@@ -90,29 +114,49 @@ def ledger_show(
     json: JsonOpt = False,
     home: HomeOpt = None,
 ) -> None:
-    """Show every submission, and the two to select."""
+    """Show every submission, where it stands on the final Private leaderboard, and the two to select."""
     from melfold.kaggle.ledger import COLUMNS, Ledger, choose_two
+    from melfold.kaggle.standings import place_at
 
     if sort not in COLUMNS:
         raise MelfoldError("no such column", sort, f"Use one of {', '.join(COLUMNS)}")
-    ledger = Ledger.of(Home.find(home))
+    home_ = Home.find(home)
+    ledger = Ledger.of(home_)
     rows = ledger.rows()
     if sort in SCORES:
         rows.sort(key=lambda row: -float(getattr(row, sort) or "-inf"))
     else:
         rows.sort(key=lambda row: getattr(row, sort))
-    choices = choose_two(rows)
+    choices, places = choose_two(rows), [place_at(home_, row.competition, row.private) for row in rows]
     if json:
         selected = [{"id": c.row.id, "tag": c.row.tag, "ref": c.row.ref, "reason": c.reason} for c in choices]
-        print_json({"ledger": ledger.path, "rows": [_values(row) for row in rows], "select": selected})
+        table = [_values(row) | {"place": place and vars(place)} for row, place in zip(rows, places, strict=True)]
+        print_json({"ledger": ledger.path, "rows": table, "select": selected})
         return
     if not rows:
         typer.echo(f"There are no submissions in {ledger.path}. If yours are elsewhere, give the right --home.")
-    shown = ("track", *SCORES, "status", "ref", "kernel", "version", "tag", "note")
-    table = [_values(row) for row in rows]
-    print_table([{c: values[c] if values[c] != "" else None for c in ("id", "time", *shown)} for values in table], left=["note"])
+    print_table([_shown(row, place) for row, place in zip(rows, places, strict=True)], left=["medal", "next", "status", "note"])
     for number, choice in enumerate(choices, 1):
         typer.echo(f"select {number}: {choice.row.id} ({choice.row.ref}), {choice.reason}")
+
+
+def _shown(row: Row, place: Place | None) -> dict[str, Any]:
+    """A row of the table. A submission from before the deadline has a Public score, a late one stands among the final teams."""
+    return {
+        "id": row.id,
+        "time": row.time[:16].replace("T", " "),
+        "track": row.track,
+        "OOF": row.oof,
+        "Public": row.public,
+        "Private": row.private,
+        "rank": place and f"{'' if place.exact else '~'}{place.rank}/{place.teams}",
+        "top": place and f"{place.top_percent:.0f} %",
+        "medal": (place and place.medal) or None,
+        "next": (place and place.next and f"{place.next} +{place.missing:.5f}") or None,
+        "status": row.status,
+        "ref": row.ref or None,
+        "note": row.note or None,
+    }
 
 
 def _values(row: Row) -> dict[str, Any]:
@@ -124,7 +168,7 @@ def _values(row: Row) -> dict[str, Any]:
 def ledger_plot(
     output: Annotated[Path, typer.Option("-o", "--output", help="The PNG to write.")] = Path("ledger.png"), home: HomeOpt = None
 ) -> None:
-    """Draw OOF scores against Public and Private scores."""
+    """Draw OOF scores against leaderboard scores with the medals' lines, and the scores over time."""
     from melfold.kaggle.ledger import Ledger
     from melfold.report.ledger import plot_ledger
 

@@ -36,6 +36,8 @@ HomeOpt = Annotated[
 SetOpt = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting of the recipe; repeatable.")
 ]
+DEFAULT_RECIPE = "audioset"
+"""The strongest that fits this kit, on the open track; `scratch` is legal under the rules."""
 RecipeOpt = Annotated[
     str,
     typer.Option(

@@ -27,7 +27,7 @@ def recipe_list() -> None:
         typer.echo(f"{name:<{max(map(len, names))}}  {track}{recipe.about}")
 
 
-@command(app, "show", "melfold recipe show open --set train.epochs=10 > mine.toml")
+@command(app, "show", "melfold recipe show audioset --set train.epochs=10 > mine.toml")
 def recipe_show(name: NameArg, home: HomeOpt = None, set_: SetOpt = None) -> None:
     """Print all settings of a recipe as TOML, with the reason where one is given. Save it to a file to make your own."""
     from melfold.recipes import explain_recipe, parse_set, recipe_toml

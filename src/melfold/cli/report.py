@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-@command(app, "report", "melfold report open --review 100")
+@command(app, "report", "melfold report audioset --review 100")
 def report(
     runs: Annotated[
         list[str] | None,
@@ -69,10 +69,7 @@ def _home_page(home: Home, path: Path) -> Path:
 
     names = {run.info.competition for _, run in list_runs(home) if not isinstance(run, MelfoldError)}
     standings = next((facts.standings for name in sorted(names) if (facts := facts_of(name)).standings), None)
-    medals = {10: "gold", 50: "silver", 100: "bronze"}
-    lines = (
-        {f"{medals[rank]}, rank {rank}": value for rank, value in standings.ranks.items() if rank in medals} if standings else {}
-    )
+    lines = {f"{medal}, rank {standings.medals[medal]}": score for medal, score in standings.lines.items()} if standings else {}
     write_home_page(home, path, medals=lines)
     return path
 

@@ -117,7 +117,7 @@ def runs_rm(run: RunArg, yes: YesOpt = False, home: HomeOpt = None) -> None:
     typer.echo(f"Deleted {folder}: {size(freed)}.")
 
 
-@command(runs_app, "mv", "melfold runs mv open-3f2a1c best")
+@command(runs_app, "mv", "melfold runs mv audioset-3f2a1c best")
 def runs_mv(
     run: RunArg,
     new: Annotated[str, typer.Argument(metavar="NEW", help="The new name.")],
@@ -165,8 +165,11 @@ def _users(home: Home, name: str) -> list[str]:
     """What refers to a run by its name."""
     users = []
     for path in sorted(home.runs.glob("*/recipe.json")):
-        if name in read_json(path).get("noisy", {}).get("teachers", []):
+        recipe = read_json(path)
+        if name in recipe.get("noisy", {}).get("teachers", []):
             users.append(f"a teacher of run {path.parent.name}")
+        if recipe.get("model", {}).get("weights") == f"run:{name}":
+            users.append(f"where run {path.parent.name} starts from")
     for path in sorted(home.submissions.glob("*/manifest.json")):
         if any(part["name"] == name for part in read_json(path).get("runs", [])):
             users.append(f"part of submission {path.parent.name}")

@@ -24,7 +24,7 @@ app.add_typer(ensemble_app, name="ensemble")
 app.add_typer(relabel_app, name="relabel")
 
 
-@command(app, "oof", "melfold oof open")
+@command(app, "oof", "melfold oof audioset")
 def oof(run: PredictionArg, json: JsonOpt = False, home: HomeOpt = None) -> None:
     """Score the held-out predictions of a run: pooled, by fold and by label."""
     from melfold.combine import oof as scoring
@@ -52,7 +52,7 @@ def print_oof(scores: OofScores) -> None:
     typer.echo(f"constant          {score(scores.constant_lwlrap)}")
 
 
-@command(app, "compare", "melfold compare open open-seed1 small")
+@command(app, "compare", "melfold compare audioset audioset-seed1 small")
 def compare(
     runs: Annotated[
         list[str], typer.Argument(metavar="RUN...", help="Runs or RUN@NAME; the others are compared with the first one.")
@@ -98,7 +98,7 @@ def _without_unfinished(predictions: Sequence[Prediction]) -> Sequence[Predictio
     return finished
 
 
-@command(ensemble_app, "suggest", "melfold ensemble suggest open small")
+@command(ensemble_app, "suggest", "melfold ensemble suggest audioset small")
 def ensemble_suggest(
     runs: Annotated[
         list[str] | None,
@@ -160,7 +160,7 @@ def _print_next(best: Suggestion, opened: Sequence[Prediction]) -> None:
     typer.echo(f"Next: melfold submission build {' '.join(best.runs)}{how}")
 
 
-@command(relabel_app, "suggest", "melfold relabel suggest open -o corrections.csv")
+@command(relabel_app, "suggest", "melfold relabel suggest audioset -o corrections.csv")
 def relabel_suggest(
     run: PredictionArg,
     output: Annotated[

@@ -34,7 +34,7 @@ submission_app = typer.Typer(help="Submissions: build, check and score a submiss
 app.add_typer(submission_app, name="submission")
 
 
-@command(app, "predict", "melfold predict open --set predict.shift_seconds='[0,0.25]' --name tta", continues=True)
+@command(app, "predict", "melfold predict audioset --set predict.shift_seconds='[0,0.25]' --name tta", continues=True)
 def predict(
     run: PredictionArg,
     data: RunDataOpt = None,
@@ -88,7 +88,7 @@ def _competition(data: Path | None, run: Run) -> Competition:
     return load_competition(folder.resolve())
 
 
-@command(submission_app, "build", "melfold submission build open small --mean logit --weights 2,1")
+@command(submission_app, "build", "melfold submission build audioset small --mean logit --weights 2,1")
 def submission_build(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="One run or RUN@NAME, or several to combine.")],
     data: RunDataOpt = None,
@@ -107,7 +107,8 @@ def submission_build(
     path = build_submission(place, opened, _competition(data, opened[0].run), id=id, mean=mean, weights=shares)
     manifest = open_submission(place, id)
     licences = f" Licences of initial weights: {', '.join(manifest['licences'])}." if manifest["licences"] else ""
-    typer.echo(f"{path}\nTrack: {manifest['track']}. Data: {'; '.join(manifest['data'])}.{licences}")
+    seen = f" They were trained on: {', '.join(manifest['seen'])}." if manifest["seen"] else ""
+    typer.echo(f"{path}\nTrack: {manifest['track']}. Data: {'; '.join(manifest['data'])}.{licences}{seen}")
     for rule in manifest["breaks"]:
         typer.secho(f"BREAKS: {rule}", fg="yellow")
 
@@ -119,7 +120,7 @@ def _numbers(text: str | None) -> list[float] | None:
         raise MelfoldError("--weights needs numbers", repr(text), "For example --weights 3,1") from None
 
 
-@command(submission_app, "rebuild", "melfold submission rebuild open --data data/fat2019")
+@command(submission_app, "rebuild", "melfold submission rebuild audioset --data data/fat2019")
 def submission_rebuild(id: IdArg, data: DataOpt, home: HomeOpt = None) -> None:
     """Make a submission.csv again from its manifest, such as a colleague's; or print the commands that make what is missing."""
     from melfold.combine.rebuild import plan_rebuild, rebuild
@@ -155,11 +156,16 @@ def submission_score(
 ) -> None:
     """Score a file as the leaderboard does, Public and Private separately. For scoring only: never choose by it."""
     from melfold.combine.check import score_submission
+    from melfold.kaggle.standings import place_at
+    from melfold.probs import read_probs
 
     scores = score_submission(file, truth)
     if json:
         print_json(rows_of(scores, "usage"))
         return
     print_table(rows_of(scores, "usage"))
+    private = scores["lwlrap"].get("Private")
+    if place := place_at(Home.find(), list(read_probs(file).columns), private):
+        typer.echo(f"On the final Private leaderboard: {place}")
     for half in {"Public", "Private"} - set(scores.index):
         typer.echo(f"The {half} half is not covered by this file or this table.")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from melfold.cli.options import (
+    DEFAULT_RECIPE,
     DataArg,
     DeviceOpt,
     DevicesOpt,
@@ -37,10 +38,10 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-@command(app, "train", "melfold train data/fat2019 --recipe open --folds 0,1", continues=True)
+@command(app, "train", "melfold train data/fat2019 --recipe audioset --folds 0,1", continues=True)
 def train(
     data: DataArg,
-    recipe: RecipeOpt = "open",
+    recipe: RecipeOpt = DEFAULT_RECIPE,
     folds: FoldsOpt = "all",
     run: RunOpt = None,
     device: DevicesOpt = "auto",
@@ -66,7 +67,7 @@ def train(
         _print_trained(stages.train(competition, place, resolved, name, which, compute))
 
 
-@command(app, "resume", "melfold resume open", continues=True)
+@command(app, "resume", "melfold resume audioset", continues=True)
 def resume(
     run: RunArg,
     data: RunDataOpt = None,
@@ -117,10 +118,10 @@ def _print_trained(run: Run) -> None:
     typer.echo(f"{run.folder}\nTrained: {', '.join(done)}. Next: melfold {'oof' if scored else 'predict'} {run.name}")
 
 
-@command(app, "run", "melfold run data/fat2019 --recipe open", continues=True)
+@command(app, "run", "melfold run data/fat2019 --recipe audioset", continues=True)
 def run(
     data: DataArg,
-    recipe: RecipeOpt = "open",
+    recipe: RecipeOpt = DEFAULT_RECIPE,
     run: RunOpt = None,
     device: DevicesOpt = "auto",
     jobs: JobsOpt = -1,
@@ -189,4 +190,4 @@ def demo(
     clip = min(path.name for path in (data / "test").iterdir())
     typer.echo(f"Next: melfold oof {prediction.run.name} --home {place.root}")
     typer.echo(f"      melfold show {data} {clip} --recipe demo --home {place.root} -o clips.png")
-    typer.echo("      melfold run PATH/TO/THE/DOWNLOAD --recipe open")
+    typer.echo("      melfold run PATH/TO/THE/DOWNLOAD --recipe audioset")

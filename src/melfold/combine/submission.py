@@ -23,6 +23,10 @@ from melfold.probs import MEANS, align, check_weights, mean_probs, write_probs
 log = logging.getLogger(__name__)
 
 
+NAME = "[A-Za-z0-9][A-Za-z0-9._+-]*"
+"""A submission's name, as a regular expression."""
+
+
 def submission_artefact(home: Home, id: str) -> Artefact:
     """`submission.csv` of a submission and its stamp, `manifest.json`."""
     folder = home.submissions / id
@@ -35,6 +39,8 @@ def open_submission(home: Home, id: str) -> dict[str, Any]:
     Raises:
         MelfoldError: no such submission, or one whose file is missing or was changed.
     """
+    if not re.fullmatch(NAME, id):  # one name for one submission, or it would be submitted under each
+        raise MelfoldError("a submission is named without its folder", repr(id), f"Use {Path(id).name or 'its name'}")
     artefact = submission_artefact(home, id)
     if not artefact.stamp.exists():
         known = ", ".join(sorted(p.parent.name for p in home.submissions.glob("*/manifest.json")))
@@ -69,7 +75,7 @@ def build_submission(
         MelfoldError: no current predictions, a submission of this id made from different inputs, or a result that the
             competition would not take.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", id):
+    if not re.fullmatch(NAME, id):
         raise MelfoldError("a submission's name is letters, digits, dots, dashes, +", repr(id), "Use --id NAME")
     if mean not in MEANS:
         raise MelfoldError("unknown mean", mean, f"Use {', '.join(MEANS)}")
@@ -164,16 +170,19 @@ class Standing:
     track: str
     data: list[str]
     licences: list[str]
+    seen: list[str]
+    """The data sets that the first weights were trained on."""
     breaks: list[str]
     """The competition's rules that it would break, and what else stands in the way of publishing it."""
 
 
 def standing_of(runs: Sequence[Run]) -> Standing:
-    """The track, data and licences that runs have together."""
+    """The track, data, licences and warnings that runs have together."""
     infos = [run.info for run in runs]
     track = "open" if any(info.track == "open" for info in infos) else "scratch"
     licences = sorted({part for info in infos for part in info.licence.split(", ") if part})
-    breaks = []
+    seen = sorted({name for info in infos for name in info.seen})
+    breaks = sorted({text for info in infos for text in info.warnings})
     rules = facts_of(runs[0].info.labels)
     if track == "open" and not rules.external_data:
         theirs = ", ".join(run.name for run in runs if run.info.track == "open")
@@ -182,4 +191,4 @@ def standing_of(runs: Sequence[Run]) -> Standing:
         breaks.append("the licence of its first weights is not known: name it with --set model.licence=…")
     if bound := [licence for licence in licences if re.search(r"(?i)\bnc\b|non-?commercial", licence)]:
         breaks.append(f"winners license their models for any use, these weights do not allow it: {', '.join(bound)}")
-    return Standing(track, sorted({info.data for info in infos}), licences, breaks)
+    return Standing(track, sorted({info.data for info in infos}), licences, seen, breaks)

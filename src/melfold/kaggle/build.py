@@ -6,14 +6,14 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from melfold.artefacts import listed
 from melfold.combine.oof import prior_of
 from melfold.combine.rebuild import label_of
-from melfold.combine.submission import open_submission
+from melfold.combine.submission import open_submission, submission_artefact
 from melfold.config import Recipe
 from melfold.data.competition import Competition
 from melfold.errors import MelfoldError
@@ -31,6 +31,8 @@ INFER_MINUTES = {"cpu": 240, "gpu": 60}
 
 TRAIN_MINUTES = 660
 """A session may last 12 hours; this leaves an hour."""
+
+COPY_MINUTES = 15
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,34 @@ def build_infer(home: Home, id: str, target: Target, *, source: str = "") -> Bui
     return _build(home, plan)
 
 
+def build_copy(home: Home, id: str, target: Target) -> Built:
+    """Build the kernel that copies a finished `submission.csv`, which is mounted as a dataset.
+
+    Raises:
+        MelfoldError: no such submission.
+    """
+    submission = open_submission(home, id)
+    sha256 = submission["files"]["submission.csv"]
+    (path,) = submission_artefact(home, id).files
+    plan = _Plan(
+        kind="copy_csv",
+        name=id,
+        target=replace(target, gpu=False),
+        bundle={
+            "id": id,
+            "submission_sha256": sha256,
+            "budget_minutes": {"cpu": COPY_MINUTES},
+            "provenance": [{"submission": id, "track": submission["track"], "sha256": sha256}],
+        },
+        made_from={"submission": sha256},
+        weights={"submission.csv": path},
+        source="",
+        facts={"id": id, "competition": submission["competition"]},
+        minutes=COPY_MINUTES,
+    )
+    return _build(home, plan)
+
+
 def build_train(
     home: Home,
     recipe: Recipe,
@@ -125,6 +155,9 @@ def build_train(
             f"noisy.teachers = {list(recipe.noisy.teachers)}",
             "Train this recipe where its teachers are",
         )
+    if recipe.model.first_run:
+        fix = "Train this recipe where that run is"
+        raise MelfoldError("a training kernel cannot start from a run", f"model.weights = {recipe.model.weights}", fix)
     minutes, table_sha256 = target.minutes or TRAIN_MINUTES, sha256_file(table)
     bundle = {
         "name": name,
@@ -192,10 +225,10 @@ class _Plan:
     """All that decides a kernel.
 
     Args:
-        kind: `infer` or `train`: its folder in `kernels/`.
+        kind: `infer`, `train` or `copy_csv`: its folder in `kernels/`.
         name: tells it from others of its kind.
         bundle: what the script is told to do.
-        weights: file name in the dataset -> file; without any, there is no dataset.
+        weights: file name in the dataset -> file, which may be a submission; without any, there is no dataset.
         source: another kernel, whose output is mounted.
         minutes: the time limit of the session.
     """
@@ -220,7 +253,8 @@ def _build(home: Home, plan: _Plan) -> Built:
     script = make_script(plan.kind, plan.bundle)
     sums = {file: sha256_file(path) for file, path in sorted(plan.weights.items())}
     # A dataset is named by its content: one that was uploaded completely is never replaced.
-    dataset = f"{plan.target.owner}/melfold-weights-{digest(sums)[:16]}" if sums else ""
+    content = "submission" if plan.kind == "copy_csv" else "weights"
+    dataset = f"{plan.target.owner}/melfold-{content}-{digest(sums)[:16]}" if sums else ""
     metadata = _metadata(plan, dataset)
     made_from = plan.made_from | script.made_from | {"weights": sums, "metadata": metadata}
     built = built_for(home, plan.kind, plan.name)

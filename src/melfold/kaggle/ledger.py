@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from melfold.errors import MelfoldError
+from melfold.facts import DEFAULT, facts_of
 from melfold.files import Home, locked, write_text
 from melfold.kaggle.client import Submission
 
@@ -42,9 +43,29 @@ class Row:
     ref: str = ""
     status: str = "pending"
     note: str = ""
+    account: str = ""
+    competition: str = ""
+
+    @property
+    def oof(self) -> float | None:
+        """The out-of-fold score."""
+        return float(self.oof_lwlrap) if self.oof_lwlrap else None
+
+    @property
+    def private(self) -> float | None:
+        """The Private score."""
+        return float(self.private_score) if self.private_score else None
+
+    @property
+    def public(self) -> float | None:
+        """The Public score. Exactly 0 beside a Private score is none: a late submission is not scored on the Public half."""
+        value = float(self.public_score) if self.public_score else None
+        return None if value == 0 and self.private is not None else value
 
 
 COLUMNS = [f.name for f in fields(Row)]
+OLD_COLUMNS = COLUMNS[:-2]
+"""Of a ledger from before several competitions were told apart; the next change writes all columns."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +89,15 @@ class Ledger:
             return []
         with self.path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
-            if reader.fieldnames != COLUMNS:
+            if reader.fieldnames not in (COLUMNS, OLD_COLUMNS):
                 raise MelfoldError(f"{self.path} has other columns", ", ".join(reader.fieldnames or []), "Fix the header by hand")
             rows = [Row(**row) for row in reader]
+        if reader.fieldnames == OLD_COLUMNS:
+            rows = [replace(row, competition=facts_of(DEFAULT).slug, account=row.kernel.partition("/")[0]) for row in rows]
         for row in rows:
             if row.status not in STATUSES:
                 raise MelfoldError(f"{self.path}: no such status", f"{row.status!r} of {row.id}", f"Use {', '.join(STATUSES)}")
         return rows
-
-    def of_id(self, id: str) -> list[Row]:
-        """The rows of one submission id."""
-        return [row for row in self.rows() if row.id == id]
 
     def add(self, row: Row) -> None:
         """Append a row."""
@@ -92,12 +111,11 @@ class Ledger:
             self._write(rows)
         return next(row for row in rows if row.tag == tag)
 
-    def settle(self, tag: str, found: Submission) -> Row:
-        """Record what Kaggle says about a submission."""
+    def settle(self, tag: str, found: Submission, note: str = "") -> Row:
+        """Record what Kaggle says about a submission, and nothing that was written before it was known."""
         status = {"COMPLETE": "complete", "ERROR": "error"}.get(found.status, "submitted")
-        return self.update(
-            tag, ref=found.ref, status=status, public_score=_text(found.public_score), private_score=_text(found.private_score)
-        )
+        scores = {"public_score": _text(found.public_score), "private_score": _text(found.private_score)}
+        return self.update(tag, ref=found.ref, status=status, note=note, **scores)
 
     def _lock(self) -> Any:
         return locked(self.path.with_name(".ledger.lock"))
@@ -124,21 +142,22 @@ class Choice:
 
 
 def choose_two(rows: Sequence[Row]) -> list[Choice]:
-    """The two submissions to select for the Private score.
+    """The two submissions to select for the Private score; none where nothing has a Public score, since it is too late then.
 
     First the best out-of-fold score: it was chosen on more clips than the Public half has. Then, as a hedge against an
     out-of-fold score that flatters, the best Public score among the others.
     """
-    scored = [row for row in rows if row.status == "complete" and row.public_score]
+    scored = [(row, row.oof or 0, row.public) for row in rows if row.status == "complete" and row.public is not None]
     if not scored:
         return []
-    by_oof = [row for row in scored if row.oof_lwlrap] or scored
-    first = max(by_oof, key=lambda row: (float(row.oof_lwlrap or 0), float(row.public_score)))
-    choices = [Choice(first, f"the best OOF lwlrap, {float(first.oof_lwlrap or 'nan'):.5f}")]
-    others = [row for row in scored if row.tag != first.tag and (row.runs, row.weights) != (first.runs, first.weights)]
+    by_oof = [entry for entry in scored if entry[1]] or scored
+    first, oof, _ = max(by_oof, key=lambda entry: entry[1:])
+    choices = [Choice(first, f"the best OOF lwlrap, {oof or float('nan'):.5f}")]
+    used = (first.runs, first.weights)
+    others = [entry for entry in scored if entry[0].tag != first.tag and (entry[0].runs, entry[0].weights) != used]
     if others:
-        second = max(others, key=lambda row: (float(row.public_score), float(row.oof_lwlrap or 0)))
-        choices.append(Choice(second, f"the best Public score of the others, {float(second.public_score):.5f}: a hedge"))
+        second, _, public = max(others, key=lambda entry: (entry[2], entry[1]))
+        choices.append(Choice(second, f"the best Public score of the others, {public:.5f}: a hedge"))
     return choices
 
 

@@ -20,9 +20,12 @@ MAX_BYTES = 1_000_000
 
 LEFT_OUT = {
     *("__main__.py", "cli", "stages.py", "dry_run.py", "kaggle", "report"),
-    *("data/demo.py", "learn/tracker.py", "learn/footprint.py", "combine/relabel.py"),
+    *("data/demo.py", "learn/tracker.py", "combine/relabel.py", "kernels/copy_csv.py"),
 }
-"""Files and folders of the package that no kernel needs."""
+"""Files and folders of the package that no kernel needs, but for the one that copies."""
+
+COPY_NEEDS = {"__init__.py", "errors.py", "files.py", *(f"kernels/{name}.py" for name in ("__init__", "boot", "copy_csv"))}
+"""All that the kernel that copies needs."""
 
 _PACKAGE = Path(str(resources.files("melfold")))
 
@@ -40,13 +43,13 @@ def make_script(kind: str, bundle: dict[str, Any]) -> Script:
     """Append to `kernel.py` the line that starts it.
 
     Args:
-        kind: `infer` or `train`.
+        kind: `infer`, `train` or `copy_csv`.
         bundle: what the kernel is to do, JSON-able. `build_id` is added to it.
 
     Raises:
         MelfoldError: a script that would be too large, or melfold without its repository.
     """
-    code, pack = read_source(kind, "kernel.py"), pack_source()
+    code, pack = read_source(kind, "kernel.py"), pack_source(kind)
     made_from = {"kernel.py": digest(code), "package": hashlib.sha256(pack).hexdigest(), "bundle": digest(bundle)}
     build_id = digest(made_from)
     arguments = json.dumps(bundle | {"build_id": build_id}), base64.b85encode(pack).decode()
@@ -68,12 +71,13 @@ def read_source(kind: str, name: str) -> str:
     return path.read_text()
 
 
-def pack_source() -> bytes:
-    """The package as a zip, without `LEFT_OUT`: the same source gives the same bytes."""
+def pack_source(kind: str) -> bytes:
+    """What a kind of kernel needs of the package, as a zip: the same source gives the same bytes."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as pack:
         for path in sorted([*_PACKAGE.rglob("*.py"), *_PACKAGE.rglob("*.toml")]):
             inner = path.relative_to(_PACKAGE)
-            if not {inner.as_posix(), inner.parts[0]} & LEFT_OUT:
+            names = {inner.as_posix(), inner.parts[0]}
+            if names & COPY_NEEDS if kind == "copy_csv" else not names & LEFT_OUT:
                 pack.writestr(zipfile.ZipInfo(f"melfold/{inner.as_posix()}"), path.read_bytes(), zipfile.ZIP_DEFLATED, 9)
     return out.getvalue()

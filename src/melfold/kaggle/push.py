@@ -13,7 +13,8 @@ from melfold.data.competition import Competition
 from melfold.errors import MelfoldError
 from melfold.files import Home, read_json
 from melfold.kaggle.built import Built
-from melfold.kaggle.client import Kaggle, KaggleError, wait_until
+from melfold.kaggle.client import Kaggle, wait_until
+from melfold.kaggle.command import KaggleError
 from melfold.learn.runs import FoldFolder
 
 log = logging.getLogger(__name__)
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 UPLOADS = 3  # attempts
 DATASET_MINUTES = 60  # for Kaggle to process a dataset
 QUEUE_MINUTES = 120  # for a kernel to get a machine
+LOG_LINES = 5  # of a failed kernel's log that are shown
 
 
 def push(client: Kaggle, built: Built, *, unrehearsed: bool = False) -> int:
@@ -34,6 +36,8 @@ def push(client: Kaggle, built: Built, *, unrehearsed: bool = False) -> int:
         _check_rehearsed(built)
     if facts["dataset"]:
         publish_dataset(client, built.dataset, facts["dataset"])
+    if facts["gpu"] and (hours := client.gpu_hours()) is not None:
+        log.info("%.1f GPU hours are left this week", hours)
     version = client.push_kernel(built.kernel, facts["limit_seconds"])
     built.push_stamp.commit(built.inputs, kernel=facts["kernel"], version=version)
     return version
@@ -109,18 +113,19 @@ def wait_for_kernel(client: Kaggle, built: Built) -> Path:
     facts = built.facts
     if changes := built.push_stamp.changes(built.inputs):
         raise MelfoldError("this kernel was not pushed since it was built", listed(changes), "Run `melfold kernel push`")
-    kernel = facts["kernel"]
-    status, message = _wait_until_ended(client, kernel, facts["limit_seconds"] / 60 + QUEUE_MINUTES)
+    kernel, version = facts["kernel"], built.push_stamp.read()["version"]
+    status, message = _wait_until_ended(client, kernel, version, facts["limit_seconds"] / 60 + QUEUE_MINUTES)
     output = built.folder / "output"
     shutil.rmtree(output, ignore_errors=True)
     try:
-        client.kernel_output(kernel, output)
+        client.kernel_output(kernel, version, output)
     except KaggleError:
         if status == "COMPLETE":
             raise
     if status != "COMPLETE":
-        tail = " ".join(_log_text(output).split())[-300:]
-        raise MelfoldError(f"kernel {kernel} ended with {status}", message or tail or "no message", f"Its log is in {output}")
+        tail = [line.strip() for line in _log_text(output).splitlines() if line.strip()][-LOG_LINES:]
+        said = "; its log ends: ".join(filter(None, [message, " | ".join(tail)[-600:]])) or "no message"
+        raise MelfoldError(f"kernel {kernel} version {version} ended with {status}", said, f"The whole log is in {output}")
     record = read_json(output / "melfold.json")
     if record["build_id"] != facts["build_id"]:
         raise MelfoldError(
@@ -129,12 +134,12 @@ def wait_for_kernel(client: Kaggle, built: Built) -> Path:
     return output
 
 
-def _wait_until_ended(client: Kaggle, kernel: str, minutes: float) -> tuple[str, str]:
+def _wait_until_ended(client: Kaggle, kernel: str, version: int, minutes: float) -> tuple[str, str]:
     """The status a kernel ended with, and Kaggle's message."""
     seen = [("", "")]
 
     def ended() -> bool:
-        seen[0] = client.kernel_status(kernel)
+        seen[0] = client.kernel_status(kernel, version)
         return seen[0][0] not in ("QUEUED", "RUNNING", "NEW_SCRIPT", "CANCEL_REQUESTED")
 
     def tell() -> None:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import secrets
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from melfold.combine.submission import open_submission
 from melfold.errors import MelfoldError
-from melfold.files import Home, digest, locked
-from melfold.kaggle.client import Kaggle, KaggleError, Submission, wait_until
+from melfold.facts import facts_of
+from melfold.files import Home, digest, locked, read_json
+from melfold.kaggle.client import Kaggle, Submission, wait_until
+from melfold.kaggle.command import KaggleError, Said, failure, status_of
+from melfold.kaggle.courier import prepare, read_record
 from melfold.kaggle.ledger import SPENT, Ledger, Row, now
 from melfold.learn.provenance import current_commit
 
@@ -29,10 +35,39 @@ class Kernel:
     version: int
 
 
+def competition_for(manifest: dict[str, Any], asked: str | None) -> str:
+    """The slug of the competition that a submission is for: that of its data, or the one that is asked for.
+
+    Raises:
+        MelfoldError: they differ, or neither is known.
+    """
+    own, name = facts_of(manifest["competition"]).slug, manifest["competition"]
+    if own and asked in (None, own):
+        return own
+    if own or facts_of(asked or "").name:
+        fix = "Leave out --competition" if own else "Name the competition that has this data"
+        raise MelfoldError(f"submission {manifest['id']} is for another competition", f"{own or name}, not {asked}", fix)
+    if not asked:
+        raise MelfoldError(f"which competition is submission {manifest['id']} for?", name, "Name it: --competition SLUG")
+    return asked
+
+
+def check_file_form(id: str, competition: str) -> None:
+    """Refuse to submit a file where only kernels are accepted.
+
+    Raises:
+        MelfoldError: that is so.
+    """
+    if facts_of(competition).code_only:
+        fix = f"Run `melfold ship {id}`, or `melfold ship {id} --copy` to submit this very file by a small kernel"
+        raise MelfoldError(f"{competition} takes no files, only kernels", "nothing was submitted", fix)
+
+
 def submit(client: Kaggle, home: Home, id: str, *, kernel: Kernel | None = None, again: bool = False) -> Row:
     """Submit `submissions/<id>/submission.csv`, or the output of a kernel version that gave it, once.
 
-    An earlier call with an unknown result is looked up first. A submission that Kaggle has is not made again.
+    An earlier call with an unknown result is looked up first. A submission that Kaggle has is not made again, even if the ledger
+    does not know it.
 
     Args:
         kernel: the code form; without, the file form.
@@ -42,32 +77,34 @@ def submit(client: Kaggle, home: Home, id: str, *, kernel: Kernel | None = None,
         The ledger's row.
 
     Raises:
-        MelfoldError: no such submission, one whose outcome is unknown, no submissions left today, a kernel version that is
-            not complete, or a refusal.
+        MelfoldError: no such submission, one for another competition, one whose outcome is unknown, no submissions left today,
+            a kernel version that is not complete, or a refusal.
     """
-    ledger = Ledger.of(home)
-    manifest = open_submission(home, id)
-
-    def busy() -> None:
-        log.warning("waiting for another melfold that submits from %s", home.submissions)
-
-    with locked(home.submissions / ".submit.lock", busy):
-        rows = [
-            settle(client, ledger, row.tag, row.note or "left pending") if row.status in ("pending", "unknown") else row
-            for row in ledger.of_id(id)
-        ]
+    ledger, manifest = Ledger.of(home), open_submission(home, id)
+    competition_for(manifest, client.competition)
+    if not kernel:
+        check_file_form(id, client.competition)
+    with locked(home.submissions / ".submit.lock", lambda: _busy(home)) as lock:
+        os.set_inheritable(lock.fileno(), True)  # a call that outlives this process keeps the lock
+        _restore(home)
+        listed = client.submissions()
+        rows = [_review(client, home, row, listed) for row in ledger.rows() if row.id == id and _is_here(row, client)]
         if not again:
             for row in reversed(rows):
                 if row.status in SPENT:
                     log.info("%s is at Kaggle already: %s, %s", id, row.ref or row.tag, row.status)
                     return row
+            if theirs := _elsewhere(listed, ledger.rows(), manifest):
+                return _adopt(client, ledger, manifest, theirs)
             for row in rows:
                 if row.status == "unknown":
                     raise _unknown(row)
-        if client.remaining() < 1:
+        left = client.remaining()
+        if left < 1:
             raise MelfoldError("no submissions left today", client.competition, "The count restarts at 00:00 UTC")
+        log.info("%d submissions are left today, this one included", left)
         if kernel:
-            status, message = client.kernel_status(kernel.slug)
+            status, message = client.kernel_status(kernel.slug, kernel.version)
             if status != "COMPLETE":
                 raise MelfoldError(f"kernel {kernel.slug} is not complete", f"{status} {message}".strip(), "Wait for it")
         row = Row(
@@ -77,47 +114,132 @@ def submit(client: Kaggle, home: Home, id: str, *, kernel: Kernel | None = None,
             commit=current_commit(exclude="submissions"),
             kernel=kernel.slug if kernel else "",
             version=str(kernel.version) if kernel else "",
+            account=kernel.slug.split("/")[0] if kernel else client.username(),
+            competition=client.competition,
             **_provenance(manifest),
         )
+        prepare(_record(home, row.tag), asdict(row))
         ledger.add(row)
-        return _call(client, ledger, row, home.submissions / id / "submission.csv", kernel)
+        return _send(client, home, row, manifest, kernel)
 
 
-def _call(client: Kaggle, ledger: Ledger, row: Row, path: Path, kernel: Kernel | None) -> Row:
-    message = f"{row.id} oof={float(row.oof_lwlrap or 'nan'):.5f} melfold:{row.tag}"
-    try:
-        if kernel:
-            client.submit_kernel(kernel.slug, kernel.version, "submission.csv", message)
-        else:
-            client.submit_file(path, message)
-    except KaggleError as error:
-        if error.outcome == "refused" and not _look(client, row.tag, (0,)):
-            ledger.update(row.tag, status="refused", note=error.lines[0])
-            raise
-        log.warning("%s; looking for the submission", error)
-        row = settle(client, ledger, row.tag, error.lines[0])
+def _busy(home: Home) -> None:
+    log.warning("waiting for another melfold that submits from %s", home.submissions)
+
+
+def _is_here(row: Row, client: Kaggle) -> bool:
+    return row.competition == client.competition
+
+
+def _send(client: Kaggle, home: Home, row: Row, manifest: dict[str, Any], kernel: Kernel | None) -> Row:
+    message = f"{row.id} oof={row.oof or float('nan'):.5f} {_file_mark(manifest)} melfold:{row.tag}"
+    record = _record(home, row.tag)
+    if kernel:
+        said = client.submit_kernel(kernel.slug, kernel.version, message, record)
     else:
-        row = settle(client, ledger, row.tag, "Kaggle accepted it, but does not list it")
+        said = client.submit_file(home.submissions / row.id / "submission.csv", message, record)
+    row = _conclude(client, home, row, said)
     if row.status == "unknown":
         raise _unknown(row)
+    if row.status == "refused":
+        raise failure("kaggle competitions submit", said, client.timeout)
     return row
 
 
-def settle(client: Kaggle, ledger: Ledger, tag: str, why: str) -> Row:
-    """Look a tag up several times, and record what was found, or `unknown` with a reason."""
-    found = _look(client, tag, LOOKS)
-    return ledger.settle(tag, found) if found else ledger.update(tag, status="unknown", note=why)
+def _file_mark(manifest: dict[str, Any]) -> str:
+    return f"sha256:{manifest['files']['submission.csv'][:16]}"
 
 
-def _look(client: Kaggle, tag: str, pauses: tuple[float, ...]) -> Submission | None:
+def _record(home: Home, tag: str) -> Path:
+    return home.submissions / f".call-{tag}.json"
+
+
+def _restore(home: Home) -> None:
+    """Give each call that was not settled its row again, if the ledger has lost it."""
+    ledger = Ledger.of(home)
+    known = {row.tag for row in ledger.rows()}
+    for record in sorted(home.submissions.glob(".call-*.json")):
+        row = Row(**read_json(record)["about"])
+        if row.tag not in known:
+            ledger.add(row)
+
+
+def _review(client: Kaggle, home: Home, row: Row, listed: Sequence[Submission]) -> Row:
+    """A row with what Kaggle's list says; one whose call has left no result is looked for several times."""
+    if found := _tagged(listed, row.tag):
+        return _settle(client, home, row.tag, found)
+    if row.status == "pending":
+        return _conclude(client, home, row, read_record(_record(home, row.tag)))
+    if row.status == "unknown" and (found := _look(client, row.tag)):
+        return _settle(client, home, row.tag, found)
+    return row
+
+
+def _conclude(client: Kaggle, home: Home, row: Row, said: Said) -> Row:
+    """Record how a call ended. Kaggle's list decides; where it has nothing, the reply does."""
+    ledger = Ledger.of(home)
+    if said.code == 0 and re.search("success", said.text, re.I):
+        ref = str((said.reply or {}).get("ref") or "")
+        if found := _look(client, row.tag, LOOKS[:1] if ref else LOOKS):
+            return _settle(client, home, row.tag, found)
+        note = "" if ref else "Kaggle accepted it, but does not list it"
+        return _close(home, ledger.update(row.tag, status="submitted" if ref else "unknown", ref=ref, note=note))
+    reason = failure("kaggle competitions submit", said, client.timeout).lines[0]
+    if not said.may_have("Create(Code)?Submission"):
+        return _close(home, ledger.update(row.tag, status="refused", note=f"not sent: {reason}"))
+    log.warning("%s; looking for the submission", reason)
+    if found := _look(client, row.tag):
+        return _settle(client, home, row.tag, found)
+    status = "refused" if 400 <= status_of(said) < 500 else "unknown"
+    return _close(home, ledger.update(row.tag, status=status, note=reason))
+
+
+def _settle(client: Kaggle, home: Home, tag: str, found: Submission) -> Row:
+    note = client.why_failed(found.ref) if found.status == "ERROR" else ""
+    return _close(home, Ledger.of(home).settle(tag, found, note))
+
+
+def _close(home: Home, row: Row) -> Row:
+    if row.status != "unknown":
+        _record(home, row.tag).unlink(missing_ok=True)
+    return row
+
+
+def _tagged(listed: Sequence[Submission], tag: str) -> Submission | None:
+    return next((s for s in listed if f"melfold:{tag}" in s.description), None)
+
+
+def _look(client: Kaggle, tag: str, pauses: Sequence[float] = LOOKS) -> Submission | None:
     for pause in pauses:
         client.wait(pause)
         try:
-            if found := client.find(tag):
+            if found := client.find(f"melfold:{tag}"):
                 return found
         except KaggleError as error:
             log.warning("%s", error)
     return None
+
+
+def _elsewhere(listed: Sequence[Submission], rows: Sequence[Row], manifest: dict[str, Any]) -> Submission | None:
+    """The same submission, made from another clone or before the ledger was lost: the file, or an old message with the id."""
+    for theirs in listed:
+        text = theirs.description
+        if any(f"melfold:{row.tag}" in text for row in rows) or "melfold:" not in text:
+            continue
+        if _file_mark(manifest) in text or ("sha256:" not in text and text.startswith(f"{manifest['id']} oof=")):
+            return theirs
+    return None
+
+
+def _adopt(client: Kaggle, ledger: Ledger, manifest: dict[str, Any], theirs: Submission) -> Row:
+    """Give a submission that the ledger lacks a row."""
+    tag = re.search(r"melfold:(\w+)", theirs.description)
+    assert tag
+    log.warning("%s is at Kaggle already, from another ledger: %s", manifest["id"], theirs.ref)
+    row = Row(tag=tag[1], id=manifest["id"], time=f"{theirs.date[:19].replace(' ', 'T')}Z", commit="", **_provenance(manifest))
+    ledger.add(row)
+    ledger.update(row.tag, account=client.username(), competition=client.competition)
+    return ledger.settle(row.tag, theirs, client.why_failed(theirs.ref) if theirs.status == "ERROR" else "")
 
 
 def _unknown(row: Row) -> MelfoldError:
@@ -128,54 +250,66 @@ def _unknown(row: Row) -> MelfoldError:
     )
 
 
-def wait_for_score(client: Kaggle, home: Home, tag: str, *, minutes: float = 240) -> Row:
+def wait_for_score(client: Kaggle, home: Home, row: Row, *, minutes: float = 240) -> Row:
     """Wait until Kaggle has scored a submission, or cannot.
 
     Raises:
-        MelfoldError: Kaggle's error, or no score in time.
+        MelfoldError: Kaggle could not score it, with its words; or no score in time.
     """
-    ledger = Ledger.of(home)
-    seen: list[Submission] = []
+    if row.status == "submitted":
+        seen: list[Submission] = []
 
-    def look() -> bool:
-        if found := client.find(tag):
-            seen.append(found)
-            return found.status != "PENDING"
-        return False
+        def look() -> bool:
+            if found := client.find(f"melfold:{row.tag}"):
+                seen.append(found)
+                return found.status != "PENDING"
+            return False
 
-    def tell() -> None:
-        log.info("waiting for the score of %s", tag)
-
-    done = wait_until(client, look, minutes=minutes, tell=tell)
-    if seen:
-        row = ledger.settle(tag, seen[-1])
-        if row.status == "error":
-            raise MelfoldError(f"Kaggle could not score {row.id}", f"submission {row.ref}", "Its page on kaggle.com says why")
-        if done:
-            return row
-    raise MelfoldError("no score yet", f"after {minutes:.0f} minutes", "`melfold ledger sync` looks again")
+        wait_until(client, look, minutes=minutes, tell=lambda: log.info("waiting for the score of %s", row.id))
+        if seen:
+            row = _settle(client, home, row.tag, seen[-1])
+    if row.status == "error":
+        reason = f"submission {row.ref}" + (f": {row.note}" if row.note else "")
+        raise MelfoldError(f"Kaggle could not score {row.id}", reason, "" if row.note else "Its page on kaggle.com says why")
+    if row.status == "submitted":
+        raise MelfoldError("no score yet", f"after {minutes:.0f} minutes", "`melfold ledger sync` looks again")
+    return row
 
 
 def sync(client: Kaggle, home: Home) -> list[str]:
-    """Bring the ledger up to date with Kaggle. Returns: what changed, and what Kaggle has that the ledger lacks, a line each."""
-    ledger = Ledger.of(home)
-    lines = []
-    with locked(home.submissions / ".submit.lock"):
+    """Bring the ledger up to date with Kaggle, for one competition. Scores may change, so scored rows are looked at too.
+
+    Returns:
+        What changed, what is still unknown, and what Kaggle has that the ledger lacks, a line each.
+    """
+    ledger, lines = Ledger.of(home), []
+    with locked(home.submissions / ".submit.lock", lambda: _busy(home)):
+        _restore(home)
         listed = client.submissions()
         rows = ledger.rows()
         for row in rows:
-            found = next((s for s in listed if f"melfold:{row.tag}" in s.description), None)
-            if found and row.status != "complete":
-                after = ledger.settle(row.tag, found)
-                if after != row:
-                    lines.append(f"{row.id} ({row.tag}): {row.status} -> {after.status} {after.public_score}".rstrip())
-            elif not found and row.status == "pending":
-                ledger.update(row.tag, status="unknown", note="left pending, and not at Kaggle")
-                lines.append(f"{row.id} ({row.tag}): pending -> unknown")
-        known = {row.tag for row in rows}
-        foreign = [s for s in listed if not any(f"melfold:{tag}" in s.description for tag in known)]
+            if not _is_here(row, client):
+                continue
+            found = _tagged(listed, row.tag)
+            after = row if found and _same(row, found) else _review(client, home, row, listed)
+            if after != row:
+                lines.append(f"{row.id} ({row.tag}): {row.status} -> {after.status} {_scores(after)}".rstrip())
+            elif row.status == "unknown":
+                lines.append(f"{row.id} ({row.tag}): still unknown, Kaggle does not list it: {row.note}")
+        foreign = [s for s in listed if not any(f"melfold:{row.tag}" in s.description for row in rows)]
         lines += [f"not in the ledger: {s.ref} {s.date} {s.description!r} {s.public_score}" for s in foreign]
     return lines
+
+
+def _same(row: Row, found: Submission) -> bool:
+    """Whether a settled row says what Kaggle says."""
+    scores = tuple(float(text) if text else None for text in (row.public_score, row.private_score))
+    return row.status == found.status.lower() and scores == (found.public_score, found.private_score) and row.ref == found.ref
+
+
+def _scores(row: Row) -> str:
+    halves = {"Public": row.public, "Private": row.private}
+    return ", ".join(f"{half} {score:.5f}" for half, score in halves.items() if score is not None)
 
 
 def _provenance(manifest: dict[str, Any]) -> dict[str, str]:

@@ -113,7 +113,7 @@ def local_copy(file: HubFile, home: Home) -> Path | None:
 
 
 def first_weights(config: ModelConfig, home: Home) -> Path | None:
-    """The file that a model starts from, downloaded now if it has to be; None for random weights.
+    """The file that a model starts from, downloaded now if it has to be; None for random weights, and for another run's.
 
     Raises:
         MelfoldError: no such file, or a hub that does not answer.

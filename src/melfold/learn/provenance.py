@@ -41,9 +41,9 @@ DATA_OF_TAGS = {
 def licence_of(recipe: Recipe, home: Home | None = None) -> str:
     """The licence of the weights a recipe starts from: what the recipe says, or timm knows, or the hub said at the download.
 
-    Empty for random weights, `unknown` if no source says.
+    Empty for random weights and another run's, `unknown` if no source says.
     """
-    if recipe.model.weights == "none":
+    if recipe.model.weights == "none" or recipe.model.first_run:
         return ""
     if recipe.model.licence:
         return recipe.model.licence
@@ -54,10 +54,10 @@ def licence_of(recipe: Recipe, home: Home | None = None) -> str:
 def seen_data(recipe: Recipe) -> tuple[str, ...]:
     """The data sets that the weights a recipe starts from were trained on: what the recipe says, or timm's tags tell.
 
-    Empty for random weights; `unknown` is a data set without a known name.
+    Empty for random weights and another run's; `unknown` is a data set without a known name.
     """
     model = recipe.model
-    if model.weights == "none":
+    if model.weights == "none" or model.first_run:
         return ()
     if model.seen:
         return model.seen

@@ -34,7 +34,8 @@ class RunInfo:
     folds_sha256: str
     clips_sha256: str
     noisy_sha256: str
-    first_weights_sha256: str
+    first_weights: str
+    """SHA-256 of the weights file, or the name and the fingerprint of the run, that it starts from."""
     teachers: list[str]
     """The name and the fingerprint of each teacher."""
     track: str
@@ -43,6 +44,10 @@ class RunInfo:
     """`curated`, or `curated and noisy`."""
     licence: str
     """Of the weights it starts from; `unknown` if neither the recipe nor timm names it."""
+    seen: list[str]
+    """The data sets that these weights, and those of its teacher, were trained on."""
+    warnings: list[str]
+    """Weights that may have seen this competition's test clips."""
     commit: str
     data_folder: str
     """The download it was started with."""
@@ -55,7 +60,7 @@ class RunInfo:
             "fold_table": self.folds_sha256,
             "clips": self.clips_sha256,
             "noisy_clips": self.noisy_sha256,
-            "first_weights": self.first_weights_sha256,
+            "first_weights": self.first_weights,
             "teachers": self.teachers,
         }
 

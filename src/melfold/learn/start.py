@@ -6,6 +6,7 @@ import hashlib
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from melfold.artefacts import differences, listed
 from melfold.config import Recipe
@@ -15,7 +16,7 @@ from melfold.errors import MelfoldError
 from melfold.facts import join_labels
 from melfold.files import Home, sha256_file, write_json, write_text
 from melfold.learn.fetch import first_weights_sha256
-from melfold.learn.provenance import current_commit, join_licences, licence_of
+from melfold.learn.provenance import current_commit, freesound_warning, join_licences, licence_of, seen_data
 from melfold.learn.runs import FULL, Run, RunInfo, open_run, run_stamp
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -68,7 +69,7 @@ def start_run(home: Home, name: str, recipe: Recipe, competition: Competition, f
         if run.recipe != recipe:  # settings that change no weight take their new values
             write_json(folder / "recipe.json", recipe.model_dump(mode="json"))
         return Run(folder, recipe, run.info)
-    info = replace(info, licence=_licence(home, recipe), commit=current_commit())
+    info = replace(info, commit=current_commit(), **_sources(home, recipe))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.json").unlink(missing_ok=True)
     write_text(folder / "clips.csv", clips)
@@ -79,14 +80,23 @@ def start_run(home: Home, name: str, recipe: Recipe, competition: Competition, f
     return Run(folder, recipe, info)
 
 
-def _licence(home: Home, recipe: Recipe) -> str:
-    return join_licences(licence_of(recipe, home), *(open_run(home, name).info.licence for name in recipe.noisy.teachers))
+def _sources(home: Home, recipe: Recipe) -> dict[str, Any]:
+    """What a new run's own first weights, and the runs that it learns from, were made of: licence, data sets, warnings."""
+    parents = [open_run(home, name).info for name in (recipe.model.first_run, *recipe.noisy.teachers) if name]
+    warning = freesound_warning(recipe)
+    return {
+        "licence": join_licences(licence_of(recipe, home), *(parent.licence for parent in parents)),
+        "seen": sorted({*seen_data(recipe), *(name for parent in parents for name in parent.seen)}),
+        "warnings": sorted({*([warning] if warning else []), *(text for parent in parents for text in parent.warnings)}),
+    }
 
 
 def _info(home: Home, recipe: Recipe, competition: Competition, folds_path: Path, clips: str, noisy: str) -> RunInfo:
-    """The facts of a new run, without licence and commit, which an existing run does not compare."""
+    """The facts of a new run, without commit and sources, which an existing run does not compare."""
     clips_sha256 = hashlib.sha256(clips.encode()).hexdigest()
-    teachers = find_teachers(home, recipe, clips_sha256)
+    first = _with_folds(home, recipe.model.first_run, clips_sha256, "the run that another one starts from")
+    teachers = [_with_folds(home, name, clips_sha256, "a teacher") for name in recipe.noisy.teachers]
+    parents = [run.info for run in (first, *teachers) if run]
     return RunInfo(
         competition=competition.name,
         labels=list(competition.labels),
@@ -94,11 +104,13 @@ def _info(home: Home, recipe: Recipe, competition: Competition, folds_path: Path
         folds_sha256=sha256_file(folds_path),
         clips_sha256=clips_sha256,
         noisy_sha256=hashlib.sha256(noisy.encode()).hexdigest() if noisy else "",
-        first_weights_sha256=first_weights_sha256(recipe.model, home),
-        teachers=[f"{teacher.name} {teacher.recipe.fingerprint()}" for teacher in teachers],
-        track="open" if any(teacher.info.track == "open" for teacher in teachers) else recipe.track,
-        data="curated and noisy" if noisy or any(teacher.info.noisy_sha256 for teacher in teachers) else "curated",
+        first_weights=f"{first.name} {first.recipe.fingerprint()}" if first else first_weights_sha256(recipe.model, home),
+        teachers=[f"{teacher.name} {teacher.recipe.fingerprint()}" for teacher in teachers if teacher],
+        track="open" if any(parent.track == "open" for parent in parents) else recipe.track,
+        data="curated and noisy" if noisy or any(parent.data != "curated" for parent in parents) else "curated",
         licence="",
+        seen=[],
+        warnings=[],
         commit="",
         data_folder=str(competition.root.resolve()),
     )
@@ -124,19 +136,16 @@ def check_recipe(recipe: Recipe, competition: Competition) -> None:
         raise MelfoldError.many(problems)
 
 
-def find_teachers(home: Home, recipe: Recipe, clips_sha256: str) -> list[Run]:
-    """The runs that give a recipe its soft targets.
+def _with_folds(home: Home, name: str, clips_sha256: str, what: str) -> Run | None:
+    """A run that another one learns from, fold by fold; None without a name.
 
     Raises:
-        MelfoldError: no such run, or one with other folds or labels: its models would have seen what the student is scored on.
+        MelfoldError: no such run, or one with other folds or labels: its models would have seen what the new run is scored on.
     """
-    teachers = [open_run(home, name) for name in recipe.noisy.teachers]
-    for teacher in teachers:
-        if teacher.info.clips_sha256 != clips_sha256:
-            raise MelfoldError(
-                "a teacher must have the student's folds and labels", teacher.name, "Train it on the same fold table and download"
-            )
-    return teachers
+    run = open_run(home, name) if name else None
+    if run and run.info.clips_sha256 != clips_sha256:
+        raise MelfoldError(f"{what} must have the same folds and labels", name, "Train it on the same fold table and download")
+    return run
 
 
 def refuse_changes(run: Run, recipe: Recipe, info: RunInfo | None = None) -> None:

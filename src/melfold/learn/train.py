@@ -27,7 +27,7 @@ from melfold.learn.phases import phase_at
 from melfold.learn.predict import predict_probs
 from melfold.learn.predictions import own_prediction, write_current
 from melfold.learn.provenance import versions
-from melfold.learn.runs import FULL, FoldFolder, Run
+from melfold.learn.runs import FULL, FoldFolder, Run, open_run
 from melfold.learn.state import TrainState
 from melfold.learn.train_log import TrainLog, duration
 from melfold.learn.weights import load_weights, save_weights
@@ -115,7 +115,24 @@ def _train(run: Run, folder: FoldFolder, data: FoldData, device: Device, progres
 def _inputs(run: Run, folder: FoldFolder) -> dict[str, str]:
     """What a fold's weights are made from."""
     pseudo = sha256_file(folder.pseudo_labels) if run.recipe.noisy.teachers and folder.pseudo_labels.exists() else ""
-    return {"fold": folder.fold, **run.made_from, "pseudo_labels": pseudo}
+    first = _first_fold(run, folder.fold)
+    weights = {"first_weights": first.weights_sha256()} if first else {}
+    return {"fold": folder.fold, **run.made_from, "pseudo_labels": pseudo, **weights}
+
+
+def _first_fold(run: Run, fold: str) -> FoldFolder | None:
+    """The same fold of the run that a run starts from, if it starts from one.
+
+    Raises:
+        MelfoldError: that fold is not trained.
+    """
+    if not run.recipe.model.first_run:
+        return None
+    first = open_run(run.home, run.recipe.model.first_run)
+    if not first.fold(fold).done:
+        fix = f"melfold train ... --run {first.name} --folds {fold}"
+        raise MelfoldError(f"{run.name} starts from {first.name}, where fold {fold} is not trained", str(first.folder), fix)
+    return first.fold(fold)
 
 
 def start_state(run: Run, data: FoldData, device: Device, *, initial: bool = True) -> TrainState:
@@ -128,6 +145,9 @@ def start_state(run: Run, data: FoldData, device: Device, *, initial: bool = Tru
     model = build_model(
         recipe.model, len(run.info.labels), recipe.logmel.n_mels, recipe.crop_frames, initial=initial, home=run.home
     )
+    if initial and (first := _first_fold(run, data.fold)):
+        first.verify()
+        load_weights(first.weights, model, f"{run.name}'s")
     own, noisy = data.statistics()
     if own:
         model.normalise.set(*own)

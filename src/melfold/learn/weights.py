@@ -218,8 +218,11 @@ def save_weights(path: Path, state: State) -> None:
         save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, temporary)
 
 
-def load_weights(path: Path, model: nn.Module) -> None:
+def load_weights(path: Path, model: nn.Module, recipe: str = "its") -> None:
     """Put a fold's weights, normalisation included, into a model.
+
+    Args:
+        recipe: whose recipe the model is of, for the message.
 
     Raises:
         MelfoldError: a missing or broken file, or one that does not fit.
@@ -228,5 +231,5 @@ def load_weights(path: Path, model: nn.Module) -> None:
         state = read_state(path)
     except MelfoldError as error:
         raise MelfoldError(error.lines[0].split(". ")[0], "", f"Delete {path.parent} and train that fold again") from None
-    check_fit(model.state_dict(), state, f"{path} does not fit its recipe")
+    check_fit(model.state_dict(), state, f"{path} does not fit {recipe} recipe")
     model.load_state_dict(state)

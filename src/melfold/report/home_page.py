@@ -18,7 +18,7 @@ from melfold.kaggle.ledger import Ledger, Row
 from melfold.learn.predictions import Prediction, list_predictions
 from melfold.learn.runs import FULL, Run, list_runs
 from melfold.report.charts import Chart, Level, Line
-from melfold.report.ledger import number_of, scored
+from melfold.report.ledger import scored
 from melfold.report.pages import write_page
 from melfold.report.training import cost_of
 
@@ -42,7 +42,7 @@ def write_home_page(home: Home, path: Path, *, medals: Mapping[str, float] | Non
     runs, problems = run_rows(home)
     ledger = Ledger.of(home).rows()
     levels = [Level(name, value, _medal(name)) for name, value in (medals or {}).items()]
-    pairs = scored(ledger, "private_score")
+    pairs = scored(ledger, "private")
     write_page(
         path,
         "home.html",
@@ -110,9 +110,9 @@ def submission_rows(home: Home, ledger: Sequence[Row]) -> list[dict[str, Any]]:
             "time": row.time,
             "track": row.track,
             "runs": row.runs,
-            "oof": number_of(row.oof_lwlrap),
-            "public": number_of(row.public_score),
-            "private": number_of(row.private_score),
+            "oof": row.oof,
+            "public": row.public,
+            "private": row.private,
             "status": row.status,
             "note": row.note,
         }
@@ -179,7 +179,7 @@ def time_chart(rows: Sequence[Row], levels: Sequence[Level]) -> Markup:
     """Private and Public scores by the day of their submission, and the best Private score so far."""
     lines, days = [], []
     for half, style in (("private", PRIVATE), ("public", PUBLIC)):
-        points = [(_day(row.time), number_of(getattr(row, f"{half}_score")), row.id) for row in rows]
+        points = [(_day(row.time), getattr(row, half), row.id) for row in rows]
         known = sorted((day, value, id) for day, value, id in points if day is not None and value)
         days += [day for day, _, _ in known]
         names = [f"{id}: {half.title()} {value:.5f}" for _, value, id in known]

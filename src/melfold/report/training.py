@@ -112,6 +112,7 @@ def provenance(run: Run) -> list[tuple[str, str]]:
         ("Training data", info.data),
         ("Track", info.track),
         ("Licence of the first weights", info.licence or "none needed"),
+        ("The first weights were trained on", ", ".join(info.seen) or "none needed"),
         ("Teachers", ", ".join(info.teachers)),
         ("Fold table", f"{info.fold_table}, {info.folds_sha256[:12]}"),
         ("Recipe", f"{run.recipe.name}, {run.recipe.fingerprint()}"),
