@@ -43,10 +43,10 @@ def shown(*sets: str) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("how", ["augment.mixup=power", "augment.mixup=db", "augment.concat_prob=1"])
 def test_curated_and_noisy_clips_are_never_mixed_where_they_are_treated_differently(how: str) -> None:
-    seen, noisy = shown("augment.mixup_prob=1", how)
+    seen, noisy = shown("augment.mixup_prob=1", "augment.mixup_alpha=10", how)
     assert seen[~noisy].min() >= CURATED_DB - 6
     assert seen[noisy].max() <= NOISY_DB + 10
-    together, noisy = shown("augment.mixup_prob=1", how, "noisy.own_head=false", "noisy.own_norm=false")
+    together, noisy = shown("augment.mixup_prob=1", "augment.mixup_alpha=10", how, "noisy.own_head=false", "noisy.own_norm=false")
     assert together[noisy].max() > NOISY_DB + 15
 
 
