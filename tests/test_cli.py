@@ -85,7 +85,7 @@ def test_there_is_a_command_for_every_stage() -> None:
 def test_set_is_offered_only_where_it_changes_something() -> None:
     takes = {" ".join(words) for words in commands() if "--set" in options_of(words)}
     from_a_recipe = {" ".join(words) for words in commands() if "--recipe" in options_of(words)}
-    assert takes == from_a_recipe | {"demo", "recipe show", "predict"}
+    assert takes == from_a_recipe | {"demo", "recipe show", "predict", "student"}
 
 
 def test_the_default_recipe_is_one_of_the_shipped_ones() -> None:
@@ -173,7 +173,7 @@ BAD: dict[str, tuple[list[str], str]] = {
         "cannot read data.corrections: no.csv",
     ),
     "train: no teacher": (
-        ["train", "DATA", "--recipe", "demo", "--set", "noisy.use=true", "--set", "noisy.teacher=nosuch"],
+        ["train", "DATA", "--recipe", "demo", "--set", "train.clips=both", "--set", "noisy.teachers=nosuch"],
         "no such run: nosuch",
     ),
     "submission check: no file": (["submission", "check", "NOSUCH", "--data", "DATA"], "no such file: NOSUCH"),

@@ -227,7 +227,7 @@ def test_9_a_model_of_every_clip_predicts_where_there_is_no_other(road: Road) ->
 
 def test_runs_are_compared_and_combined_and_doubtful_labels_are_listed(road: Road, tmp_path: Path) -> None:
     args = ("train", road.data, "--run", "seed1", "--device", "cpu", "--jobs", 1, "--set", "seed=1")
-    road(*args, "--set", "noisy.use=true", "--set", "noisy.teacher=road", "--set", "noisy.curated_times=2", recipe=True)
+    road(*args, "--set", "train.clips=both", "--set", "noisy.teachers=road", "--set", "train.curated_times=2", recipe=True)
     compared = road("compare", "road", "seed1", "--labels").stdout
     assert re.search(r"seed1\s+open\s+1\s+0\.\d{5}\s+0\.\d{5}\s+[01]\.\d{5}\s+-?0\.\d{5}", compared), compared
     suggested = road("ensemble", "suggest").stdout
@@ -249,7 +249,9 @@ def test_runs_are_compared_and_combined_and_doubtful_labels_are_listed(road: Roa
     assert all(row["why"].startswith("road: ") for row in kept.values())
 
 
-@pytest.mark.parametrize("more", [(), ("noisy.use=true", "noisy.curated_epochs=1"), ("noisy.use=true", "noisy.teacher=road")])
+@pytest.mark.parametrize(
+    "more", [(), ("train.clips=both", 'phases=[{}, {clips="curated"}]'), ("train.clips=both", "noisy.teachers=road")]
+)
 def test_a_dry_run_runs_every_stage_and_leaves_the_home_alone(
     road: Road, more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,22 +7,16 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from melfold.files import digest
+from melfold.train_config import NOT_TRAINING, Fraction, Frozen, Phase, Rate, TrainConfig
 
 CACHE_VERSION = 2
 """Part of every cache fingerprint: raise it when `data/logmel.py` computes other numbers from the same configuration."""
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Rate = Annotated[float, Field(ge=0, lt=1)]
 
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class LogMelConfig(_Frozen):
+class LogMelConfig(Frozen):
     """The front-end, in librosa's names. Hz, samples, dB."""
 
     sr: Annotated[int, Field(gt=0)] = 44_100
@@ -62,61 +56,57 @@ class LogMelConfig(_Frozen):
         return digest({"version": CACHE_VERSION, **self.model_dump()})[:16]
 
 
-class Correction(_Frozen):
+class Correction(Frozen):
     """Other labels for a curated clip."""
 
     labels: Annotated[tuple[str, ...], Field(min_length=1)]
     """The labels to train on."""
     why: str = ""
     """The reason."""
+    track: Literal["scratch", "open"] = "scratch"
+    """Of the run that suggested it; `scratch` if a person did."""
 
 
-class DataConfig(_Frozen):
+class DataConfig(Frozen):
     """Which clips take part, and with which labels."""
 
     exclude: dict[str, str] = {}
     """Clips left out of training and scoring: fname -> reason."""
     corrections: dict[str, Correction] = {}
     """Labels to train on instead of the table's: fname -> labels and reason, or the path of a `corrections.csv` (fname, labels,
-    why), whose rows become part of the recipe. Scores still use the table's own labels."""
+    why, track), whose rows become part of the recipe. Scores still use the table's own labels."""
 
 
-class NoisyConfig(_Frozen):
-    """Training on the noisy set as well."""
+class NoisyConfig(Frozen):
+    """How noisy clips are learned from, in the phases that draw them (`train.clips`)."""
 
-    use: bool = False
-    """Train on the noisy clips too."""
-    curated_times: Annotated[int, Field(ge=0)] = 5
-    """How many times as often a curated clip is drawn as a noisy one; 0 uses curated clips in the last epochs only."""
-    curated_epochs: Annotated[float, Field(ge=0)] = 0.0
-    """Epochs on curated clips only, after `train.epochs` on both."""
     own_norm: bool = True
     """Normalise noisy clips with their own mean and standard deviation: they were recorded differently."""
     own_head: bool = True
     """Give noisy clips an output layer of their own, which is dropped after training."""
     bootstrap: Rate = 0.0
     """Share of the model's own prediction in the target of a noisy clip (soft bootstrapping)."""
-    teacher: str = ""
-    """A run whose model of the same fold selects noisy clips and gives pseudo labels."""
+    teachers: tuple[str, ...] = ()
+    """Runs, one or several, whose models of the same fold together choose noisy clips and give soft targets."""
     top: Annotated[int, Field(ge=0)] = 5000
-    """With a teacher: keep this many clips, those whose labels it agrees with most; 0 keeps all."""
-    per_label: Annotated[int, Field(ge=0)] = 50
-    """With a teacher: keep at most this many clips of any label; 0 is no limit."""
-    pseudo: Fraction = 0.0
-    """With a teacher: share of its probabilities in the target of a noisy clip."""
+    """With teachers: keep at most this many noisy clips, those whose labels they agree with most; 0 keeps all."""
+    per_label: Annotated[int, Field(ge=0)] = 100
+    """With teachers: keep at most this many noisy clips of any label; 0 is no limit. With 50, `top` could not be reached."""
+    pseudo: Fraction = 0.5
+    """With teachers: share of their probabilities in the target of a noisy clip."""
+    power: Annotated[float, Field(gt=0)] = 1.0
+    """With teachers: their probabilities are raised to this power before they become targets; more than 1 sharpens them."""
+    missing: Rate = 0.0
+    """With teachers: of the curated clips without a label, this share, those where they find it most probable, is taken to lack
+    it by mistake, and gets their probability as its target."""
 
-    @model_validator(mode="after")
-    def _check(self) -> NoisyConfig:
-        if self.use and not self.curated_times and not self.curated_epochs:
-            raise ValueError("curated_times = 0 needs curated_epochs: without them no curated clip is used in training")
-        if self.teacher and not self.use:
-            raise ValueError("a teacher needs use = true")
-        if self.pseudo and not self.teacher:
-            raise ValueError("pseudo needs a teacher")
-        return self
+    @field_validator("teachers", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
 
-class FoldsConfig(_Frozen):
+class FoldsConfig(Frozen):
     """The fold table."""
 
     n_folds: Annotated[int, Field(ge=2)] = 5
@@ -128,7 +118,7 @@ class FoldsConfig(_Frozen):
     `identical`, `none`, or the path of a table (fname, group). Each has a fold table with its own name."""
 
 
-class ModelConfig(_Frozen):
+class ModelConfig(Frozen):
     """A timm backbone and its head."""
 
     name: str = "convnext_tiny"
@@ -178,60 +168,7 @@ class ModelConfig(_Frozen):
         return self
 
 
-class TrainConfig(_Frozen):
-    """Optimisation. An epoch is one pass over the training clips."""
-
-    epochs: Annotated[float, Field(gt=0)] = 30
-    """Length of training. With noisy clips, an epoch draws every curated clip `noisy.curated_times` times."""
-    batch_size: Annotated[int, Field(gt=0)] = 64
-    """Crops in a batch."""
-    micro_batch: Annotated[int, Field(ge=0)] = 0
-    """The batch is computed in parts of so many clips, whose gradients are added up: the same training in less memory; 0 is the
-    whole batch at once. The sums differ in their last digits, BatchNorm takes its statistics from each part, and dropout draws
-    for each part."""
-    crop_seconds: Annotated[float, Field(gt=0)] = 5.0
-    """Length of a training crop."""
-    pad: Literal["wrap", "floor"] = "wrap"
-    """A clip shorter than the crop is repeated (`wrap`), or placed at random in silence (`floor`)."""
-    loss: Literal["bce", "focal", "asl", "lsep", "lsep_bce"] = "bce"
-    """Loss function."""
-    loss_kwargs: dict[str, float] = {}
-    """Arguments of the loss, such as `{gamma = 1}` for focal."""
-    optimizer: str = "adamw"
-    """Any optimizer of timm, by its name."""
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    """Highest learning rate, reached after the warm-up."""
-    lr_min: Annotated[float, Field(ge=0)] = 1e-6
-    """Learning rate at the end of the cosine schedule."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    """Weight decay; biases and norms have none."""
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Each group of layers nearer to the input learns at this fraction of the next one's rate; 1 is the same rate for all."""
-    warmup_epochs: Annotated[float, Field(ge=0)] = 1.0
-    """Epochs in which the learning rate rises from near 0."""
-    clip_grad: Annotated[float, Field(ge=0)] = 5.0
-    """Largest gradient norm; 0 is no limit."""
-    ema_decay: Rate = 0.999
-    """Decay of the moving average of the weights, which is the model that predicts; 0 turns it off."""
-    amp: Literal["auto", "off"] = "auto"
-    """Mixed precision: bf16 or fp16 where the device has it, or off."""
-    benchmark: bool = True
-    """On a GPU, try cuDNN's algorithms and take the fastest. Which one wins may change from run to run, and with it the last
-    digits of the weights; `false` repeats a training to the byte. Prediction never does this."""
-    compile: bool = False
-    """Compile the model with torch.compile: a minute or more at the start of each fold, faster steps on recent GPUs, other last
-    digits. Needs a C++ compiler. Prediction is not compiled."""
-    validate_every: Annotated[float, Field(ge=0)] = 5.0
-    """Epochs between scores of the held-out fold in the log; 0 scores only at the end. Changes no weight."""
-    checkpoint_minutes: Annotated[float, Field(ge=0)] = 3.0
-    """Minutes between checkpoints. Changes no weight."""
-
-
-NOT_TRAINING = ("validate_every", "checkpoint_minutes")
-"""Settings of `train` that change no weight."""
-
-
-class AugmentConfig(_Frozen):
+class AugmentConfig(Frozen):
     """Per-batch augmentation, on the device. Probabilities and fractions of an axis."""
 
     mixup_prob: Fraction = 0.0
@@ -258,11 +195,9 @@ class AugmentConfig(_Frozen):
     """Share of crops of which a random part is stretched to full size."""
     resize_scale: Annotated[float, Field(gt=0, le=1)] = 0.7
     """Smallest part to be stretched, as a fraction of either axis."""
-    off_epochs: Annotated[float, Field(ge=0)] = 0.0
-    """No augmentation in this many last epochs."""
 
 
-class PredictConfig(_Frozen):
+class PredictConfig(Frozen):
     """Evaluation windows and test-time augmentation: every length with every padding at every shift."""
 
     window_seconds: tuple[Annotated[float, Field(gt=0)], ...] = ()
@@ -293,7 +228,7 @@ class View:
     pad: Literal["wrap", "floor"]
 
 
-class Recipe(_Frozen):
+class Recipe(Frozen):
     """All that decides a run. Saved with the run; prediction reads it from there."""
 
     name: str
@@ -307,9 +242,20 @@ class Recipe(_Frozen):
     folds: FoldsConfig = FoldsConfig()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
+    phases: tuple[Phase, ...] = ()
+    """Stretches of training, one after the other. Each is a table of what it changes in `train`: any of `epochs clips
+    curated_times lr lr_min warmup_epochs loss loss_kwargs augment`. Without phases, training is one stretch, as `train` says."""
     augment: AugmentConfig = AugmentConfig()
     noisy: NoisyConfig = NoisyConfig()
     predict: PredictConfig = PredictConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if self.noisy.teachers and not self.uses_noisy and not self.noisy.missing:
+            raise ValueError('noisy.teachers need a phase that draws noisy clips (train.clips = "both"), or noisy.missing')
+        if self.noisy.own_head and all(phase.clips == "noisy" for phase in self.schedule):
+            raise ValueError("no phase draws curated clips, so their output layer learns nothing: set noisy.own_head = false")
+        return self
 
     def frames(self, seconds: float) -> int:
         """The number of frames nearest to a time, at least one."""
@@ -318,6 +264,16 @@ class Recipe(_Frozen):
     @property
     def crop_frames(self) -> int:
         return self.frames(self.train.crop_seconds)
+
+    @property
+    def schedule(self) -> tuple[TrainConfig, ...]:
+        """The settings of each stretch of training in turn."""
+        return tuple(phase.of(self.train) for phase in self.phases) or (self.train,)
+
+    @property
+    def uses_noisy(self) -> bool:
+        """Whether any stretch of training draws noisy clips."""
+        return any(phase.clips != "curated" for phase in self.schedule)
 
     @property
     def views(self) -> tuple[View, ...]:
@@ -335,11 +291,12 @@ class Recipe(_Frozen):
 
     @property
     def track(self) -> Literal["scratch", "open"]:
-        """`scratch`: the competition's data alone, as its rules ask. `open`: weights from elsewhere.
+        """`scratch`: the competition's data alone, as its rules ask. `open`: weights from elsewhere, also through corrections.
 
-        The run that this recipe starts from, and its teacher, may open it still: see `RunInfo.track`.
+        The run that this recipe starts from, and its teachers, may open it still: see `RunInfo.track`.
         """
-        return "scratch" if self.model.weights == "none" or self.model.first_run else "open"
+        own = self.model.weights == "none" or self.model.first_run
+        return "scratch" if own and all(c.track == "scratch" for c in self.data.corrections.values()) else "open"
 
     def training(self) -> dict[str, Any]:
         """The settings that decide a run's weights: two recipes with the same ones give the same run.

@@ -20,6 +20,7 @@ from melfold.compute import Compute
 from melfold.config import Recipe
 from melfold.data.competition import Competition, load_competition, with_bad_clips
 from melfold.files import Home
+from melfold.learn.phases import phases_of
 from melfold.learn.predictions import own_prediction
 from melfold.learn.runs import Run, open_run
 from melfold.learn.shorten import few_clips, shorten
@@ -107,19 +108,18 @@ def dry_run(root: Path, home: Home, recipe: Recipe, compute: Compute) -> DryRun:
     few = few_clips(whole, recipe.folds.n_folds, recipe.data.exclude)
     place = Home(home.root / "build" / "dry-run")
     shutil.rmtree(place.root, ignore_errors=True)
-    recipes = [recipe]
-    while recipes[0].noisy.teacher:
-        recipes.insert(0, open_run(home, recipes[0].noisy.teacher).recipe)
-    if any(hub_file(each.model) for each in recipes):
+    recipes = _with_teachers(home, "", recipe)
+    names = {name: f"try{number}" for number, name in enumerate(recipes)}
+    if any(hub_file(each.model) for each in recipes.values()):
         share_weights(home, place)
-    for number, each in enumerate(recipes):
-        short = shorten(each, few, f"try{number - 1}", batch_size=min(4, each.train.batch_size), steps=3)
-        run = stages.train(few, place, short, f"try{number}", range(recipe.folds.n_folds), compute)
+    for name, each in recipes.items():
+        short = shorten(each, few, names, batch_size=min(4, each.train.batch_size), steps=3)
+        run = stages.train(few, place, short, names[name], range(recipe.folds.n_folds), compute)
         prediction = own_prediction(run)
         score(prediction)
     stages.predict(prediction, few, place, compute)
     path = build_submission(place, [prediction], few, id=run.name, mean=recipe.predict.fold_mean)
-    full = shorten(recipe, few, f"try{number - 1}", batch_size=recipe.train.batch_size, steps=10_000)
+    full = shorten(recipe, few, names, batch_size=recipe.train.batch_size, steps=10_000)
     cache = stages.cache(few, place, full, compute)
     return DryRun(run.folder, path, forecast(replace(run, recipe=full), cache, whole, recipe, compute.devices))
 
@@ -136,7 +136,7 @@ def forecast(run: Run, cache: Path, whole: Competition, recipe: Recipe, devices:
     import torch
 
     from melfold.learn.devices import explain_out_of_memory, pick_device, repeatable, shared_threads
-    from melfold.learn.fold_data import FoldData, phases_of
+    from melfold.learn.fold_data import FoldData
     from melfold.learn.train import less_memory
 
     device, config = pick_device(devices[0], recipe.train.amp), recipe.train
@@ -150,15 +150,15 @@ def forecast(run: Run, cache: Path, whole: Competition, recipe: Recipe, devices:
         torch.set_num_threads(threads)
     curated = len(whole.curated) * (recipe.folds.n_folds - 1) // recipe.folds.n_folds
     noisy = len(whole.noisy)
-    if recipe.noisy.teacher:
+    taught = recipe.noisy.teachers
+    if taught:
         most = recipe.noisy.per_label * len(whole.labels)
         noisy = min(noisy, recipe.noisy.top or noisy, most or noisy)
     phases = phases_of(recipe, curated, noisy)
     steps = phases[-1].until
-    looks = 1
-    if config.validate_every:
-        looks += (steps - 1) // max(1, math.ceil(config.validate_every * len(phases[0].rows) / config.batch_size))
-    predicted = looks * (len(whole.curated) - curated) + (len(whole.noisy) if recipe.noisy.teacher else 0)
+    looks = 1 + sum(look < steps for phase in phases for look in phase.looks())
+    by_teachers = len(whole.noisy) + (curated if recipe.noisy.missing else 0)
+    predicted = looks * (len(whole.curated) - curated) + len(taught) * by_teachers
     return Forecast(
         device.describe(),
         len(devices),
@@ -202,3 +202,11 @@ def _measure(run: Run, data: FoldData, device: Device) -> tuple[float, float, fl
         predict_probs(state.averaged, clips, run.info.labels, run.recipe, device)
         per_clip = (time.perf_counter() - mark) / len(clips.fnames)
     return per_step, start, per_clip, peak
+
+
+def _with_teachers(home: Home, name: str, recipe: Recipe) -> dict[str, Recipe]:
+    """A recipe by its name, behind those of its teachers and of their teachers."""
+    found: dict[str, Recipe] = {}
+    for teacher in recipe.noisy.teachers:
+        found |= _with_teachers(home, teacher, open_run(home, teacher).recipe)
+    return found | {name: recipe}

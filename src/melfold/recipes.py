@@ -20,6 +20,7 @@ from melfold.config import Recipe
 from melfold.errors import MelfoldError
 from melfold.facts import split_labels
 from melfold.files import Home, read_json
+from melfold.train_config import Phase
 
 
 def recipe_names() -> list[str]:
@@ -76,7 +77,7 @@ def parse_set(item: str) -> tuple[str, Any]:
 
 
 def read_corrections(path: Path) -> dict[str, dict[str, Any]]:
-    """fname -> labels and why, of a `corrections.csv`.
+    """fname -> labels, why and track, of a `corrections.csv`.
 
     Raises:
         MelfoldError: a missing file, other columns, a duplicate clip or one without labels.
@@ -84,9 +85,9 @@ def read_corrections(path: Path) -> dict[str, dict[str, Any]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
-            if reader.fieldnames != ["fname", "labels", "why"]:
+            if reader.fieldnames not in (["fname", "labels", "why"], ["fname", "labels", "why", "track"]):
                 found = ",".join(reader.fieldnames or ["an empty file"])
-                raise MelfoldError(f"{path} is no table of corrections", found, "Its columns are fname,labels,why")
+                raise MelfoldError(f"{path} is no table of corrections", found, "Its columns are fname,labels,why,track")
             rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         why = error.strerror if isinstance(error, OSError) else error
@@ -97,7 +98,8 @@ def read_corrections(path: Path) -> dict[str, dict[str, Any]]:
         if None in row or fname in corrections or not row["labels"]:
             why = "more cells than columns" if None in row else "duplicate clip" if fname in corrections else "no labels"
             raise MelfoldError(f"{path}: {why}", fname, "Put several labels in quotes; to leave a clip out use data.exclude")
-        corrections[fname] = {"labels": split_labels(row["labels"]), "why": row["why"] or ""}
+        own = {"labels": split_labels(row["labels"]), "why": row["why"] or ""}
+        corrections[fname] = own | ({"track": row["track"]} if row.get("track") else {})
     return corrections
 
 
@@ -119,6 +121,8 @@ def explain_recipe(name: str, home: Home | None = None, _above: tuple[str, ...] 
         raise MelfoldError(f"recipe {name} is not TOML", str(error), "Fix that line") from None
     base = content.pop("base", None)
     result = explain_recipe(base, home, (*_above, name)) if base else {}
+    if "phases" in content:  # a list replaces the base's list as a whole
+        result = {key: own for key, own in result.items() if key.split(".")[0] != "phases"}
     reasons = _reasons(text)
     return result | {key: (value, reasons.get(key, "")) for key, value in _flat(content).items()}
 
@@ -157,10 +161,11 @@ def compare_recipes(a: Recipe, b: Recipe) -> list[tuple[str, str, str]]:
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values -> dotted keys."""
+    """Nested values -> dotted keys; a phase has its number as a key."""
     leaves: dict[str, Any] = {}
     for key, value in values.items():
-        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        inner = dict(enumerate(value)) if key == "phases" else value
+        leaves |= _leaves(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {f"{prefix}{key}": inner}
     return leaves
 
 
@@ -172,12 +177,20 @@ def recipe_toml(recipe: Recipe, reasons: Mapping[str, str]) -> str:
     """
     lines: list[str] = []
     values = recipe.model_dump(mode="json", exclude={"name"})
+    # What is no table comes first, among it an empty list of phases.
+    values = dict(sorted(values.items(), key=lambda item: isinstance(item[1], (dict, list)) and item[1] != []))
 
     def put(key: str, value: Any, full: str) -> None:
         line = f"{_toml_key(key)} = {toml_value(value)}"
         lines.append(f"{line:<24} # {reasons[full]}" if reasons.get(full) else line)
 
     for section, value in values.items():
+        if section == "phases" and value:
+            for number, phase in enumerate(value):
+                lines.append("\n[[phases]]")
+                for key, inner in phase.items():
+                    put(key, inner, f"phases.{number}.{key}")
+            continue
         if not isinstance(value, dict):
             put(section, value, section)
             continue
@@ -257,21 +270,27 @@ def _recipe_text(name: str, home: Home | None) -> str:
 
 
 def _flat(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections of settings -> `section.key` -> value."""
+    """Sections of settings -> `section.key` -> value; phases -> `phases.0.key` -> value, or `phases.0` if that one has no key."""
     flat: dict[str, Any] = {}
     for key, value in content.items():
-        flat |= {f"{key}.{field}": inner for field, inner in value.items()} if isinstance(value, dict) else {key: value}
+        if key == "phases" and isinstance(value, list) and value:
+            for number, phase in enumerate(value):
+                flat |= _flat({f"phases.{number}": phase}) or {f"phases.{number}": {}}
+        else:
+            flat |= {f"{key}.{field}": inner for field, inner in value.items()} if isinstance(value, dict) else {key: value}
     return flat
 
 
 def _reasons(text: str) -> dict[str, str]:
     """`section.key` -> the comment that ends its line."""
     reasons: dict[str, str] = {}
-    section = ""
+    section, phases = "", 0
     for line in text.splitlines():
         stripped = line.strip()
         if stripped.startswith("["):
             section = stripped.split("#")[0].strip().strip("[]") + "."
+            if section == "phases.":
+                section, phases = f"phases.{phases}.", phases + 1
             continue
         for at in (i for i, c in enumerate(stripped) if c == "#"):
             try:
@@ -296,28 +315,37 @@ def _parse_with(values: dict[str, Any], sets: Iterable[str], source: str) -> Rec
 
 def _path(key: str) -> list[str]:
     """`section.key`, and all of the rest as one name: `data.exclude.0a1b2c3d.wav` has a dot of its own, maybe in quotes."""
-    return [part.strip("'\"") for part in key.split(".", 2)]
+    return [part.strip("'\"") for part in key.split(".", 3 if key.startswith("phases.") else 2)]
 
 
-def _put(nested: dict[str, Any], path: list[str], value: Any) -> None:
+def _put(nested: Any, path: list[str], value: Any) -> None:
+    last: str | int = path[-1]
+    if path[0] == "phases" and len(path) > 1:
+        phases, number = nested.setdefault("phases", []), path[1]
+        if not isinstance(phases, list) or not number.isdecimal() or int(number) > len(phases):
+            raise MelfoldError("no such phase", ".".join(path), "Phases count from 0; --set can add one at the end")
+        phases += [{}] * (int(number) == len(phases))
+        nested, path, last = (phases, [], int(number)) if len(path) == 2 else (phases[int(number)], path[2:], last)
     for part in path[:-1]:
         inner = nested.setdefault(part, {})
         if not isinstance(inner, dict):
             raise MelfoldError("unknown key", ".".join(path) + nearest(".".join(path), _known_keys()))
         nested = inner
-    nested[path[-1]] = copy.deepcopy(value)
+    nested[last] = copy.deepcopy(value)
 
 
 def _explain(error: Any, source: str) -> MelfoldError:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
+        if isinstance(error["input"], dict) and error["input"]:
+            where += f".{next(iter(error['input']))}"  # of an unknown section
         return MelfoldError(f"{source}: unknown key", f"{where}{nearest(where, _known_keys())}", "See `melfold recipe keys`")
     found = f", found {error['input']!r}" if "found" not in error["msg"] and not isinstance(error["input"], dict) else ""
     return MelfoldError(f"{source}: {where}", error["msg"].removeprefix("Value error, ") + found)
 
 
 def _known_keys() -> list[str]:
-    return ["name", *(key.name for key in recipe_keys())]
+    return ["name", *(key.name for key in recipe_keys()), *(f"phases.0.{key}" for key in Phase.model_fields)]
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

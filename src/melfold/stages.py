@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,7 @@ from melfold.learn.predictions import Prediction, own_prediction, write_current
 from melfold.learn.runs import FULL, Run, open_run
 from melfold.learn.start import check_recipe, refuse_changes, start_run
 from melfold.probs import Probs, make_probs
+from melfold.recipes import change_recipe
 
 if TYPE_CHECKING:
     from melfold.learn.jobs import Job
@@ -34,7 +37,7 @@ log = logging.getLogger(__name__)
 
 def cache(competition: Competition, home: Home, recipe: Recipe, compute: Compute, *, verify: bool = False) -> Path:
     """Make the log-mels a recipe needs; `verify` checks those that exist. Returns: the cache's folder."""
-    splits = SPLITS if recipe.noisy.use else ("curated", "test")
+    splits = SPLITS if recipe.uses_noisy else ("curated", "test")
     exclude = with_bad_clips(recipe, competition).data.exclude
     try:
         options: dict[str, Any] = {"exclude": exclude, "compute": compute, "verify": verify}
@@ -57,7 +60,8 @@ def start(competition: Competition, home: Home, recipe: Recipe, name: str, which
     """
     recipe = with_bad_clips(recipe, competition)
     check_recipe(recipe, competition)
-    for other, needed in ((recipe.noisy.teacher, [k for k in which if k != FULL]), (recipe.model.first_run, which)):
+    numbered = [fold for fold in which if fold != FULL]
+    for other, needed in ((recipe.model.first_run, which), *((teacher, numbered) for teacher in recipe.noisy.teachers)):
         if other and (missing := [str(fold) for fold in needed if not open_run(home, other).fold(fold).done]):
             raise MelfoldError(f"run {other}, which this one learns from, lacks folds", ", ".join(missing), "Train them first")
     if (home.runs / name / "run.json").exists() and (run := open_run(home, name)).has_data():
@@ -84,13 +88,54 @@ def resume(home: Home, name: str, compute: Compute, data: Path | None = None) ->
         data: where the download is now, if it was moved.
     """
     run = open_run(home, name)
+    competition = _download_of(run, data)
+    folds = range(run.recipe.folds.n_folds)
+    only_full = run.fold(FULL).path.exists() and not any(run.fold(fold).path.exists() for fold in folds)
+    return train(competition, home, run.recipe, run.name, [FULL] if only_full else folds, compute)
+
+
+def _download_of(run: Run, data: Path | None) -> Competition:
     folder = data or Path(run.info.data_folder)
     if not folder.is_dir():
         raise MelfoldError(f"the download of run {run.name} is gone", str(folder), "Give its folder: --data DATA")
-    folds = range(run.recipe.folds.n_folds)
-    only_full = run.fold(FULL).path.exists() and not any(run.fold(fold).path.exists() for fold in folds)
-    competition = load_competition(folder, run.recipe.data.exclude)
-    return train(competition, home, run.recipe, run.name, [FULL] if only_full else folds, compute)
+    return load_competition(folder, run.recipe.data.exclude)
+
+
+def students(
+    home: Home, names: Sequence[str], rounds: int, sets: Sequence[str], compute: Compute, data: Path | None = None
+) -> list[Run]:
+    """Train students of runs in rounds: in each, every run again, with all runs of the round before as its teachers.
+
+    They are ordinary runs, named `RUN-r1`, `RUN-r2` and so on, and what is done is skipped.
+
+    Args:
+        sets: changes to each run's recipe; one that draws no noisy clips gets `train.clips = "both"` before.
+        data: where the download is now, if it was moved.
+
+    Returns:
+        The students of the last round.
+
+    Raises:
+        MelfoldError: no such run, a teacher without all folds, or as `start`.
+    """
+    runs = [open_run(home, name) for name in names]
+    competition = _download_of(runs[0], data)
+    for number in range(rounds):
+        teachers = json.dumps([run.name for run in runs])
+        log.info("round %d of %d, teachers: %s", number + 1, rounds, ", ".join(run.name for run in runs))
+        students: list[Run] = []
+        for run in runs:
+            clips = [] if run.recipe.uses_noisy else ["train.clips=both"]
+            recipe = change_recipe(run.recipe, [*clips, f"noisy.teachers={teachers}", *sets])
+            students.append(train(competition, home, recipe, _next_round(run.name), range(recipe.folds.n_folds), compute))
+        runs = students
+    return runs
+
+
+def _next_round(name: str) -> str:
+    """`open` -> `open-r1`, `open-r1` -> `open-r2`."""
+    before = re.fullmatch(r"(.+)-r(\d+)", name)
+    return f"{before[1]}-r{int(before[2]) + 1}" if before else f"{name}-r1"
 
 
 def train_folds(run: Run, competition: Competition, which: Sequence[int | str], folder: Path, compute: Compute) -> None:
@@ -103,11 +148,9 @@ def train_folds(run: Run, competition: Competition, which: Sequence[int | str], 
         return
     from melfold.learn import launch
 
-    teacher_cache = None
-    if run.recipe.noisy.teacher:
-        front = open_run(run.home, run.recipe.noisy.teacher).recipe.logmel
-        teacher_cache = cache(competition, run.home, run.recipe.model_copy(update={"logmel": front}), compute)
-    launch.train_folds(run, which, folder, compute, teacher_cache=teacher_cache)
+    fronts = [open_run(run.home, name).recipe.logmel for name in run.recipe.noisy.teachers]
+    folders = [cache(competition, run.home, run.recipe.model_copy(update={"logmel": front}), compute) for front in fronts]
+    launch.train_folds(run, which, folder, compute, teacher_caches=folders)
 
 
 def predict(prediction: Prediction, competition: Competition, home: Home, compute: Compute) -> Prediction:

@@ -37,12 +37,16 @@ COMMON = (
     "augment.mixup_prob=0.5",
     "augment.freq_masks=1",
     "augment.time_masks=1",
-    "augment.off_epochs=6",
-    "noisy.use=false",
+    "phases=[]",
+    "train.clips=curated",
 )
 """On the recipe `small`: its settings for the whole competition, cut down to 200 clips and two cores."""
 
-NOISY = ("noisy.use=true", "train.warmup_epochs=1")
+NOISY = ("train.clips=both", "train.warmup_epochs=1")
+ALONE = 'phases=[{}, {clips = "curated", epochs = 15, lr = 2e-4}]'
+
+
+PLAIN_END = "phases=[{}, {epochs = 6, lr = 2e-4, augment = false}]"
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Row:
 ROWS = (
     Row("baseline", "BCE, power mixup .5, SpecAugment 1 + 1", ()),
     Row("seed1", "another seed, nothing else", ("seed=1",)),
+    Row("phases", "the last 6 epochs without augmentation, at a tenth of the rate", ("train.epochs=54", PLAIN_END)),
     Row("no-mixup", "without mixup", ("augment.mixup_prob=0",)),
     Row("concat", "sigmoid joining in time, .3", ("augment.concat_prob=0.3",)),
     Row("resize", "stretched windows, .33", ("augment.resize_prob=0.33",)),
@@ -66,26 +71,26 @@ ROWS = (
     Row(
         "noisy-joint",
         "noisy clips too: curated drawn 3 times as often, own head and normalisation",
-        (*NOISY, "noisy.curated_times=3", "train.epochs=12.86", "noisy.curated_epochs=15"),
+        (*NOISY, "train.curated_times=3", "train.epochs=12.86", ALONE),
     ),
     Row(
         "noisy-first",
         "noisy clips alone for a quarter of the crops, then curated ones",
-        (*NOISY, "noisy.curated_times=0", "train.epochs=30", "noisy.curated_epochs=45"),
+        ("train.warmup_epochs=1", 'phases=[{clips = "noisy", epochs = 30}, {epochs = 45}]'),
     ),
     Row(
         "noisy-taught",
         "the 40 noisy clips that the baseline agrees with most, half its probabilities as targets",
         (
             *NOISY,
-            "noisy.curated_times=3",
-            "noisy.teacher=baseline",
+            "train.curated_times=3",
+            "noisy.teachers=baseline",
             "noisy.top=40",
             "noisy.per_label=0",
             "noisy.pseudo=0.5",
             "noisy.own_head=false",
             "train.epochs=13.85",
-            "noisy.curated_epochs=15",
+            ALONE,
         ),
     ),
 )

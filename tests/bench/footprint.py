@@ -233,22 +233,22 @@ class Footprint:
 
 def fake_batch(recipe: Recipe, size: int, labels: int) -> tuple[Batch, np.ndarray]:
     """A batch of silence, every second clip of it noisy if the recipe uses noisy clips; and its targets."""
-    noisy = (np.arange(size) % 2 == 1) & recipe.noisy.use
+    noisy = (np.arange(size) % 2 == 1) & recipe.uses_noisy
     log_mels = np.zeros((size, recipe.crop_frames, recipe.logmel.n_mels), np.float16)
     return Batch(log_mels, np.arange(size), noisy), np.zeros((size, labels), np.float32)
 
 
 def fake_state(recipe: Recipe, model: Tagger, amp: torch.dtype | None) -> TrainState:
     """The state of a training on the fake GPU; call it within `fake_gpu`."""
-    return TrainState(model, recipe.train, Device(torch.device("cuda"), amp), steps=1000, warmup=10)
+    return TrainState(model, recipe.train, Device(torch.device("cuda"), amp))
 
 
 def trained_model(recipe: Recipe, labels: int) -> Tagger:
     """A recipe's model as training makes it, with random weights."""
     model = build_model(recipe.model, labels, recipe.logmel.n_mels, recipe.crop_frames, initial=False)
-    if recipe.noisy.use and recipe.noisy.own_head:
+    if recipe.uses_noisy and recipe.noisy.own_head:
         model.add_noisy_head()
-    if recipe.noisy.use and recipe.noisy.own_norm:
+    if recipe.uses_noisy and recipe.noisy.own_norm:
         model.normalise.set_noisy(-50.0, 20.0)
     return model
 

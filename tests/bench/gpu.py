@@ -42,7 +42,7 @@ SHORT = ("train.epochs=12", *EXACT)
 QUICK = ("train.epochs=1", "model.kwargs={depths=[1, 1, 1, 1], dims=[8, 16, 16, 16]}")
 """On the CPU: do the parts run at all?"""
 EVERYTHING = (
-    "noisy.use=true",
+    "train.clips=both",
     "noisy.bootstrap=0.2",
     "augment.concat_prob=0.5",
     "augment.resize_prob=0.5",
@@ -88,7 +88,7 @@ def placement(trial: Trial) -> Row:
     recipe = load_recipe("demo", EVERYTHING)
     batch, targets = fake_batch(recipe, recipe.train.batch_size, 8)
     with repeatable(0, trial.device):
-        state = TrainState(trained_model(recipe, 8), recipe.train, trial.device, steps=9, warmup=1)
+        state = TrainState(trained_model(recipe, 8), recipe.train, trial.device)
         for step in range(2):
             loss, _ = train_step(state, batch, targets, recipe, np.random.default_rng(step))
     kinds = {value.device.type for value in state.averaged.state_dict().values()} | {loss.device.type}
@@ -147,7 +147,7 @@ def _memory(device: Device, name: str) -> Row:
     batch, targets = fake_batch(recipe, recipe.train.batch_size, 80)
     device.reset_peak_memory()
     with repeatable(0, device, benchmark=recipe.train.benchmark):
-        state = TrainState(trained_model(recipe, 80), recipe.train, device, steps=9, warmup=1)
+        state = TrainState(trained_model(recipe, 80), recipe.train, device)
         for step in range(3):
             train_step(state, batch, targets, recipe, np.random.default_rng(step))
         device.wait()

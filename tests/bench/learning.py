@@ -155,8 +155,7 @@ def _train_recipe(work: Workspace, steps: int) -> Recipe:
             "train.validate_every=0",
             "train.checkpoint_minutes=1000",
             "augment.mixup_prob=0.5",
-            "noisy.use=false",
-            "augment.off_epochs=0",
+            "train.clips=curated",
         ],
     )
 

@@ -137,7 +137,7 @@ def draw_growth(path: Path, sizes: Sequence[int], measured: dict[tuple[str, int]
 def _commands(data: Path, clips: int, home: Path, steps: int) -> dict[str, list[str]]:
     common = [str(data), "--recipe", "demo", "--home", str(home), "--jobs", "2"]
     # Two of three folds are trained on, 16 clips a step.
-    sets = [f"train.epochs={steps * 16 / (clips * 2 / 3)}", "train.validate_every=0", "augment.off_epochs=0"]
+    sets = [f"train.epochs={steps * 16 / (clips * 2 / 3)}", "train.validate_every=0"]
     train = [*common, "--folds", "0", "--run", "memory", "--device", "cpu"]
     return {
         "cache": [*MELFOLD, "cache", *common],

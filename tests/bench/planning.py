@@ -24,7 +24,7 @@ FORECASTS = {
     "demo": ("demo", "train.epochs=6", "train.batch_size=8", "train.validate_every=2"),
 }
 """Recipe and changes: different bodies, batches and crops."""
-_COMMON = ("noisy.use=false", "noisy.curated_epochs=0", "augment.off_epochs=0", "train.warmup_epochs=0.1")
+_COMMON = ("train.clips=curated", "phases=[]", "train.warmup_epochs=0.1")
 
 
 def forecast(work: Workspace) -> list[Result]:

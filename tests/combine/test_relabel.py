@@ -67,7 +67,7 @@ def test_suggestions_come_from_a_predictions_held_out_probabilities(made_up: Mad
 def test_suggestions_are_written_as_a_table_that_a_recipe_reads_and_never_over_another(made_up: MadeUp, tmp_path: Path) -> None:
     doubts = suggest_corrections(own_prediction(made_up.run()))
     assert len(doubts)
-    write_corrections(path := tmp_path / "corrections.csv", doubts, "one")
+    write_corrections(path := tmp_path / "corrections.csv", doubts, "one", "open")
     found = read_corrections(path)
     assert list(found) == list(doubts.index)
     for fname, row in doubts.iterrows():
@@ -76,5 +76,5 @@ def test_suggestions_are_written_as_a_table_that_a_recipe_reads_and_never_over_a
         assert found[fname]["why"].startswith("one: ")
     before = path.read_bytes()
     with pytest.raises(MelfoldError, match="the file exists already: .*choose another name"):
-        write_corrections(path, doubts, "one")
+        write_corrections(path, doubts, "one", "open")
     assert path.read_bytes() == before

@@ -157,7 +157,7 @@ def test_known_bad_clips_are_left_out_if_the_tables_hold_them(fsdkaggle2019: Pat
 def test_names_that_look_like_missing_values_survive_every_table(tiny_download: Maker, tmp_path: Path) -> None:
     labels = ("NA", "nan", "None", "null")
     root = tiny_download(labels=labels)
-    home, recipe = Home(tmp_path / "home"), load_recipe("demo", ["folds.n_folds=2", "noisy.use=true"])
+    home, recipe = Home(tmp_path / "home"), load_recipe("demo", ["folds.n_folds=2", "train.clips=both"])
     for name in ("train_curated.csv", "train_noisy.csv"):
         replace(root / name, "0000.wav", "NA.wav")
     (root / "train_curated/c0000.wav").rename(root / "train_curated/cNA.wav")

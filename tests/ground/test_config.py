@@ -13,7 +13,16 @@ from melfold.artefacts import differences
 from melfold.config import LogMelConfig, Recipe, View
 from melfold.errors import MelfoldError
 from melfold.files import Home, write_json
-from melfold.recipes import change_recipe, explain_recipe, load_recipe, parse_recipe, recipe_keys, recipe_names, recipe_toml
+from melfold.recipes import (
+    change_recipe,
+    compare_recipes,
+    explain_recipe,
+    load_recipe,
+    parse_recipe,
+    recipe_keys,
+    recipe_names,
+    recipe_toml,
+)
 
 OTHER_LOGMEL: dict[str, Any] = {
     "sr": 48_000,
@@ -43,7 +52,7 @@ def test_every_shipped_recipe_loads_and_survives_being_saved(name: str) -> None:
 def test_every_key_of_a_shipped_recipe_has_a_reason(name: str) -> None:
     explained = explain_recipe(name)
     without = {key for key, (_, reason) in explained.items() if not reason}
-    assert without == {"about"}
+    assert without - {"phases.0"} == {"about"}, "phases.0 sets nothing: it is as in `train`"
 
 
 def test_the_tracks_tell_the_rules_from_the_rest() -> None:
@@ -87,13 +96,12 @@ def test_toml_keeps_what_is_hard_to_write(tmp_path: Path) -> None:
 def test_the_quick_recipes_are_the_measured_runs() -> None:
     """The settings of the runs S1 and O3 of the table of measured scores."""
     common = ["logmel.n_mels=64", "train.batch_size=16", "train.crop_seconds=4", "train.ema_decay=0.99", "augment.freq_masks=1"]
-    common += ["augment.time_masks=1", "train.validate_every=0", "model.drop_path_rate=0", "noisy.use=false"]
+    common += ["augment.time_masks=1", "train.validate_every=0", "model.drop_path_rate=0", "train.clips=curated", "phases=[]"]
     s1 = ["logmel.hop_length=661", "train.epochs=100", "train.lr=2e-3", "train.warmup_epochs=3", "augment.mixup_prob=0.3"]
     quick = load_recipe("quick")
-    assert differences(load_recipe("small", [*common, *s1, "augment.off_epochs=10"]).training(), quick.training()) == []
+    assert differences(load_recipe("small", [*common, *s1]).training(), quick.training()) == []
     lite0 = ["model.name=tf_efficientnet_lite0", "train.lr=1e-3", "train.layer_decay=1", "train.warmup_epochs=1"]
-    o3 = ["augment.off_epochs=5", "logmel.hop_length=661", "train.epochs=40", "augment.mixup_prob=0.5", "model.weights=hub"]
-    o3 += ["model.head=linear"]
+    o3 = ["logmel.hop_length=661", "train.epochs=40", "augment.mixup_prob=0.5", "model.weights=hub", "model.head=linear"]
     pretrained = load_recipe("quick_pretrained")
     assert differences(load_recipe("open", [*common, *lite0, *o3]).training(), pretrained.training()) == []
     assert (quick.track, pretrained.track) == ("scratch", "open")
@@ -125,7 +133,7 @@ def test_a_loaded_recipe_can_be_changed() -> None:
 def test_every_key_is_explained_with_its_values_and_default() -> None:
     keys = {key.name: key for key in recipe_keys()}
     dumped = Recipe(name="x").model_dump(mode="json", exclude={"name"})
-    settings = {f"{k}.{inner}" for k, v in dumped.items() if isinstance(v, dict) for inner in v} | {"about", "seed"}
+    settings = {f"{k}.{inner}" for k, v in dumped.items() if isinstance(v, dict) for inner in v} | {"about", "seed", "phases"}
     assert keys.keys() == settings
     assert [key.name for key in keys.values() if not key.meaning.endswith((".", "?"))] == []
     assert keys["train.loss"].allowed == "bce | focal | asl | lsep | lsep_bce"
@@ -310,7 +318,7 @@ def test_views_are_every_length_with_every_padding_at_every_shift_the_first_of_e
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("fname,labels\na.wav,Bark\n", "is no table of corrections: fname,labels. Its columns are fname,labels,why"),
+        ("fname,labels\na.wav,Bark\n", "is no table of corrections: fname,labels. Its columns are fname,labels,why,track"),
         ("", "is no table of corrections: an empty file"),
         ("fname,labels,why\na.wav,Bark,x\na.wav,Tone,x\n", "duplicate clip: a.wav"),
         ("fname,labels,why\na.wav,,x\n", "no labels: a.wav. Put several labels in quotes; to leave a clip out use data.exclude"),
@@ -329,16 +337,60 @@ def test_corrections_become_part_of_the_recipe_and_of_its_fingerprint(tmp_path: 
     path.write_text('fname,labels,why\na.wav,"Bark,Tone",both are heard\n')
     recipe = load_recipe("base", [f"data.corrections={path}"])
     assert recipe.data.corrections["a.wav"].labels == ("Bark", "Tone")
+    assert recipe.track == "scratch"
     assert recipe.fingerprint() != load_recipe("base").fingerprint()
     assert parse_recipe(recipe.model_dump(mode="json"), "saved") == recipe
     path.write_text("fname,labels,why\na.wav,Bark,both are heard\n")
     assert load_recipe("base", [f"data.corrections={path}"]).fingerprint() != recipe.fingerprint()
+    path.write_text("fname,labels,why,track\na.wav,Bark,x,scratch\nb.wav,Bark,,\nc.wav,Tone,y,open\n")
+    assert load_recipe("base", [f"data.corrections={path}"]).track == "open", "what an open run suggests is open"
+    path.write_text("fname,labels,why,track\na.wav,Bark,x,neither\n")
+    with pytest.raises(MelfoldError, match="a.wav.track: .*found 'neither'"):
+        load_recipe("base", [f"data.corrections={path}"])
 
 
-def test_a_recipe_that_would_never_show_a_curated_clip_is_refused() -> None:
-    with pytest.raises(MelfoldError, match="curated_times = 0 needs curated_epochs"):
-        load_recipe("base", ["noisy.use=true", "noisy.curated_times=0"])
-    with pytest.raises(MelfoldError, match="a teacher needs use = true"):
-        load_recipe("base", ["noisy.teacher=x"])
-    with pytest.raises(MelfoldError, match="pseudo needs a teacher"):
-        load_recipe("base", ["noisy.use=true", "noisy.pseudo=0.5"])
+def test_a_recipe_that_would_never_show_a_curated_clip_to_its_output_layer_is_refused() -> None:
+    with pytest.raises(MelfoldError, match="no phase draws curated clips, .*set noisy.own_head = false"):
+        load_recipe("base", ["train.clips=noisy"])
+    assert load_recipe("base", ["train.clips=noisy", "noisy.own_head=false"]).uses_noisy
+    with pytest.raises(MelfoldError, match="noisy.teachers need a phase that draws noisy clips .*, or noisy.missing"):
+        load_recipe("base", ["noisy.teachers=x"])
+    assert load_recipe("base", ["noisy.teachers=x", "noisy.missing=0.01"]).noisy.teachers == ("x",)
+    assert load_recipe("base", ['noisy.teachers=["x", "y"]', "train.clips=both"]).noisy.teachers == ("x", "y")
+
+
+def test_a_phase_changes_some_settings_of_training_and_keeps_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'base = "scratch"\n[train]\nlr = 0.5\n[[phases]]  # as above\n[[phases]]\nlr = 0.1  # slow\nloss = "lsep"\n[noisy]\n'
+    )
+    recipe = load_recipe(str(path), ["train.warmup_epochs=7", "phases.1.epochs=4"])
+    first, second = recipe.schedule
+    assert first == recipe.train
+    assert (second.lr, second.loss, second.epochs, second.warmup_epochs, second.clips) == (0.1, "lsep", 4, 7, "both")
+    assert explain_recipe(str(path))["phases.1.lr"] == (0.1, "slow")
+    assert load_recipe("base").schedule == (load_recipe("base").train,)
+    assert recipe.fingerprint() != load_recipe(str(path), ["train.warmup_epochs=7"]).fingerprint()
+    # Saved and loaded again, a phase still takes from `train` what it does not change.
+    assert change_recipe(parse_recipe(recipe.model_dump(mode="json"), "saved"), ["train.lr=0.25"]).schedule[0].lr == 0.25
+
+
+def test_set_adds_phases_and_drops_them() -> None:
+    recipe = load_recipe("base", ["phases.0.epochs=3", "phases.1={augment = false}", "phases.1.loss_kwargs.gamma=1"])
+    assert [phase.model_dump() for phase in recipe.phases] == [{"epochs": 3}, {"augment": False, "loss_kwargs": {"gamma": 1}}]
+    assert load_recipe("scratch", ["phases=[]"]).phases == ()
+    assert compare_recipes(recipe, load_recipe("base", ["phases.0.epochs=4"])) == [
+        ("phases.0.epochs", "3.0", "4.0"),
+        ("phases.1.loss_kwargs.gamma", "1.0", ""),
+        ("phases.1.augment", "false", ""),
+    ]
+    for item, said in (
+        ("phases.1.epochs=3", r"no such phase: phases\.1\.epochs"),
+        ("phases.first.epochs=3", "no such phase"),
+        ("phases.0.epoch=3", r"unknown key: phases\.0\.epoch \(nearest: phases\.0\.epochs\)"),
+        ("phases.0.batch_size=3", "unknown key"),
+        ("phases.0.lr=-1", r"phases\.0\.lr: .*found -1"),
+        ("phases=3", "phases"),
+    ):
+        with pytest.raises(MelfoldError, match=said):
+            load_recipe("base", [item])

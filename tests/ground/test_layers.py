@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 LAYERS = """
-: errors files artefacts config facts recipes compute probs metrics
+: errors files artefacts train_config config facts recipes compute probs metrics
 data: competition audio logmel cache groups duplicates folds check clips demo
-learn: fetch provenance runs start shorten predictions devices augment losses normalise batches backbones weights model predict
-learn: fold_data state train_log tracker train noisy jobs launch
+learn: fetch provenance runs start predictions devices augment losses normalise phases shorten batches
+learn: backbones weights model predict fold_data state train_log tracker train noisy jobs launch
 combine: oof search ensemble expect relabel check submission rebuild
 kernels: boot infer train copy_csv
 kaggle: command courier client ledger board standings download pack built build sandbox judge rehearsal push training submit

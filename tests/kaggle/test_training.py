@@ -187,7 +187,7 @@ def test_training_stops_in_time_and_continues_in_a_second_session(
 
 def test_a_rehearsal_needs_no_audio_and_takes_a_few_steps(own: World, tmp_path: Path) -> None:
     hub = ("model.weights=hf:someone/weights", "model.normalise=checkpoint")
-    plan = training(own, "noisy.use=true", "train.epochs=5000", *hub, folds=[1])
+    plan = training(own, "train.clips=both", "train.epochs=5000", *hub, folds=[1])
     built = build_train(own.home, plan, CPU)
     report = rehearse(built, plan.competition, own.home, keep=tmp_path / "kept")
     assert report.failures == [], report.log

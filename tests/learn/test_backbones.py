@@ -15,10 +15,11 @@ from melfold.data.clips import ClipStore
 from melfold.data.competition import load_competition
 from melfold.errors import MelfoldError
 from melfold.files import Home
-from melfold.learn.batches import Phase, train_batches
+from melfold.learn.batches import train_batches
 from melfold.learn.devices import pick_device
 from melfold.learn.losses import loss_named
 from melfold.learn.model import Tagger, build_model, try_model
+from melfold.learn.phases import Phase
 from melfold.learn.predict import predict_probs
 from melfold.learn.state import TrainState
 from melfold.learn.weights import load_weights, save_weights
@@ -134,13 +135,17 @@ def test_it_trains_an_epoch_and_predicts(
     device, labels = pick_device("cpu", "off"), list(competition.labels)
     torch.manual_seed(0)
     model = build_model(recipe.model, len(labels), 64, recipe.crop_frames)
-    state = TrainState(model, recipe.train, device, steps=4, warmup=1)
+    state = TrainState(model, recipe.train, device)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     targets, loss_of = competition.targets().to_numpy(), loss_named("bce", {})
     for batch in train_batches(
-        store, [Phase(4, torch.arange(8).numpy())], length=recipe.crop_frames, batch_size=2, pad="wrap", seeds=[0, 0]
+        store,
+        [Phase(recipe.train, 0, 4, torch.arange(8).numpy())],
+        length=recipe.crop_frames,
+        batch_size=2,
+        pad="wrap",
+        seeds=[0, 0],
     ):
-        state.schedule.step_update(state.step + 1)
         loss = loss_of(model(device.log_mels(batch.log_mels)), device.tensor(targets[batch.rows]))
         state.backward(loss)
         assert torch.isfinite(state.update())

@@ -118,7 +118,7 @@ def test_a_band_that_hardly_varies_is_not_blown_up(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("own_norm", [False, True])
 def test_a_fold_takes_the_statistics_of_its_training_clips(own_norm: bool, world: World, tmp_path: Path) -> None:
-    run = world.start(tmp_path, 'model.normalise="band"', "noisy.use=true", f"noisy.own_norm={str(own_norm).lower()}")
+    run = world.start(tmp_path, 'model.normalise="band"', "train.clips=both", f"noisy.own_norm={str(own_norm).lower()}")
     data = FoldData.read(run, "0", world.cache)
     own, noisy = data.statistics()
     np.testing.assert_array_equal(own, statistics(world.store(run.trained_on(0)), bands=True))
@@ -128,7 +128,7 @@ def test_a_fold_takes_the_statistics_of_its_training_clips(own_norm: bool, world
 
 
 def test_a_fold_keeps_its_bands_with_its_weights(world: World, tmp_path: Path) -> None:
-    run = world.start(tmp_path, 'model.normalise="band"', "noisy.use=true", "augment.freq_masks=1")
+    run = world.start(tmp_path, 'model.normalise="band"', "train.clips=both", "augment.freq_masks=1")
     folder = train_fold(run, 0, world.cache, world.device)
     kept = load_file(folder.weights)
     mean, std = statistics(world.store(run.trained_on(0)), bands=True)
@@ -145,7 +145,7 @@ def test_a_fold_keeps_the_norm_of_the_weights_it_started_from(world: World, tmp_
     norms = {f"bn0.{key}": torch.linspace(value, value + 1, n_mels) for key, value in norm.items()}
     save_weights(file := tmp_path / "w.safetensors", start | norms)
     sets = (f"model.weights=file:{file}", 'model.normalise="checkpoint"', 'model.axes="mel_time"')
-    run = world.start(tmp_path, *sets, "noisy.use=true")
+    run = world.start(tmp_path, *sets, "train.clips=both")
     kept = load_file(train_fold(run, 0, world.cache, world.device).weights)
     torch.testing.assert_close(kept["normalise.mean"], torch.linspace(-30, -29, n_mels))
     torch.testing.assert_close(kept["normalise.std"], (torch.linspace(99, 100, n_mels) + 1e-5).sqrt())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from melfold.compute import Compute
-from melfold.config import LogMelConfig
+from melfold.config import LogMelConfig, TrainConfig
 from melfold.data.cache import build_cache, npy_path
 from melfold.data.clips import ClipStore, Pad, window_starts
 from melfold.data.competition import load_competition
 from melfold.errors import MelfoldError
 from melfold.files import Home
-from melfold.learn.batches import Phase, draw_start, prefetch, train_batches, window_batches
+from melfold.learn.batches import draw_start, prefetch, train_batches, window_batches
+from melfold.learn.phases import Phase
 
 Maker = Callable[..., Path]
 CONFIG = LogMelConfig(sr=16_000, n_fft=512, hop_length=160, n_mels=16, fmax=8_000, top_db=60)
@@ -71,9 +72,13 @@ def test_every_possible_start_is_drawn(frames: int, length: int, pad: Pad) -> No
     assert drawn == (set(range(spare + 1)) if spare >= 0 else set(range(frames)) if pad == "wrap" else set(range(spare, 1)))
 
 
+def phase(begin: int, until: int, rows: Sequence[int]) -> Phase:
+    return Phase(TrainConfig(), begin, until, np.array(rows))
+
+
 def batches(store: ClipStore, **options: Any) -> list[tuple[np.ndarray, np.ndarray]]:
     full = {"length": 24, "batch_size": 4, "pad": "wrap", "first_step": 0, "seeds": [1, 2], **options}
-    phases = full.pop("phases", [Phase(full.pop("n_steps", 15), np.arange(len(store.fnames)))])
+    phases = full.pop("phases", [phase(0, full.pop("n_steps", 15), range(len(store.fnames)))])
     return [(b.log_mels, b.rows) for b in train_batches(store, phases, **full)]
 
 
@@ -123,7 +128,7 @@ def test_evaluation_windows_come_in_order_in_full_batches(store: ClipStore, arra
 
 @pytest.mark.parametrize(("first_noisy", "expected"), [(None, 10), (6, 6), (0, 0)])
 def test_a_batch_says_which_of_its_clips_are_noisy(store: ClipStore, first_noisy: int | None, expected: int) -> None:
-    phases = [Phase(15, np.arange(10))]
+    phases = [phase(0, 15, range(10))]
     for batch in train_batches(store, phases, length=24, batch_size=4, pad="wrap", seeds=[1, 2], first_noisy=first_noisy):
         np.testing.assert_array_equal(batch.noisy, batch.rows >= expected)
     for batch in window_batches(store, length=20, overlap=0.5, shift=0, batch_size=7, pad="wrap"):
@@ -132,7 +137,7 @@ def test_a_batch_says_which_of_its_clips_are_noisy(store: ClipStore, first_noisy
 
 
 def test_phases_follow_each_other_and_each_draws_from_its_own_rows(store: ClipStore) -> None:
-    phases = [Phase(4, np.array([0, 0, 1, 2])), Phase(7, np.array([5, 6]))]
+    phases = [phase(0, 4, [0, 0, 1, 2]), phase(4, 7, [5, 6])]
     rows = [rows for _, rows in batches(store, phases=phases)]
     assert len(rows) == 7
     assert sorted(np.concatenate(rows[:4])) == [0] * 8 + [1] * 4 + [2] * 4

@@ -32,8 +32,8 @@ SETS = (
     "train.batch_size=6",
     "train.validate_every=0.5",
     "folds.n_folds=3",
-    "noisy.use=true",
-    "noisy.curated_times=1",
+    "train.clips=both",
+    "train.curated_times=1",
 )
 CPU = Compute(("cpu",), jobs=1)
 
@@ -46,12 +46,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("quick")
 def test_a_dry_run_forecasts_with_the_recipes_own_batches(tmp_path: Path, tiny_download: Callable[..., Path]) -> None:
     root = tiny_download(curated=30, noisy=9, test=3)
-    recipe = load_recipe("demo", SETS)
+    recipe = load_recipe("demo", [*SETS, 'phases=[{}, {clips = "curated", epochs = 1}]'])
     tried = dry_run.dry_run(root, Home(tmp_path / "home"), recipe, CPU)
     assert tried.submission.exists()
     found = tried.forecast
     assert (found.batch_size, found.folds, found.devices) == (6, 3, 1)
-    assert found.steps == math.ceil(2 * (20 + 9) / 6)
+    assert found.steps == math.ceil(2 * (20 + 9) / 6) + math.ceil(20 / 6)
     assert 0 < found.seconds_per_step < 5
     assert found.predict_seconds > 0
     assert found.peak_memory > 100 * 2**20

@@ -49,6 +49,12 @@ def test_lsep_is_the_logarithm_of_one_and_a_sum_over_pairs() -> None:
     assert float(lsep(logits, targets)) == pytest.approx(np.mean(expected), rel=1e-9)
 
 
+def test_lsep_weighs_pairs_by_soft_targets() -> None:
+    logits, targets = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.75, 0.125]])
+    pairs = sum(targets[0, i] * (1 - targets[0, j]) * math.exp(logits[0, j] - logits[0, i]) for i in (0, 1) for j in (0, 1))
+    assert float(lsep(logits, targets)) == pytest.approx(math.log1p(float(pairs)), rel=1e-5)
+
+
 def test_lsep_wants_present_labels_above_absent_ones() -> None:
     logits, targets = sample()
     logits.requires_grad_()

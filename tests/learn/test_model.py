@@ -134,3 +134,19 @@ def test_other_backbones_and_a_linear_head_use_no_norm_of_the_backbone() -> None
     model = build(head="linear").train()
     model(log_mels()).sum().backward()
     assert model.backbone.head.norm.weight.grad is None
+
+
+def test_the_curated_head_is_the_one_that_is_kept() -> None:
+    model = build()
+    model.add_noisy_head()
+    assert not torch.equal(model.noisy_head.weight, model.head.weight)
+    assert torch.equal(model.kept()["head.weight"], model.head.weight)
+
+
+@pytest.mark.parametrize("setting", ["drop_rate", "drop_path_rate"])
+def test_dropout_and_stochastic_depth_act_in_training_only(setting: str) -> None:
+    model, plain = build(**{setting: 0.9}), build()
+    with torch.inference_mode():
+        assert not torch.equal(model.train()(log_mels()), model(log_mels()))
+        assert torch.equal(model.eval()(log_mels()), model(log_mels()))
+        assert torch.equal(plain.train()(log_mels()), plain(log_mels())), "without either, training repeats itself"

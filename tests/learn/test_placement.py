@@ -36,7 +36,7 @@ TINY = (
     "train.batch_size=8",
 )
 EVERYTHING = (
-    "noisy.use=true",
+    "train.clips=both",
     "noisy.bootstrap=0.2",
     "augment.mixup_prob=0.5",
     "augment.freq_masks=1",
@@ -107,7 +107,7 @@ def test_a_gpu_gets_the_fused_optimizer_and_the_cpu_keeps_its_own() -> None:
     state, _ = fake_steps(tiny(), steps=1)
     assert state.optimizer.param_groups[0]["fused"] is True
     recipe = tiny()
-    assert not TrainState(trained_model(recipe, LABELS), recipe.train, CPU, steps=9, warmup=1).optimizer.param_groups[0]["fused"]
+    assert not TrainState(trained_model(recipe, LABELS), recipe.train, CPU).optimizer.param_groups[0]["fused"]
 
 
 def test_statistics_left_on_the_cpu_are_found() -> None:
@@ -129,7 +129,7 @@ def test_targets_left_on_the_cpu_are_found() -> None:
     model, (batch, targets) = trained_model(recipe, LABELS), fake_batch(recipe, 8, LABELS)
     batch = replace(batch, log_mels=torch.from_numpy(batch.log_mels))
     with fake_gpu():
-        state = TrainState(model, recipe.train, Forgetful(torch.device("cuda"), None), steps=9, warmup=1)
+        state = TrainState(model, recipe.train, Forgetful(torch.device("cuda"), None))
         with pytest.raises(RuntimeError, match="same device"):
             train_step(state, batch, targets, recipe, None)
 
@@ -148,7 +148,7 @@ def test_values_that_the_program_reads_are_counted() -> None:
 def test_after_a_resume_step_counters_are_where_the_optimizer_wants_them(tmp_path: Path, optimizer: str, place: str) -> None:
     recipe = tiny(f"train.optimizer={optimizer}")
     batch, targets = fake_batch(recipe, 8, LABELS)
-    on_cpu = TrainState(trained_model(recipe, LABELS), recipe.train, CPU, steps=9, warmup=1)
+    on_cpu = TrainState(trained_model(recipe, LABELS), recipe.train, CPU)
     train_step(on_cpu, batch, targets, recipe, None)
     on_cpu.save(tmp_path / "checkpoint.pt", {})
     model = trained_model(recipe, LABELS)
@@ -223,11 +223,12 @@ def test_operations_are_three_times_those_of_the_forward_pass() -> None:
     assert footprint(recipe, LABELS).flops == pytest.approx(3 * counter.get_total_flops(), rel=0.1)
 
 
-def one_step(recipe: Recipe, targets: np.ndarray, log_mels: np.ndarray) -> list[torch.Tensor]:
+def one_step(recipe: Recipe, targets: np.ndarray, log_mels: np.ndarray, rate: float = 0.5) -> list[torch.Tensor]:
     """The weights after one step of plain gradient descent on the CPU."""
     torch.manual_seed(0)
-    state = TrainState(trained_model(recipe, LABELS), recipe.train, CPU, steps=9, warmup=1)
+    state = TrainState(trained_model(recipe, LABELS), recipe.train, CPU)
     batch, _ = fake_batch(recipe, len(log_mels), LABELS)
+    state.set_phase(recipe.train, rate)
     train_step(state, replace(batch, log_mels=log_mels), targets, recipe, np.random.default_rng(0))
     return [p.detach().clone() for p in state.trained]
 
@@ -237,9 +238,9 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole_batch(loss: str) -> Non
     rng = np.random.default_rng(1)
     log_mels = rng.normal(-40, 10, (8, 64, 32)).astype(np.float16)
     targets = (rng.random((8, LABELS)) < 0.4).astype(np.float32)
-    plain = ("train.optimizer=sgd", "train.lr=1", "train.lr_min=0.5", "train.clip_grad=0", "train.weight_decay=0")
+    plain = ("train.optimizer=sgd", "train.clip_grad=0", "train.weight_decay=0")
     sets = (*EVERYTHING, "model.drop_rate=0", *plain, f"train.loss={loss}")
-    before = one_step(tiny(*sets, "train.lr_min=0"), targets, log_mels)  # warm-up starts at this rate: nothing moves
+    before = one_step(tiny(*sets), targets, log_mels, 0.0)
     whole, parts = (one_step(tiny(*sets, f"train.micro_batch={n}"), targets, log_mels) for n in (0, 3))
     moved = [not torch.equal(a, b) for a, b in zip(before, whole, strict=True)]
     assert sum(moved) > len(moved) / 2

@@ -331,7 +331,7 @@ def test_the_score_is_that_of_the_kept_weights(world: World, whole: Run, tmp_pat
 
 def test_the_moving_average_leaves_the_initial_weights(world: World, tmp_path: Path) -> None:
     def weights(name: str, *sets: str) -> dict[str, torch.Tensor]:
-        run = world.start(tmp_path / name, "augment.off_epochs=0", "train.warmup_epochs=0", *sets)
+        run = world.start(tmp_path / name, "train.warmup_epochs=0", *sets)
         return load_file(go(world, run).weights)
 
     initial = weights("initial", "train.lr=1e-30", "train.lr_min=0.0", "train.ema_decay=0.0")

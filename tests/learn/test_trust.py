@@ -244,7 +244,7 @@ def test_audio_files_that_were_only_copied_again_are_the_same(run: Run, world: W
 
 
 def test_a_missing_table_of_noisy_clips_is_found(world: World, tmp_path: Path) -> None:
-    run = world.start(tmp_path, "noisy.use=true")
+    run = world.start(tmp_path, "train.clips=both")
     (run.folder / "noisy.csv").unlink()
     refused(lambda: open_run(run.home, "tiny"), "noisy.csv is missing")
 

@@ -165,7 +165,7 @@ def test_three_clips_are_reviewed_by_keyboard_alone(browser: Browser, pages: Pag
     why = f'first suggests {suggested}; Ada adds {new}, drops {clips[0]["labels"][0]}; is "loud", it'
     with path.open(newline="") as file:
         assert list(csv.reader(file)) == [["fname", "labels", "why"], [clips[0]["fname"], ",".join(labels), why]]
-    assert read_corrections(path) == {clips[0]["fname"]: {"labels": tuple(labels), "why": why}}
+    assert read_corrections(path) == {clips[0]["fname"]: {"labels": tuple(labels), "why": why, "track": "scratch"}}
 
 
 def test_the_command_of_a_review_is_one_that_the_kit_takes(browser: Browser, hostile: Pages) -> None:
@@ -196,7 +196,7 @@ def test_a_clip_without_any_label_is_not_a_correction(browser: Browser, pages: P
     for number in range(len(browser.run("return review.clips[0].labels")), 0, -1):
         browser.keys(str(number))
     assert not browser.run("return document.getElementById('empty').hidden")
-    assert browser.run("return csv()") == "fname,labels,why\n"
+    assert browser.run("return csv()") == "fname,labels,why,track\n"
 
 
 def test_single_keys_can_be_turned_off(browser: Browser, pages: Pages) -> None:

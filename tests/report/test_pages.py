@@ -135,7 +135,7 @@ def test_a_review_starts_from_the_labels_that_the_run_learned(tmp_path: Path) ->
     data = data_of(tmp_path / "review.html", "review")
     clip = next(clip for clip in data["clips"] if clip["fname"] == fname)
     assert sorted(clip["labels"]) == ["Bark", "Rain"]
-    assert data["corrections"] == [[fname, list(read_corrections(corrections)[fname]["labels"]), "heard, twice"]]
+    assert data["corrections"] == [[fname, list(read_corrections(corrections)[fname]["labels"]), "heard, twice", "scratch"]]
     assert len(data["clips"]) == 24
     doubts = [clip["doubt"] for clip in data["clips"]]
     assert doubts[: sum(d is not None for d in doubts)] == sorted((d for d in doubts if d is not None), reverse=True)

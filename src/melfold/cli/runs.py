@@ -177,8 +177,8 @@ def _users(home: Home, name: str) -> list[str]:
     users = []
     for path in sorted(home.runs.glob("*/recipe.json")):
         recipe = parse_recipe(read_json(path), str(path))
-        if recipe.noisy.teacher == name:
-            users.append(f"the teacher of run {path.parent.name}")
+        if name in recipe.noisy.teachers:
+            users.append(f"a teacher of run {path.parent.name}")
         if recipe.model.weights == f"run:{name}":
             users.append(f"where run {path.parent.name} starts from")
     for path in sorted(home.submissions.glob("*/manifest.json")):

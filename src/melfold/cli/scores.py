@@ -192,5 +192,5 @@ def relabel_suggest(
     typer.echo(f"{len(doubts)} of {covered} clips are in doubt{first}.")
     warn_incomplete(covered, len(curated))
     if output:
-        write_corrections(output, shown, prediction.label)
+        write_corrections(output, shown, prediction.label, prediction.run.info.track)
         typer.echo(f"{output}\nListen to them, delete rows you disagree with, then train with --set data.corrections={output}")

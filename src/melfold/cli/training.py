@@ -89,6 +89,29 @@ def resume(
         _print_trained(stages.resume(place, run, compute, data and data.resolve()))
 
 
+@command(app, "student", "melfold student open scratch --rounds 2 --set noisy.power=2", continues=True)
+def student(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="The first teachers: runs with all folds trained.")],
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds; the students of one are the teachers of the next.")] = 1,
+    data: RunDataOpt = None,
+    device: DevicesOpt = "auto",
+    jobs: JobsOpt = -1,
+    engine: EngineOpt = "joblib",
+    scheduler: SchedulerOpt = "",
+    home: HomeOpt = None,
+    set_: SetOpt = None,
+) -> None:
+    """Train each run again with soft targets from all of them, in rounds: RUN-r1, RUN-r2 and so on, fold by fold."""
+    from melfold import stages
+
+    place, compute = Home.find(home), resolve_compute(device, jobs, engine, scheduler)
+    with compute.connected(place.root):
+        students = stages.students(place, runs, rounds, set_ or [], compute, data and data.resolve())
+    names = [run.name for run in students]
+    typer.echo("\n".join(str(run.folder) for run in students))
+    typer.echo(f"Trained: {', '.join(names)}. Next: melfold compare {' '.join([*runs, *names])}")
+
+
 def _print_trained(run: Run) -> None:
     done = run.done_folds()
     scored = any(fold != "full" for fold in done)

@@ -70,8 +70,11 @@ def doubtful(targets: pd.DataFrame, oof: Probs) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).sort_values(["doubt", "fname"], ascending=[False, True]).set_index("fname")
 
 
-def write_corrections(path: Path, doubts: pd.DataFrame, run: str) -> None:
-    """Write suggestions as a `corrections.csv`, to be listened to and edited; an existing file is never replaced.
+def write_corrections(path: Path, doubts: pd.DataFrame, run: str, track: str) -> None:
+    """Write a run's suggestions as a `corrections.csv`, to be listened to and edited; an existing file is never replaced.
+
+    Args:
+        track: of the run: a recipe with these corrections is of this track too.
 
     Raises:
         MelfoldError: the file exists.
@@ -79,10 +82,10 @@ def write_corrections(path: Path, doubts: pd.DataFrame, run: str) -> None:
     if path.exists():
         raise MelfoldError("the file exists already", str(path), "It may hold your own work: choose another name")
     rows = [
-        (fname, join_labels(row.suggested), f"{run}: {_why(row)}, doubt {row.doubt:.1f}")
+        (fname, join_labels(row.suggested), f"{run}: {_why(row)}, doubt {row.doubt:.1f}", track)
         for fname, row in zip(doubts.index, doubts.itertuples(), strict=True)
     ]
-    table = pd.DataFrame(rows, columns=["fname", "labels", "why"])
+    table = pd.DataFrame(rows, columns=["fname", "labels", "why", "track"])
     write_text(path, table.to_csv(index=False, lineterminator="\n"))
 
 

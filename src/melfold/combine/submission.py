@@ -136,7 +136,7 @@ def _facts(
                 "track": p.run.info.track,
                 "data": p.run.info.data,
                 "licence": p.run.info.licence,
-                "teacher": p.run.info.teacher,
+                "teachers": p.run.info.teachers,
                 "fold_table": p.run.info.fold_table,
                 "folds_sha256": p.run.info.folds_sha256,
                 "clips_sha256": p.run.info.clips_sha256,

@@ -69,13 +69,13 @@ def build_train(home: Home, training: Training, target: Target, *, session: int 
         session: 1, or a later one, which continues where the one before stopped, and fails if it does not find its output.
 
     Raises:
-        MelfoldError: a name that no run can have, weights that are not here, a recipe with a teacher, or a script that would be
+        MelfoldError: a name that no run can have, weights that are not here, a recipe with teachers, or a script that would be
             too large.
     """
     check_name(training.name)
-    if training.recipe.noisy.teacher:
-        found = f"noisy.teacher = {training.recipe.noisy.teacher}"
-        raise MelfoldError("a kernel cannot use a teacher", found, "Train this recipe where its teacher is")
+    if training.recipe.noisy.teachers:
+        found = f"noisy.teachers = {list(training.recipe.noisy.teachers)}"
+        raise MelfoldError("a kernel cannot use teachers", found, "Train this recipe where its teachers are")
     if training.recipe.model.first_run:
         found = f"model.weights = {training.recipe.model.weights}"
         raise MelfoldError("a training kernel cannot start from a run", found, "Train this recipe where that run is")

@@ -78,7 +78,7 @@ def fetch_earlier(session: boot.Session) -> None:
 
 def make_log_mels(session: boot.Session, competition: Competition, recipe: Recipe) -> Path:
     """Cache the clips that the recipe trains on. Returns: the cache's folder."""
-    splits: list[Split] = ["curated", "noisy"] if recipe.noisy.use else ["curated"]
+    splits: list[Split] = ["curated", "noisy"] if recipe.uses_noisy else ["curated"]
     cache = build_cache(competition, recipe.logmel, Home(session.scratch), splits=splits, exclude=recipe.data.exclude)
     stop_workers()
     session.say("log-mels are made")
@@ -108,7 +108,7 @@ def train(session: boot.Session) -> None:
     folds, folds_table = bundle["folds"], bundle["folds_table"]
     if session.rehearsal:
         session.say("a rehearsal: a few clips, a few steps of one fold")
-        recipe = shorten(recipe, competition, "", batch_size=min(4, recipe.train.batch_size), steps=3)
+        recipe = shorten(recipe, competition, batch_size=min(4, recipe.train.batch_size), steps=3)
         numbers = [f"{fname},{i % recipe.folds.n_folds}\n" for i, fname in enumerate(competition.curated.index)]
         folds, folds_table = folds[:1], "".join(["fname,fold\n", *numbers])
     table = session.working / "folds" / bundle["folds_name"]

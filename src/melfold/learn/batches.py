@@ -13,6 +13,7 @@ import torch
 
 from melfold.data.clips import ClipStore, Pad, window_starts
 from melfold.learn.devices import Device
+from melfold.learn.phases import Phase
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,6 @@ def draw_start(frames: int, length: int, pad: Pad, rng: np.random.Generator) -> 
     if frames >= length:
         return int(rng.integers(0, frames - length + 1))
     return int(rng.integers(0, frames)) if pad == "wrap" else int(rng.integers(frames - length, 1))
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of training, up to the step `until`, in which clips are drawn from `rows`; rows may repeat."""
-
-    until: int
-    rows: np.ndarray
 
 
 def train_batches(
@@ -61,12 +54,11 @@ def train_batches(
         first_noisy: the row of the first noisy clip; None if there is none.
     """
     first_noisy = len(store.fnames) if first_noisy is None else first_noisy
-    begin = 0
     for number, phase in enumerate(phases):
         n = len(phase.rows)
         orders: dict[int, np.ndarray] = {}
-        for step in range(max(first_step, begin), phase.until):
-            positions = np.arange((step - begin) * batch_size, (step - begin + 1) * batch_size)
+        for step in range(max(first_step, phase.begin), phase.until):
+            positions = (step - phase.begin) * batch_size + np.arange(batch_size)
             passes = positions // n
             for p in np.unique(passes):
                 if p not in orders:
@@ -78,7 +70,6 @@ def train_batches(
             for out, row in zip(log_mels, rows, strict=True):
                 store.read(row, draw_start(int(store.frames[row]), length, pad, rng), out, pad)
             yield Batch(log_mels, rows, rows >= first_noisy)
-        begin = phase.until
 
 
 def window_batches(store: ClipStore, *, length: int, overlap: float, shift: int, batch_size: int, pad: Pad) -> Iterator[Batch]:

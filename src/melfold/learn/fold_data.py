@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,8 +13,9 @@ import pandas as pd
 from melfold.config import Recipe
 from melfold.data.clips import ClipStore
 from melfold.errors import MelfoldError
-from melfold.learn.batches import Batch, Phase, train_batches
+from melfold.learn.batches import Batch, train_batches
 from melfold.learn.normalise import Level, statistics
+from melfold.learn.phases import Phase, phases_of
 from melfold.learn.runs import FULL, Run
 
 
@@ -52,17 +52,14 @@ class FoldData:
         train, held_out = run.trained_on(fold), run.held_out(fold)
         if not train:
             raise MelfoldError(f"fold {fold} has no clip to learn from", "every clip is excluded", "Check data.exclude")
-        targets, noisy = run.train_targets(train).to_numpy(), []
-        if recipe.noisy.use:
-            table = run.noisy_targets(fold)
-            if table.empty:
-                raise MelfoldError("no noisy clip is left to learn from", run.name, "Check noisy.top and data.exclude")
-            noisy, targets = list(table.index), np.concatenate([targets, table.to_numpy()])
+        curated, noisy = run.fold_targets(fold)
+        if recipe.uses_noisy and noisy.empty:
+            raise MelfoldError("no noisy clip is left to learn from", run.name, "Check noisy.top and data.exclude")
         return cls(
             recipe,
             fold,
-            ClipStore(cache, [*train, *noisy], front.n_mels, front.top_db),
-            targets,
+            ClipStore(cache, [*curated.index, *noisy.index], front.n_mels, front.top_db),
+            np.concatenate([curated.to_numpy(), noisy.to_numpy()]),
             len(train),
             ClipStore(cache, held_out, front.n_mels, front.top_db),
             run.targets(held_out),
@@ -84,17 +81,13 @@ class FoldData:
 
     @cached_property
     def phases(self) -> list[Phase]:
-        """The stretches of training; see `phases_of`."""
+        """The stretches of training."""
         return phases_of(self.recipe, self.curated, self.noisy)
 
     @property
     def steps(self) -> int:
         """Steps of the whole training."""
         return self.phases[-1].until
-
-    def steps_in(self, epochs: float, phase: int = 0) -> int:
-        """Steps in some epochs of a phase."""
-        return steps_in(epochs, len(self.phases[phase].rows), self.recipe.train.batch_size)
 
     @property
     def seeds(self) -> tuple[int, int]:
@@ -114,23 +107,3 @@ class FoldData:
             first_step=first_step,
             first_noisy=self.curated,
         )
-
-
-def steps_in(epochs: float, clips: int, batch_size: int) -> int:
-    """How many batches some passes over the clips take."""
-    return math.ceil(epochs * clips / batch_size)
-
-
-def phases_of(recipe: Recipe, curated: int, noisy: int) -> list[Phase]:
-    """Which rows are drawn when. Rows: the curated clips first, then the noisy ones.
-
-    `train.epochs` are passes over the first phase's rows, where a curated clip is there `noisy.curated_times` times; then
-    `noisy.curated_epochs` passes over the curated clips alone.
-    """
-    config, batch_size = recipe.noisy, recipe.train.batch_size
-    alone = np.arange(curated)
-    rows = np.concatenate([np.tile(alone, config.curated_times), np.arange(curated, curated + noisy)]) if config.use else alone
-    phases = [Phase(steps_in(recipe.train.epochs, len(rows), batch_size), rows)]
-    if config.use and config.curated_epochs:
-        phases.append(Phase(phases[0].until + steps_in(config.curated_epochs, curated, batch_size), alone))
-    return phases

@@ -43,7 +43,7 @@ class Job:
         home, label, fold: which home, `RUN` or `RUN@NAME`, and which fold.
         cache: the folder of the log-mels.
         number, count: this is job `number` of `count`.
-        teacher_cache: `train`: log-mels of the noisy clips with the teacher's front-end.
+        teacher_caches: `train`: for each teacher the folder of log-mels with its front-end.
         output, fnames, clips: `predict`: the CSV to write, its clips, and the digest of their audio.
     """
 
@@ -54,7 +54,7 @@ class Job:
     cache: str
     number: int = 1
     count: int = 1
-    teacher_cache: str = ""
+    teacher_caches: tuple[str, ...] = ()
     output: str = ""
     fnames: tuple[str, ...] = ()
     clips: str = ""
@@ -73,9 +73,8 @@ def do(job: Job, device: Device, progress: Progress = silent) -> None:
     home = Home(Path(job.home))
     if job.task == "train":
         run = open_run(home, job.label)
-        if job.teacher_cache:
-            teacher = open_run(home, run.recipe.noisy.teacher)
-            make_pseudo_labels(run, teacher, job.fold, Path(job.teacher_cache), device)
+        if job.teacher_caches:
+            make_pseudo_labels(run, job.fold, [Path(cache) for cache in job.teacher_caches], device)
         train_fold(run, job.fold, Path(job.cache), device, progress=progress, place=(job.number, job.count))
         return
     prediction = open_prediction(home, job.label)
@@ -102,7 +101,7 @@ def do_remote(values: dict[str, object], device: str) -> str:
 
 
 def _job(values: dict[str, object]) -> Job:
-    return Job(**{**values, "fnames": tuple(values["fnames"])})  # type: ignore[arg-type]
+    return Job(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})  # type: ignore[arg-type]
 
 
 def _worker(device: str) -> int:

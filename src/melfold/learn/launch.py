@@ -58,18 +58,18 @@ def train_folds(
     cache: Path,
     compute: Compute,
     *,
-    teacher_cache: Path | None = None,
+    teacher_caches: Sequence[Path] = (),
     seconds: float = math.inf,
 ) -> None:
     """Train the folds of a run that are not done.
 
     Args:
         cache: the folder of the log-mels.
-        teacher_cache: log-mels of the noisy clips with the teacher's front-end, if there is a teacher.
+        teacher_caches: for each teacher the folder of log-mels with its front-end.
         seconds: as in `launch`.
     """
     left = [str(fold) for fold in which if not run.fold(fold).done]
-    more: dict[str, Any] = {"count": len(left), "teacher_cache": str(teacher_cache or "")}
+    more: dict[str, Any] = {"count": len(left), "teacher_caches": tuple(map(str, teacher_caches))}
     home = str(run.home.root)
     jobs = [Job("train", home, run.name, fold, str(cache), number + 1, **more) for number, fold in enumerate(left)]
     launch(jobs, compute, seconds=seconds)

@@ -37,10 +37,10 @@ class RunInfo:
     noisy_sha256: str
     first_weights: str
     """SHA-256 of the weights file, or the name and the fingerprint of the run, that it starts from."""
-    teacher: str
-    """The teacher's name and its fingerprint."""
+    teachers: list[str]
+    """The name and the fingerprint of each teacher."""
     track: str
-    """`scratch`: the competition's data alone. `open`: weights from elsewhere, here or in the teacher."""
+    """`scratch`: the competition's data alone. `open`: weights from elsewhere, here, in a teacher or behind a correction."""
     data: str
     """`curated`, or `curated and noisy`."""
     licence: str
@@ -62,7 +62,7 @@ class RunInfo:
             "clips": self.clips_sha256,
             "noisy_clips": self.noisy_sha256,
             "first_weights": self.first_weights,
-            "teacher": self.teacher,
+            "teachers": self.teachers,
         }
 
 
@@ -93,12 +93,12 @@ class FoldFolder:
 
     @property
     def teacher_probs(self) -> Path:
-        """This fold's predictions for the noisy clips, once it has been a teacher."""
+        """This fold's predictions for a student's clips, once it has been a teacher."""
         return self.path / "teacher_probs.csv"
 
     @property
     def pseudo_labels(self) -> Path:
-        """The noisy clips that the teacher's model of this fold selected, and their targets."""
+        """The clips that have targets from the teachers' models of this fold: the noisy ones they chose, and curated ones."""
         return self.path / "pseudo_labels.csv"
 
     @property
@@ -188,7 +188,7 @@ class Run:
     @cached_property
     def noisy(self) -> pd.Series:
         """The labels (a tuple) of the noisy clips that take part, by `fname`, sorted; empty if the recipe does not use them."""
-        if not self.recipe.noisy.use:
+        if not self.recipe.uses_noisy:
             return pd.Series([], index=pd.Index([], name="fname", dtype=str), dtype=object)
         labels = _read_clips(self.folder / "noisy.csv")["labels"]
         return labels.loc[~labels.index.isin(self.recipe.data.exclude)]
@@ -206,21 +206,25 @@ class Run:
         )
         return multi_hot(labels, self.info.labels)
 
-    def noisy_targets(self, fold: int | str) -> pd.DataFrame:
-        """`(clips, labels)` in 0..1 of the noisy clips a fold learns from: the pseudo labels if there is a teacher, else the
-        table's labels.
+    def fold_targets(self, fold: int | str) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """`(clips, labels)` in 0..1 of the curated and the noisy clips that a fold learns from: the tables' labels, with
+        corrections, and with the teachers' soft targets where there are teachers.
 
         Raises:
-            MelfoldError: the teacher's pseudo labels are missing or damaged.
+            MelfoldError: the teachers' targets are missing or damaged.
         """
-        if not self.recipe.noisy.teacher:
-            return multi_hot(self.noisy, self.info.labels)
+        curated = self.train_targets(self.trained_on(fold))
+        if not self.recipe.noisy.teachers:
+            return curated, multi_hot(self.noisy, self.info.labels)
         path = self.fold(fold).pseudo_labels
         if not path.exists():
             raise MelfoldError(f"fold {fold} of {self.name} has no pseudo labels", str(path), "`melfold train` makes them")
         Artefact.of(path).verify()
-        targets = read_probs(path)
-        return align(targets, targets.index, self.info.labels, str(path))
+        soft = read_probs(path)
+        soft = align(soft, soft.index, self.info.labels, str(path))
+        noisy = soft.index.isin(self.noisy.index)
+        curated.loc[soft.index[~noisy]] = soft[~noisy]
+        return curated, soft[noisy]
 
     def held_out(self, fold: int | str) -> list[str]:
         """The clips a fold is scored on; none for `full`."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 from melfold.config import Recipe
 from melfold.data.competition import Competition
+from melfold.learn.phases import phases_of
+from melfold.train_config import Phase
 
 CLIPS_PER_FOLD = 8
 
@@ -24,28 +26,24 @@ def few_clips(whole: Competition, n_folds: int, exclude: Collection[str] = ()) -
     )
 
 
-def shorten(recipe: Recipe, few: Competition, teacher: str, *, batch_size: int, steps: int) -> Recipe:
-    """A recipe with a few steps in each phase, the last one without augmentation."""
+def shorten(recipe: Recipe, few: Competition, names: Mapping[str, str] | None = None, *, batch_size: int, steps: int) -> Recipe:
+    """A recipe with a few steps in each phase.
+
+    Args:
+        names: of its teachers -> other names for them.
+    """
     curated, noisy = len(few.curated) * (recipe.folds.n_folds - 1) // recipe.folds.n_folds, len(few.noisy)
-    rows = curated * recipe.noisy.curated_times + noisy if recipe.noisy.use else curated
-    wanted = steps - 0.5  # rounded up
-    last = batch_size / (curated if recipe.noisy.curated_epochs or not recipe.noisy.use else rows)
-    epochs = wanted * batch_size / rows
-    alone: dict[str, Any] = {"teacher": teacher} if recipe.noisy.teacher else {}
-    if recipe.noisy.curated_epochs:
-        alone["curated_epochs"] = wanted * batch_size / curated
+    # The end is validated in any case, outside the time measured.
+    train = recipe.train.model_copy(update={"batch_size": batch_size, "validate_every": 0.0})
+    phases = []
+    for phase, own in zip(recipe.phases or (Phase(),), phases_of(recipe, curated, noisy), strict=True):
+        epochs = (steps - 0.5) * batch_size / max(1, len(own.rows))  # rounded up
+        phases.append(phase.model_copy(update={"epochs": epochs, "warmup_epochs": epochs / 3}))
     corrections = {f: c for f, c in recipe.data.corrections.items() if f in few.curated.index}
-    changes = {"epochs": epochs, "warmup_epochs": epochs / 3, "batch_size": batch_size}
-    changes |= {"validate_every": 0.0}  # the end is validated in any case, outside the time measured
-    model: dict[str, Any] = {}
+    changes: dict[str, Any] = {"train": train, "phases": tuple(phases)}
+    changes["data"] = recipe.data.model_copy(update={"corrections": corrections})
+    if names:
+        changes["noisy"] = recipe.noisy.model_copy(update={"teachers": tuple(names[name] for name in recipe.noisy.teachers)})
     if recipe.model.first_run:  # other weights take no other time
-        model = {"weights": "none", "normalise": "scalar"}
-    return recipe.model_copy(
-        update={
-            "model": recipe.model.model_copy(update=model),
-            "data": recipe.data.model_copy(update={"corrections": corrections}),
-            "train": recipe.train.model_copy(update=changes),
-            "noisy": recipe.noisy.model_copy(update=alone),
-            "augment": recipe.augment.model_copy(update={"off_epochs": last / 2}),
-        }
-    )
+        changes["model"] = recipe.model.model_copy(update={"weights": "none", "normalise": "scalar"})
+    return recipe.model_copy(update=changes)

@@ -73,7 +73,7 @@ def start_run(home: Home, name: str, recipe: Recipe, competition: Competition, f
         lineterminator="\n"
     )
     noisy = ""
-    if recipe.noisy.use:
+    if recipe.uses_noisy:
         noisy = competition.noisy[["labels"]].sort_index()["labels"].map(join_labels).to_csv(lineterminator="\n")
     info = _info(home, recipe, competition, folds_path, clips, noisy)
     if (folder / "run.json").exists() and (run := open_run(home, name)).has_data():
@@ -101,7 +101,7 @@ def _check_exclude(recipe: Recipe, folds: pd.Series) -> None:
 
 def _sources(home: Home, recipe: Recipe) -> dict[str, Any]:
     """What a new run's own first weights, and the runs that it learns from, were made of: licence, data sets, warnings."""
-    parents = [open_run(home, name).info for name in (recipe.model.first_run, recipe.noisy.teacher) if name]
+    parents = [open_run(home, name).info for name in (recipe.model.first_run, *recipe.noisy.teachers) if name]
     warning = freesound_warning(recipe)
     return {
         "licence": join_licences(licence_of(recipe, home), *(parent.licence for parent in parents)),
@@ -114,8 +114,8 @@ def _info(home: Home, recipe: Recipe, competition: Competition, folds_path: Path
     """The facts of a new run, without commit and sources, which an existing run does not compare."""
     clips_sha256 = hashlib.sha256(clips.encode()).hexdigest()
     first = _with_folds(home, recipe.model.first_run, clips_sha256, "the run that another one starts from")
-    teacher = _with_folds(home, recipe.noisy.teacher, clips_sha256, "a teacher")
-    parents = [run.info for run in (first, teacher) if run]
+    teachers = [_with_folds(home, name, clips_sha256, "a teacher") for name in recipe.noisy.teachers]
+    parents = [run.info for run in (first, *teachers) if run]
     return RunInfo(
         competition=competition.name,
         labels=list(competition.labels),
@@ -124,7 +124,7 @@ def _info(home: Home, recipe: Recipe, competition: Competition, folds_path: Path
         clips_sha256=clips_sha256,
         noisy_sha256=hashlib.sha256(noisy.encode()).hexdigest() if noisy else "",
         first_weights=f"{first.name} {first.recipe.fingerprint()}" if first else first_weights_sha256(recipe.model, home),
-        teacher=f"{teacher.name} {teacher.recipe.fingerprint()}" if teacher else "",
+        teachers=[f"{teacher.name} {teacher.recipe.fingerprint()}" for teacher in teachers if teacher],
         track="open" if any(parent.track == "open" for parent in parents) else recipe.track,
         data="curated and noisy" if noisy or any(parent.data != "curated" for parent in parents) else "curated",
         licence="",
@@ -141,8 +141,10 @@ def check_recipe(recipe: Recipe, competition: Competition) -> None:
     Raises:
         MelfoldError: no noisy clips, or one line for each correction of an unknown clip or with an unknown label.
     """
-    if recipe.noisy.use and not len(competition.noisy):
-        raise MelfoldError("this download has no noisy clips", str(competition.root), "Use a recipe without noisy.use")
+    if recipe.uses_noisy and not len(competition.noisy):
+        raise MelfoldError(
+            "this download has no noisy clips", str(competition.root), "Use --set train.clips=curated --set phases=[]"
+        )
     problems = []
     for fname, correction in recipe.data.corrections.items():
         if fname not in competition.curated.index:

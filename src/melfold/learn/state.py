@@ -1,4 +1,4 @@
-"""The state of a training: model, optimiser, schedule, scaler and average; one object that saves and loads."""
+"""The state of a training: model, optimiser, scaler and average; one object that saves and loads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import io
 import json
-import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,28 +13,23 @@ from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class
-from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 
 from melfold.artefacts import differences, listed
-from melfold.config import TrainConfig
 from melfold.errors import MelfoldError
 from melfold.files import write_bytes
 from melfold.learn.devices import Device
 from melfold.learn.losses import loss_named
 from melfold.learn.model import Tagger
+from melfold.train_config import TrainConfig
 
 _HASH_BYTES = 32
 
 
 class TrainState:
-    """Everything that changes while a fold is trained.
+    """Everything that changes while a fold is trained. It starts with the loss and the highest learning rate of `config`."""
 
-    Args:
-        steps, warmup: of the whole training, for the schedule.
-    """
-
-    def __init__(self, model: Tagger, config: TrainConfig, device: Device, *, steps: int, warmup: int) -> None:
+    def __init__(self, model: Tagger, config: TrainConfig, device: Device) -> None:
         self.model, self.config, self.device = model.to(device.torch).train(), config, device
         self.forward = torch.compile(self.model) if config.compile else self.model
         """What a training step calls: `(log_mels, noisy or None) -> logits`, as `Tagger`."""
@@ -54,17 +48,6 @@ class TrainState:
             )
         except (TypeError, ValueError) as error:
             raise MelfoldError(f"timm refuses optimizer {config.optimizer}", str(error), "Check train.optimizer") from error
-        # If warm-up fills a short run, timm warns that nothing is left to anneal.
-        logging.getLogger("timm.scheduler.cosine_lr").setLevel(logging.ERROR)
-        self.schedule = CosineLRScheduler(
-            self.optimizer,
-            t_initial=max(1, steps - warmup),
-            lr_min=config.lr_min,
-            warmup_t=warmup,
-            warmup_lr_init=config.lr_min,
-            warmup_prefix=True,
-            t_in_epochs=False,
-        )
         self.scaler = device.scaler()
         self.ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
         self.step, self.seconds = 0, 0.0
@@ -80,6 +63,12 @@ class TrainState:
     def lr(self) -> float:
         """The learning rate of the last layer."""
         return self.optimizer.param_groups[-1]["lr"]
+
+    def set_phase(self, config: TrainConfig, lr: float) -> None:
+        """Take the loss of a phase, and this learning rate: of the last layer, where earlier ones have smaller rates."""
+        self.loss_of = loss_named(config.loss, config.loss_kwargs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add a loss's gradient to those since the last `update`."""

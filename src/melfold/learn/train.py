@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from melfold.compute import Progress, silent
-from melfold.config import Recipe, TrainConfig
+from melfold.config import Recipe
 from melfold.errors import MelfoldError
 from melfold.files import digest, remove_leftovers, sha256_file
 from melfold.learn.augment import apply_augment, draw_augment
@@ -23,6 +23,7 @@ from melfold.learn.devices import Device, explain_out_of_memory, repeatable
 from melfold.learn.fold_data import FoldData
 from melfold.learn.losses import bootstrapped
 from melfold.learn.model import Tagger, build_model
+from melfold.learn.phases import phase_at
 from melfold.learn.predict import predict_probs, speed_since
 from melfold.learn.predictions import own_prediction, write_current
 from melfold.learn.provenance import versions
@@ -32,6 +33,7 @@ from melfold.learn.train_log import TrainLog, duration
 from melfold.learn.weights import load_weights, save_weights
 from melfold.metrics import lwlrap
 from melfold.probs import Probs
+from melfold.train_config import TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -87,12 +89,12 @@ def _train(run: Run, folder: FoldFolder, data: FoldData, device: Device, progres
         log.info("%s: continuing at step %d of %d", title, state.step, steps)
     log.info("%s: %s, %d steps of %d crops", title, device.describe(), steps, config.batch_size)
     watch = TrainLog(folder.log, state, data, progress, title, place[1] - place[0])
-    validate_steps = data.steps_in(config.validate_every) if config.validate_every else steps + 1
     saved = time.monotonic()
     with _stop_signal() as stop:
         for batch in read_ahead(data.batches(state.step), device):
+            phase = data.phases[phase_at(data.phases, state.step)]
+            state.set_phase(phase.config, phase.learning_rate(state.step))
             torch.manual_seed(seed_for(data, _DROPOUT, state.step))
-            state.schedule.step_update(state.step)
             loss, norm = train_step(state, batch, data.targets[batch.rows], run.recipe, augment_rng(data, state.step))
             watch.add(batch, loss, norm)
 
@@ -100,7 +102,7 @@ def _train(run: Run, folder: FoldFolder, data: FoldData, device: Device, progres
             if watch.is_due() or stop.is_set():
                 watch.look()
                 looked = True
-            if state.step % validate_steps == 0 and not last and len(data.held_out.fnames):
+            if state.step in phase.looks() and not last and len(data.held_out.fnames):
                 watch.lwlrap, _ = _validate(run, data, state)
                 watch.write(lwlrap=watch.lwlrap)
             if stop.is_set() or last or (looked and time.monotonic() - saved > 60 * config.checkpoint_minutes):
@@ -113,7 +115,7 @@ def _train(run: Run, folder: FoldFolder, data: FoldData, device: Device, progres
 
 def _inputs(run: Run, folder: FoldFolder, data: FoldData) -> dict[str, str]:
     """What a fold's weights are made from."""
-    pseudo = sha256_file(folder.pseudo_labels) if run.recipe.noisy.teacher and folder.pseudo_labels.exists() else ""
+    pseudo = sha256_file(folder.pseudo_labels) if run.recipe.noisy.teachers and folder.pseudo_labels.exists() else ""
     first = _first_fold(run, folder.fold)
     weights = {"first_weights": first.weights_sha256()} if first else {}
     audio = {"training_audio": data.training_audio}
@@ -141,7 +143,7 @@ def start_state(run: Run, data: FoldData, device: Device, *, initial: bool = Tru
     Args:
         initial: start from the recipe's weights, else from random ones that are to be replaced.
     """
-    recipe, config = run.recipe, run.recipe.train
+    recipe = run.recipe
     model = build_model(
         recipe.model, len(run.info.labels), recipe.logmel.n_mels, recipe.crop_frames, initial=initial, home=run.home
     )
@@ -151,12 +153,11 @@ def start_state(run: Run, data: FoldData, device: Device, *, initial: bool = Tru
     own, noisy = data.statistics()
     if own:
         model.normalise.set(*own)
-    if recipe.noisy.use and recipe.noisy.own_head:
+    if recipe.uses_noisy and recipe.noisy.own_head:
         model.add_noisy_head()
     if noisy:
         model.normalise.set_noisy(*noisy)
-    warmup = min(data.steps_in(config.warmup_epochs), data.steps - 1)
-    return TrainState(model, config, device, steps=data.steps, warmup=warmup)
+    return TrainState(model, recipe.train, device)
 
 
 def train_step(
@@ -172,7 +173,7 @@ def train_step(
         The loss and the gradient's norm before clipping, on the device.
     """
     device, config, noisy_config = state.device, recipe.train, recipe.noisy
-    apart = noisy_config.use and (noisy_config.own_head or noisy_config.own_norm)
+    apart = recipe.uses_noisy and (noisy_config.own_head or noisy_config.own_norm)
     log_mels, wanted, noisy = device.log_mels(batch.log_mels), device.tensor(targets), device.tensor(batch.noisy)
     if rng:
         groups = batch.noisy if apart else None  # clips that are treated differently are not mixed with each other
@@ -194,10 +195,9 @@ def train_step(
 
 
 def augment_rng(data: FoldData, step: int) -> np.random.Generator | None:
-    """The generator that draws a step's augmentation; None in the last epochs, which see the clips as they are."""
-    off_epochs = data.recipe.augment.off_epochs
-    off_steps = data.steps_in(off_epochs, -1) if off_epochs else 0
-    return np.random.default_rng([*data.seeds, _AUGMENT, step]) if step < data.steps - off_steps else None
+    """The generator that draws a step's augmentation; None in a phase that sees the clips as they are."""
+    augmented = data.phases[phase_at(data.phases, step)].config.augment
+    return np.random.default_rng([*data.seeds, _AUGMENT, step]) if augmented else None
 
 
 def _validate(run: Run, data: FoldData, state: TrainState) -> tuple[float, Probs]:

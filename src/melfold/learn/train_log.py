@@ -15,6 +15,7 @@ from melfold.errors import MelfoldError
 from melfold.files import write_text
 from melfold.learn.batches import Batch
 from melfold.learn.fold_data import FoldData
+from melfold.learn.phases import epochs_at, phase_at
 from melfold.learn.state import TrainState
 
 LOG_STEPS = 20
@@ -69,7 +70,10 @@ class TrainLog:
     def _rate(self, loss: float) -> str:
         config, done = self.state.config, self.state.step - self._first_step
         seconds_per_step = (time.monotonic() - self._started) / max(1, done)
-        text = f"loss {loss:.4f}, {config.batch_size / seconds_per_step:.0f} crops/s"
+        phases = self.data.phases
+        number = phase_at(phases, self.state.step - 1)
+        text = f"phase {number}, {number + 1} of {len(phases)}, " if len(phases) > 1 else ""
+        text += f"loss {loss:.4f}, {config.batch_size / seconds_per_step:.0f} crops/s"
         if self.lwlrap is not None:
             text += f", lwlrap {self.lwlrap:.5f}"
         if self.folds_left:
@@ -89,8 +93,9 @@ class TrainLog:
 
     def write(self, **values: float) -> None:
         """Append a row to the log; values that are not finite become null."""
-        epoch = self.state.step * self.state.config.batch_size / len(self.data.phases[0].rows)
-        row = {"step": self.state.step, "epoch": round(epoch, 3), "seconds": round(self.state.seconds, 1), **values}
+        phases, step = self.data.phases, self.state.step
+        row = {"step": step, "phase": phase_at(phases, step - 1), "epoch": round(epochs_at(phases, step), 3)}
+        row |= {"seconds": round(self.state.seconds, 1), **values}
         self.state.rows.append({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()})
         with self.path.open("a") as file:
             file.write(json.dumps(self.state.rows[-1]) + "\n")

@@ -59,7 +59,8 @@ def write_review_page(
         "key": digest([prediction.label, run.info.clips_sha256, [clip["fname"] for clip in clips]])[:16],
         "labels": run.info.labels,
         "clips": clips,
-        "corrections": [[fname, list(own.labels), own.why] for fname, own in sorted(run.recipe.data.corrections.items())],
+        "track": run.info.track,
+        "corrections": [[fname, list(c.labels), c.why, c.track] for fname, c in sorted(run.recipe.data.corrections.items())],
         "data": run.info.data_folder,
     }
     write_page(

@@ -107,7 +107,7 @@ def provenance(run: Run) -> list[tuple[str, str]]:
         ("Track", info.track),
         ("Licence of the first weights", info.licence or "none needed"),
         ("The first weights were trained on", ", ".join(info.seen) or "none needed"),
-        ("Teacher", info.teacher),
+        ("Teachers", ", ".join(info.teachers)),
         ("Fold table", f"{info.fold_table}, {info.folds_sha256[:12]}"),
         ("Recipe", f"{run.recipe.name}, {run.recipe.fingerprint()}"),
         ("Commit", info.commit[:12] + ("+ (with changes)" if info.commit.endswith("+") else "")),
@@ -145,6 +145,8 @@ def _reasons(recipe: Recipe) -> dict[str, tuple[Any, str]]:
 def _flat(recipe: Recipe) -> dict[str, str]:
     flat: dict[str, str] = {}
     for section, value in recipe.model_dump(mode="json", exclude={"name", "about"}).items():
+        if section == "phases":
+            value = {f"{number}.{key}": inner for number, phase in enumerate(value) for key, inner in phase.items()}
         if not isinstance(value, dict):
             flat[section] = _shown(value)
             continue

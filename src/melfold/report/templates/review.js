@@ -168,19 +168,19 @@ function rows() {
   for (const clip of clips) {
     const decision = decisionOf(clip);
     if (decision.kind) decided.add(clip.fname);
-    if (decision.kind === "change" && decision.labels.length) changed.set(clip.fname, [decision.labels, why(clip, decision)]);
+    if (decision.kind === "change" && decision.labels.length) changed.set(clip.fname, [decision.labels, why(clip, decision), review.track]);
   }
   // Corrections that the run was trained with stay, unless this review decided otherwise; "keep" keeps them.
-  for (const [fname, labels, reason] of review.corrections) {
+  for (const [fname, ...own] of review.corrections) {
     const clip = clips.find(each => each.fname === fname), kind = clip ? decisionOf(clip).kind : "";
-    if (!changed.has(fname) && kind !== "exclude") changed.set(fname, [labels, reason]);
+    if (!changed.has(fname) && kind !== "exclude") changed.set(fname, own);
   }
-  return [...changed].sort(([a], [b]) => a < b ? -1 : 1).map(([fname, [labels, reason]]) => [fname, labels.join(","), reason]);
+  return [...changed].sort(([a], [b]) => a < b ? -1 : 1).map(([fname, [labels, ...rest]]) => [fname, labels.join(","), ...rest]);
 }
 
 function csv() {
   const quoted = text => /[",\r\n]/.test(text) ? '"' + text.replaceAll('"', '""') + '"' : text;
-  return [["fname", "labels", "why"], ...rows()].map(row => row.map(quoted).join(",") + "\n").join("");
+  return [["fname", "labels", "why", "track"], ...rows()].map(row => row.map(quoted).join(",") + "\n").join("");
 }
 
 // A shell takes everything between single quotes as it is; a quote itself is closed, escaped and opened again.
