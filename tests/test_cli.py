@@ -224,14 +224,14 @@ def test_bad_input_gets_one_line_and_leaves_nothing(
 
 def test_several_problems_are_several_lines(data: Path, home: Path) -> None:
     (data / "train_curated" / "c0000.wav").unlink()
-    (data / "test" / "more.wav").write_bytes(b"")
+    (data / "train_noisy" / "n0000.wav").unlink()
     result = CliRunner().invoke(app, ["check", str(data), "--home", str(home)])
     assert result.exit_code == 2
     lines = result.stderr.splitlines()
     assert len(lines) == 2
     assert all(line.startswith("melfold: ") for line in lines)
     assert "train_curated/c0000.wav" in lines[0]
-    assert "test/more.wav" in lines[1]
+    assert "train_noisy/n0000.wav" in lines[1]
 
 
 def test_without_home_melfold_home_is_used(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,7 +316,7 @@ def test_an_empty_home_says_where_it_looked(home: Path) -> None:
 def test_ctrl_c_says_whether_the_command_continues(
     args: list[str], said: str, data: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(root: Path) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("melfold.data.competition.load_competition", interrupted)
