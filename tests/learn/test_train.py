@@ -24,7 +24,8 @@ from learn_world import TINY, World
 from safetensors.torch import load_file
 
 from melfold.artefacts import Artefact
-from melfold.data.cache import crc32_of, npy_path, read_manifest
+from melfold.data.arrays import crc32_of, npy_path
+from melfold.data.cache import read_manifest
 from melfold.errors import MelfoldError
 from melfold.files import Home, atomic_path
 from melfold.learn import fold_data, state
