@@ -54,7 +54,7 @@ def test_writers_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
 DAMAGE = {
     "not UTF-8": (lambda text: text[:-20] + b"\xff" + text[-20:], "is no ledger"),
     "cut in a line": (lambda text: text[:-30], "is cut: row 2 is not whole"),
-    "cut in the last cell": (lambda text: text[:-2], "is cut: row 2 is not whole"),
+    "cut after the last cell": (lambda text: text[:-1], "is cut: row 2 is not whole"),
     "a row twice": (lambda text: text + text.splitlines(keepends=True)[-1], "has a row twice"),
     "a score that is none": (lambda text: text.replace(b"0.7", b"O.7"), "not a score: 'O.7' of a"),
     "an open quote": (lambda text: text.replace(b"a,a,", b'"a,a,'), "ledger.csv"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import time
@@ -93,6 +94,20 @@ def test_a_lost_ledger_is_no_reason_to_submit_again(fake: FakeKaggle, client: Ka
     assert (row.tag, row.ref, row.oof_lwlrap, row.account) == (first.tag, first.ref, first.oof_lwlrap, "tester")
     assert Ledger.of(own.home).rows() == [row]
     assert len(fake.submissions) == 1
+
+
+@pytest.mark.parametrize("kind", ["delay", "409_after"])
+def test_a_lost_ledger_is_no_reason_either_while_kaggle_does_not_list_it(
+    kind: str, fake: FakeKaggle, client: Kaggle, own: World
+) -> None:
+    fake.list_late = 99
+    fake.faults.append(Fault("CreateSubmission", kind, seconds=0))
+    with contextlib.suppress(KaggleError):
+        submit(client, own.home, "tiny")
+    Ledger.of(own.home).path.unlink()
+    fake.submissions[0].hidden = 1 if kind == "delay" else 0
+    row = submit(client, own.home, "tiny")
+    assert (row.status in SPENT, row.ref, len(fake.submissions)) == (True, "1", 1)
 
 
 @pytest.mark.parametrize(("mark", "same"), [("", True), ("sha256:0123456789abcdef ", False)])

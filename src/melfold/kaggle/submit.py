@@ -176,32 +176,32 @@ def _review(client: Kaggle, home: Home, row: Row, listed: Sequence[Submission]) 
 
 
 def _conclude(client: Kaggle, home: Home, row: Row, said: Said) -> Row:
-    """Record how a call ended. Kaggle's list decides; where it has nothing, the reply does."""
+    """Record how a call ended. Kaggle's list decides; where it has nothing, the reply does.
+
+    The call's own record stays until Kaggle lists the submission, since it may do so late, and the ledger may be lost by then.
+    """
     ledger = Ledger.of(home)
     if said.code == 0 and re.search("success", said.text, re.I):
         ref = str((said.reply or {}).get("ref") or "")
         if found := _look(client, row.tag, LOOKS[:1] if ref else LOOKS):
             return _settle(client, home, row.tag, found)
         note = "" if ref else "Kaggle accepted it, but does not list it"
-        return _close(home, ledger.update(row.tag, status="submitted" if ref else "unknown", ref=ref, note=note))
+        return ledger.update(row.tag, status="submitted" if ref else "unknown", ref=ref, note=note)
     reason = failure("kaggle competitions submit", said, client.timeout).lines[0]
     if not said.may_have("Create(Code)?Submission"):
-        return _close(home, ledger.update(row.tag, status="refused", note=f"not sent: {reason}"))
+        _record(home, row.tag).unlink(missing_ok=True)
+        return ledger.update(row.tag, status="refused", note=f"not sent: {reason}")
     log.warning("%s; looking for the submission", reason)
     if found := _look(client, row.tag):
         return _settle(client, home, row.tag, found)
     status = "refused" if 400 <= status_of(said) < 500 else "unknown"
-    return _close(home, ledger.update(row.tag, status=status, note=reason))
+    return ledger.update(row.tag, status=status, note=reason)
 
 
 def _settle(client: Kaggle, home: Home, tag: str, found: Submission) -> Row:
     note = client.why_failed(found.ref) if found.status == "ERROR" else ""
-    return _close(home, Ledger.of(home).settle(tag, found, note))
-
-
-def _close(home: Home, row: Row) -> Row:
-    if row.status != "unknown":
-        _record(home, row.tag).unlink(missing_ok=True)
+    row = Ledger.of(home).settle(tag, found, note)
+    _record(home, tag).unlink(missing_ok=True)
     return row
 
 
