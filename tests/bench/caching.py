@@ -17,8 +17,9 @@ from torch.nn import functional
 
 from melfold.compute import Compute
 from melfold.config import LogMelConfig
+from melfold.data.arrays import make_clip
 from melfold.data.audio import read_waveform
-from melfold.data.cache import build_cache, make_clip
+from melfold.data.cache import build_cache
 from melfold.data.clips import ClipStore
 from melfold.data.logmel import log_mel_of
 from melfold.files import Home

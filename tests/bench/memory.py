@@ -54,7 +54,7 @@ def hour(work: Workspace) -> list[Result]:
     for path in paths.values():
         script = (
             "import resource, sys, time; from pathlib import Path; from melfold.recipes import load_recipe\n"
-            "from melfold.data.cache import make_clip; from melfold.data.logmel import LogMel\n"
+            "from melfold.data.arrays import make_clip; from melfold.data.logmel import LogMel\n"
             "log_mel, path = LogMel(load_recipe('open').logmel), Path(sys.argv[1]); begin = time.perf_counter()\n"
             "assert make_clip(path.parent, path.name, path, log_mel).seconds >= 60\n"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, time.perf_counter() - begin)\n"

@@ -104,7 +104,7 @@ def test_a_submission_changed_by_hand_is_reported(made_up: MadeUp) -> None:
 
 def test_a_submission_is_opened_with_its_manifest(made_up: MadeUp) -> None:
     path = build(made_up, made_up.run())
-    assert open_submission(made_up.home, "sub") == manifest_of(path)
+    assert open_submission(made_up.home, "sub").items() <= manifest_of(path).items()
     with pytest.raises(MelfoldError, match="no such submission: other in .*Known: sub"):
         open_submission(made_up.home, "other")
     path.unlink()

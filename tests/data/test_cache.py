@@ -22,8 +22,9 @@ import soxr
 
 from melfold.compute import Compute, Progress, silent
 from melfold.config import LogMelConfig
+from melfold.data.arrays import NPY_HEADER, npy_path
 from melfold.data.audio import read_waveform
-from melfold.data.cache import NPY_HEADER, build_cache, cache_folder, npy_path, read_manifest, unreadable
+from melfold.data.cache import build_cache, cache_folder, read_manifest, unreadable
 from melfold.data.clips import ClipStore
 from melfold.data.competition import Competition, load_competition
 from melfold.data.logmel import LogMel
@@ -131,7 +132,7 @@ def test_memory_does_not_grow_with_a_clips_length(tmp_path: Path) -> None:
 import resource, sys
 from pathlib import Path
 from melfold.config import LogMelConfig
-from melfold.data.cache import make_clip
+from melfold.data.arrays import make_clip
 from melfold.data.logmel import LogMel
 transform, folder = LogMel(LogMelConfig(**{CONFIG.model_dump()!r})), Path({str(tmp_path)!r})
 for minutes in (1, 20):

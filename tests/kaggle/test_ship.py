@@ -48,7 +48,7 @@ def test_the_file_form_and_the_ledgers_commands(own: World, tmp_path: Path) -> N
             shown = melfold("ledger", "show", "--sort", column, env=env, home=own.home)
             assert "select 1: tiny" in shown.stdout
         found = json.loads(melfold("ledger", "show", "--json", env=env, home=own.home).stdout)
-        assert found.keys() == {"ledger", "rows", "select"}
+        assert found.keys() == {"ledger", "rows", "select", "private_from_oof"}
         assert [row["id"] for row in found["rows"]] == ["tiny", "tiny"]
         assert found["rows"][0].keys() == {*COLUMNS, "place"}
         assert f"public {found['rows'][0]['public_score']:.5f}" in shipped.stdout

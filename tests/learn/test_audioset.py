@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from melfold.config import ModelConfig
-from melfold.data.cache import make_clip, npy_path
+from melfold.data.arrays import make_clip, npy_path
 from melfold.data.logmel import log_mel_of
 from melfold.learn.model import Tagger, build_model
 from melfold.learn.provenance import freesound_warning, licence_of, seen_data

@@ -11,7 +11,7 @@ from learn_world import World
 from safetensors.torch import load_file
 
 from melfold.config import AugmentConfig
-from melfold.data.cache import npy_path
+from melfold.data.arrays import npy_path
 from melfold.data.clips import ClipStore
 from melfold.learn.augment import apply_augment, draw_augment
 from melfold.learn.devices import pick_device

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from melfold.compute import Compute
 from melfold.config import LogMelConfig, TrainConfig
-from melfold.data.cache import build_cache, npy_path
+from melfold.data.arrays import npy_path
+from melfold.data.cache import build_cache
 from melfold.data.clips import ClipStore, Pad, window_starts
 from melfold.data.competition import load_competition
 from melfold.errors import MelfoldError

@@ -61,7 +61,7 @@ def test_a_run_of_other_folds_or_no_run_is_refused(world: World, tmp_path: Path)
     with pytest.raises(MelfoldError, match="no such run: tiny"):
         world.start(tmp_path, *SECOND, name="second")
     table = read_folds(world.folds, world.competition)
-    ((table + 1) % 3).to_csv(other := tmp_path / "other.csv")
+    table.assign(fold=(table["fold"] + 1) % 3).to_csv(other := tmp_path / "other.csv")
     start_run(Home(tmp_path), "tiny", world.recipe(), world.competition, other)
     with pytest.raises(MelfoldError, match="must have the same folds and labels: tiny"):
         world.start(tmp_path, *SECOND, name="second")

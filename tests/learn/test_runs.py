@@ -172,7 +172,7 @@ def test_training_and_held_out_clips_are_disjoint_and_cover_all(world: World, tm
 def test_excluded_noisy_clips_are_left_out(world: World, tmp_path: Path) -> None:
     first, *rest = world.competition.noisy.index
     run = world.start(tmp_path, "train.clips=both", f"data.exclude={{'{first}'='a test'}}")
-    assert set(run.noisy.index) == set(run.noisy_targets(0).index) == set(rest)
+    assert set(run.noisy.index) == set(run.fold_targets(0)[1].index) == set(rest)
 
 
 def test_the_model_of_every_clip_predicts_only_if_there_is_no_other(world: World, tmp_path: Path) -> None:
@@ -189,4 +189,4 @@ def test_pseudo_labels_are_read_by_name(world: World, tmp_path: Path) -> None:
     labels = run.info.labels
     probs = make_probs(np.random.default_rng(0).random((3, len(labels))), list(run.noisy.index[:3]), labels)
     write_current(run.fold(0).pseudo_labels, probs[labels[::-1]], {})
-    pd.testing.assert_frame_equal(run.noisy_targets(0), probs)
+    pd.testing.assert_frame_equal(run.fold_targets(0)[1], probs)

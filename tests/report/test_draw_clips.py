@@ -13,7 +13,8 @@ from report_world import made_competition, made_run
 
 from melfold.compute import Compute
 from melfold.config import LogMelConfig, Recipe
-from melfold.data.cache import build_cache, npy_path
+from melfold.data.arrays import npy_path
+from melfold.data.cache import build_cache
 from melfold.data.competition import Competition, load_competition
 from melfold.errors import MelfoldError
 from melfold.files import Home

@@ -15,7 +15,8 @@ from browser import Browser
 from report_world import made_run
 
 from melfold.artefacts import Artefact
-from melfold.data.cache import cache_folder, make_clip, npy_path
+from melfold.data.arrays import make_clip, npy_path
+from melfold.data.cache import cache_folder
 from melfold.data.competition import Competition
 from melfold.data.logmel import log_mel_of
 from melfold.files import Home

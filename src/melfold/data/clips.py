@@ -11,7 +11,8 @@ from typing import Literal
 
 import numpy as np
 
-from melfold.data.cache import NPY_HEADER, npy_path, read_manifest
+from melfold.data.arrays import NPY_HEADER, npy_path
+from melfold.data.cache import read_manifest
 from melfold.errors import MelfoldError
 
 Pad = Literal["wrap", "floor"]

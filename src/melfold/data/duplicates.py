@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from melfold.compute import Progress, silent
-from melfold.data.cache import npy_path
+from melfold.data.arrays import npy_path
 from melfold.data.groups import join_pairs
 
 NEAR = 0.5

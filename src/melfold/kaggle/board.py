@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from melfold.kaggle.ledger import Row
+
+if TYPE_CHECKING:
+    import numpy as np
 
 LEAST = 3
 """Submissions that a line needs."""
@@ -45,9 +47,12 @@ def line_of(rows: Sequence[Row]) -> Line | None:
 
     None with fewer than three different submissions that have both scores, or where all have the same out-of-fold score.
     """
-    points = np.array(list({row.id: (row.oof, row.private) for row in both_scores(rows)}.values()))
-    if len(points) < LEAST or len(set(points[:, 0])) < 2:
+    scores = list({row.id: (row.oof, row.private) for row in both_scores(rows)}.values())
+    if len(scores) < LEAST or len({oof for oof, _ in scores}) < 2:
         return None
+    import numpy as np
+
+    points = np.array(scores)
     slope, intercept = _theil_sen(points)
     errors = []
     for out in range(len(points)):
@@ -58,6 +63,7 @@ def line_of(rows: Sequence[Row]) -> Line | None:
 
 def _theil_sen(points: np.ndarray) -> tuple[float, float]:
     """Slope and intercept; flat where all have the same out-of-fold score."""
+    import numpy as np
     from scipy.stats import theilslopes
 
     if len(set(points[:, 0])) < 2:

@@ -14,8 +14,9 @@ import pandas as pd
 
 from melfold.compute import Progress, silent
 from melfold.config import Recipe
+from melfold.data.arrays import npy_path
 from melfold.data.audio import read_waveform
-from melfold.data.cache import cache_folder, npy_path, read_manifest
+from melfold.data.cache import cache_folder, read_manifest
 from melfold.data.competition import Competition
 from melfold.data.logmel import log_mel_of
 from melfold.errors import MelfoldError

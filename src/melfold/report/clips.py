@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from melfold.config import LogMelConfig, Recipe
+from melfold.data.arrays import npy_path
 from melfold.data.audio import read_waveform
-from melfold.data.cache import cache_folder, npy_path, read_manifest
+from melfold.data.cache import cache_folder, read_manifest
 from melfold.data.competition import SPLITS, Competition, Split
 from melfold.data.logmel import log_mel_of
 from melfold.errors import MelfoldError
