@@ -348,7 +348,7 @@ def test_runs_are_listed_renamed_and_deleted(road: Road) -> None:
     assert re.search(r"all +done +open +0/3 \+ full +- ", table)
 
     assert (
-        "run road is used by its name: the teacher of run seed1; part of submission "
+        "run road is used by its name: a teacher of run seed1; part of submission "
         in road("runs", "mv", "road", "x", code=2).stderr
     )
     assert "run road already exists" in road("runs", "mv", unfinished, "road", code=2).stderr

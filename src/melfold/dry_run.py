@@ -150,15 +150,15 @@ def forecast(run: Run, cache: Path, whole: Competition, recipe: Recipe, devices:
         torch.set_num_threads(threads)
     curated = len(whole.curated) * (recipe.folds.n_folds - 1) // recipe.folds.n_folds
     noisy = len(whole.noisy)
-    taught = recipe.noisy.teachers
-    if taught:
+    teachers = recipe.noisy.teachers
+    if teachers:
         most = recipe.noisy.per_label * len(whole.labels)
         noisy = min(noisy, recipe.noisy.top or noisy, most or noisy)
     phases = phases_of(recipe, curated, noisy)
     steps = phases[-1].until
     looks = 1 + sum(look < steps for phase in phases for look in phase.looks())
     by_teachers = len(whole.noisy) + (curated if recipe.noisy.missing else 0)
-    predicted = looks * (len(whole.curated) - curated) + len(taught) * by_teachers
+    predicted = looks * (len(whole.curated) - curated) + len(teachers) * by_teachers
     return Forecast(
         device.describe(),
         len(devices),

@@ -164,7 +164,10 @@ def test_three_clips_are_reviewed_by_keyboard_alone(browser: Browser, pages: Pag
     suggested = ", ".join(clips[0]["suggested"])
     why = f'first suggests {suggested}; Ada adds {new}, drops {clips[0]["labels"][0]}; is "loud", it'
     with path.open(newline="") as file:
-        assert list(csv.reader(file)) == [["fname", "labels", "why"], [clips[0]["fname"], ",".join(labels), why]]
+        assert list(csv.reader(file)) == [
+            ["fname", "labels", "why", "track"],
+            [clips[0]["fname"], ",".join(labels), why, "scratch"],
+        ]
     assert read_corrections(path) == {clips[0]["fname"]: {"labels": tuple(labels), "why": why, "track": "scratch"}}
 
 
