@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 import melfold
 from melfold.cli.main import app
-from melfold.recipes import load_recipe, recipe_keys, recipe_names
+from melfold.recipe_text import recipe_keys
+from melfold.recipes import load_recipe, recipe_names
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,8 @@ import pytest
 import typer.main
 
 from melfold.cli.main import app
-from melfold.recipes import recipe_keys, recipe_names
+from melfold.recipe_text import recipe_keys
+from melfold.recipes import recipe_names
 
 REPO = Path(__file__).resolve().parents[1]
 READMES = sorted(

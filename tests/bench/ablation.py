@@ -79,7 +79,7 @@ ROWS = (
         ("train.warmup_epochs=1", 'phases=[{clips = "noisy", epochs = 30}, {epochs = 45}]'),
     ),
     Row(
-        "noisy-taught",
+        "noisy-teacher",
         "the 40 noisy clips that the baseline agrees with most, half its probabilities as targets",
         (
             *NOISY,

@@ -79,7 +79,7 @@ def recipes(work: Workspace) -> list[Result]:
 
 
 def write_table(path: Path, rows: list[str]) -> None:
-    """The shipped recipes' table, with what it rests on."""
+    """The shipped recipes' table, with what it was made from."""
     path.write_text(
         "# The shipped recipes on a GPU\n\n"
         "Computed by `python -m tests.bench recipes` on fake tensors, without a GPU: one training step in fp16 with the\n"

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
 from melfold.cli.main import app
-from melfold.data.groups import clips_with_twin_outside, join_pairs, read_groups, read_ids, twin_pairs, write_groups
+from melfold.data.groups import clips_with_twin_outside, join_pairs, read_groups, read_ids, tables_of, twin_pairs, write_groups
 from melfold.errors import MelfoldError
 
 ROWS = [("a.wav", "Bark", 10), ("b.wav", '"Bark,Meow"', 13), ("c.wav", "Meow", 16), ("d.wav", "Bark", 17), ("e.wav", "Tone", 11)]
@@ -72,3 +73,12 @@ def test_the_command_makes_the_committed_groups_and_prints_the_twins_of_both_tab
     rows = {words[0]: words[1:] for line in result.output.splitlines() if (words := line.split())}
     assert rows["fat2019_curated_5fold_seed42.csv"] == ["2291", "46.1"]
     assert rows["fat2019_curated_5fold_grouped_seed42.csv"] == ["0", "0.0"]
+
+
+def test_other_tables_in_the_folder_of_folds_are_left_out(tmp_path: Path) -> None:
+    fnames = pd.Index(["a.wav", "b.wav"])
+    (tmp_path / "folds.csv").write_text("fname,fold\nb.wav,1\na.wav,0\n")
+    (tmp_path / "fewer.csv").write_text("fname,fold\na.wav,0\n")
+    (tmp_path / "notes.csv").write_text("who,what\nAda,listened\n")
+    ((path, folds),) = tables_of(tmp_path, fnames)
+    assert (path.name, list(folds)) == ("folds.csv", ["0", "1"])

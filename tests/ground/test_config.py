@@ -13,16 +13,8 @@ from melfold.artefacts import differences
 from melfold.config import LogMelConfig, Recipe, View
 from melfold.errors import MelfoldError
 from melfold.files import Home, write_json
-from melfold.recipes import (
-    change_recipe,
-    compare_recipes,
-    explain_recipe,
-    load_recipe,
-    parse_recipe,
-    recipe_keys,
-    recipe_names,
-    recipe_toml,
-)
+from melfold.recipe_text import compare_recipes, recipe_keys, recipe_toml
+from melfold.recipes import change_recipe, explain_recipe, load_recipe, parse_recipe, recipe_names
 
 OTHER_LOGMEL: dict[str, Any] = {
     "sr": 48_000,

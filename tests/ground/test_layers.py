@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 LAYERS = """
-: errors files artefacts train_config config facts recipes compute probs metrics
+: errors files artefacts train_config config facts recipe_text recipes compute probs metrics
 data: competition audio logmel arrays cache groups duplicates folds check clips demo
 learn: fetch provenance runs start predictions devices augment losses normalise phases shorten batches
 learn: backbones weights model predict fold_data state train_log tracker train noisy jobs launch

@@ -79,7 +79,7 @@ def test_names_with_parts_of_a_path_are_refused(name: str, own: World) -> None:
 def test_the_pack_imports_only_what_kaggles_image_has() -> None:
     archive = zipfile.ZipFile(BytesIO(pack.pack_source("infer")))
     sources = {name: archive.read(name).decode() for name in archive.namelist() if name.endswith(".py")}
-    sources |= {f"kernels/{kind}": pack.read_source(kind, "kernel.py") for kind in ("infer", "train")}
+    sources |= {"kernels/kernel": pack.read_source("kernel.py")}
     modules = {name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in sources}
     imported: dict[str, set[str]] = {}
     for name, text in sources.items():
@@ -100,11 +100,11 @@ def test_the_pack_imports_only_what_kaggles_image_has() -> None:
     assert not any(name.startswith(("melfold/kaggle/", "melfold/report/", "melfold/cli")) for name in sources)
 
 
-@pytest.mark.parametrize("kind", ["infer", "train"])
+@pytest.mark.parametrize("kind", ["infer", "train", "copy_csv"])
 def test_a_kernels_folder_is_one_that_kaggle_knows(kind: str) -> None:
-    metadata = json.loads(pack.read_source(kind, "kernel-metadata.json"))
-    assert metadata["id"].split("/")[1] == slugify(metadata["title"]) == f"melfold-{kind}"
-    assert pack.read_source(kind, metadata["code_file"])
+    metadata = json.loads(pack.read_source(f"{kind}/kernel-metadata.json"))
+    assert metadata["id"].split("/")[1] == slugify(metadata["title"]) == slugify(f"melfold {kind}")
+    assert pack.read_source(metadata["code_file"])
     assert (metadata["enable_internet"], metadata["is_private"]) == (False, True)
 
 
@@ -132,7 +132,7 @@ def test_a_build_is_private_offline_small_and_repeatable(own: World) -> None:
 
 def test_the_script_is_the_file_in_the_repository_and_one_line(own: World) -> None:
     script = (own.build().kernel / "kernel.py").read_text()
-    source = pack.read_source("infer", "kernel.py")
+    source = pack.read_source("kernel.py")
     assert script.startswith(source)
     (line,) = script.removeprefix(source).strip().splitlines()
     assert line.startswith('if __name__ == "__main__": run(bundle=')

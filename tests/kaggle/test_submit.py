@@ -254,7 +254,7 @@ def test_a_late_arrival_is_found_by_sync(fake: FakeKaggle, client: Kaggle, own: 
 
 
 def killed(fake: FakeKaggle, own: World, rpc: str) -> None:
-    """Kill melfold when Kaggle has heard of a call."""
+    """Kill melfold when Kaggle has received a call."""
     args = command("submit", "tiny", "--competition", DEMO, home=own.home)
     process = subprocess.Popen(args, env=fake.env(own.home.root) | QUICK, stdout=-3, stderr=-3)
     wait_for(lambda: any(call.rpc == rpc for call in fake.calls))

@@ -1,4 +1,4 @@
-"""Students of several teachers, in rounds: what they are taught, and that no held-out label reaches them."""
+"""Students of several teachers, in rounds: what they learn from, and that no held-out label reaches them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from melfold.probs import make_probs, mean_probs, read_probs
 from melfold.recipes import change_recipe, load_recipe
 
 JOINT = ("train.clips=both", "train.curated_times=2", "train.epochs=0.1", 'phases=[{}, {clips = "curated", epochs = 0.2}]')
-TAUGHT = ("noisy.missing=0.05", "noisy.power=2", "noisy.top=6", "noisy.pseudo=0.25")
+SOFT = ("noisy.missing=0.05", "noisy.power=2", "noisy.top=6", "noisy.pseudo=0.25")
 
 
 def named(values: object, prefix: str = "n") -> pd.DataFrame:
@@ -130,7 +130,7 @@ def test_pseudo_labels_of_other_weights_are_not_kept(world: World, tmp_path: Pat
 
 
 def rounds_of(world: World, root: Path, competition: Competition, fold: int) -> dict[str, bytes]:
-    """Two teachers and two rounds of their students: the weights, and what was taught."""
+    """Two teachers and two rounds of their students: the weights, and the targets."""
     home, found = Home(root), {}
     recipes = {"a": world.recipe(*JOINT), "b": world.recipe(*JOINT, "train.loss=lsep", "seed=1")}
     for number in range(3):
@@ -141,7 +141,7 @@ def rounds_of(world: World, root: Path, competition: Competition, fold: int) -> 
                 found[f"targets of {run.name}"] = run.fold(fold).pseudo_labels.read_bytes()
             found[run.name] = train_fold(run, fold, world.cache, world.device).weights.read_bytes()
         teachers = json.dumps([f"{name}{number}" for name in recipes])
-        recipes = {name: change_recipe(recipe, [f"noisy.teachers={teachers}", *TAUGHT]) for name, recipe in recipes.items()}
+        recipes = {name: change_recipe(recipe, [f"noisy.teachers={teachers}", *SOFT]) for name, recipe in recipes.items()}
     return found
 
 
@@ -182,7 +182,7 @@ def test_rounds_are_ordinary_runs_that_continue_where_they_were_stopped(
     recipe = load_recipe("demo", [*TINY, "folds.n_folds=2", "train.epochs=2"])
     for name in ("a", "b-r1"):
         stages.train(competition, home, recipe, name, [0, 1], quiet)
-    assert [run.name for run in stages.students(home, ["a", "b-r1"], 1, TAUGHT, quiet)] == ["a-r1", "b-r2"]
+    assert [run.name for run in stages.students(home, ["a", "b-r1"], 1, SOFT, quiet)] == ["a-r1", "b-r2"]
     before = {path: path.stat().st_mtime_ns for path in home.runs.glob("*/*/weights.safetensors")}
 
     def stop(done: int, total: int, text: str) -> None:
@@ -190,13 +190,13 @@ def test_rounds_are_ordinary_runs_that_continue_where_they_were_stopped(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        stages.students(home, ["a", "b-r1"], 2, TAUGHT, replace(quiet, progress=stop))
+        stages.students(home, ["a", "b-r1"], 2, SOFT, replace(quiet, progress=stop))
     assert open_run(home, "b-r3").missing_folds() == [1]
-    last = stages.students(home, ["a", "b-r1"], 2, TAUGHT, quiet)
+    last = stages.students(home, ["a", "b-r1"], 2, SOFT, quiet)
     assert [run.name for run in last] == ["a-r2", "b-r3"]
     assert {path: path.stat().st_mtime_ns for path in before} == before
     for run in last:
         assert not run.missing_folds()
         assert (run.recipe.noisy.teachers, run.recipe.train.clips, run.recipe.noisy.power) == (("a-r1", "b-r2"), "both", 2)
     with pytest.raises(MelfoldError, match="run a-r1 exists and was trained with different settings: noisy.power: 2.0 -> 3.0"):
-        stages.students(home, ["a", "b-r1"], 2, [*TAUGHT, "noisy.power=3"], quiet)
+        stages.students(home, ["a", "b-r1"], 2, [*SOFT, "noisy.power=3"], quiet)

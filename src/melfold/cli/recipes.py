@@ -30,7 +30,8 @@ def recipe_list() -> None:
 @command(app, "show", "melfold recipe show audioset --set train.epochs=10 > mine.toml")
 def recipe_show(name: NameArg, home: HomeOpt = None, set_: SetOpt = None) -> None:
     """Print all settings of a recipe as TOML, with the reason where one is given. Save it to a file to make your own."""
-    from melfold.recipes import explain_recipe, parse_set, recipe_toml
+    from melfold.recipe_text import recipe_toml
+    from melfold.recipes import explain_recipe, parse_set
 
     place = Home.find(home)
     recipe = resolve_recipe(name, set_, place)
@@ -47,7 +48,7 @@ def recipe_diff(
     home: HomeOpt = None,
 ) -> None:
     """Print the settings in which two recipes differ."""
-    from melfold.recipes import compare_recipes
+    from melfold.recipe_text import compare_recipes
 
     place = Home.find(home)
     one, other = (resolve_recipe(name, None, place) for name in (a, b))
@@ -62,7 +63,7 @@ def recipe_diff(
 @command(app, "keys", "melfold recipe keys")
 def recipe_keys() -> None:
     """Print a table of all settings: the values they take, their defaults and their meaning."""
-    from melfold import recipes
+    from melfold import recipe_text
 
-    rows = [{"key": k.name, "values": k.allowed, "default": k.default, "meaning": k.meaning} for k in recipes.recipe_keys()]
+    rows = [{"key": k.name, "values": k.allowed, "default": k.default, "meaning": k.meaning} for k in recipe_text.recipe_keys()]
     print_table(rows, left=["values", "default", "meaning"])

@@ -14,7 +14,8 @@ from melfold.errors import MelfoldError
 from melfold.files import Home, write_text
 from melfold.learn.predictions import Prediction, open_prediction
 from melfold.learn.runs import open_run
-from melfold.recipes import parse_recipe, recipe_toml, toml_value
+from melfold.recipe_text import recipe_toml, toml_value
+from melfold.recipes import parse_recipe
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,6 @@ from melfold.files import Home, atomic_path, digest, locked, read_json_lines, re
 
 log = logging.getLogger(__name__)
 
-
 FEW_CLIPS = 400
 """Fewer clips than these are made before worker processes have started."""
 

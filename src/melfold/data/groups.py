@@ -155,9 +155,9 @@ def clips_with_twin_outside(pairs: np.ndarray, folds: np.ndarray) -> int:
 def tables_of(folder: Path, fnames: pd.Index) -> Iterator[tuple[Path, pd.Series]]:
     """The fold tables of a folder for just these clips: path and folds, in the clips' order."""
     for path in sorted(folder.glob("*.csv")):
-        table = pd.read_csv(path, dtype={"fname": str}).set_index("fname")
-        if "fold" in table and set(table.index) == set(fnames):
-            yield path, table.loc[fnames, "fold"]
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        if {"fname", "fold"} <= set(table) and sorted(table["fname"]) == sorted(fnames):
+            yield path, table.set_index("fname").loc[fnames, "fold"]
 
 
 def find_identical(paths: dict[str, Path]) -> list[list[str]]:

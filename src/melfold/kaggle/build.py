@@ -230,7 +230,7 @@ def build(home: Home, plan: Plan) -> Built:
 
 def _metadata(plan: Plan, dataset: str) -> dict[str, Any]:
     """`kernel-metadata.json`: the one in `kernels/`, filled in."""
-    metadata = json.loads(read_source(plan.kind, "kernel-metadata.json"))
+    metadata = json.loads(read_source(f"{plan.kind}/kernel-metadata.json"))
     if not plan.target.gpu:
         metadata.pop("machine_shape", None)
     filled = {

@@ -1,4 +1,4 @@
-"""The script of a kernel: `kernels/<kind>/kernel.py`, the package and what to do, in one file."""
+"""The script of a kernel: `kernels/kernel.py`, the package and what to do, in one file."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def make_script(kind: str, bundle: dict[str, Any]) -> Script:
     """Append to `kernel.py` the line that starts it.
 
     Args:
-        kind: `infer`, `train` or `copy_csv`.
-        bundle: what the kernel is to do, JSON-able. `build_id` is added to it.
+        kind: `infer`, `train` or `copy_csv`: a module of `melfold.kernels`.
+        bundle: what the kernel is to do, JSON-able. `kind` and `build_id` are added to it.
 
     Raises:
         MelfoldError: a script that would be too large, or melfold without its repository.
     """
-    code, pack = read_source(kind, "kernel.py"), pack_source(kind)
+    code, pack, bundle = read_source("kernel.py"), pack_source(kind), bundle | {"kind": kind}
     made_from = {"kernel.py": digest(code), "package": hashlib.sha256(pack).hexdigest(), "bundle": digest(bundle)}
     build_id = digest(made_from)
     arguments = json.dumps(bundle | {"build_id": build_id}), base64.b85encode(pack).decode()
@@ -59,13 +59,13 @@ def make_script(kind: str, bundle: dict[str, Any]) -> Script:
     return Script(text, build_id, made_from)
 
 
-def read_source(kind: str, name: str) -> str:
-    """The text of a file in `kernels/<kind>/`.
+def read_source(name: str) -> str:
+    """The text of a file in `kernels/`.
 
     Raises:
         MelfoldError: no such file, since melfold does not run from a clone.
     """
-    path = _PACKAGE.parents[1] / "kernels" / kind / name
+    path = _PACKAGE.parents[1] / "kernels" / name
     if not path.exists():
         raise MelfoldError("the kernels' sources are missing", str(path), "Run melfold from a clone of its repository")
     return path.read_text()

@@ -15,7 +15,7 @@ import pandas as pd
 
 from melfold.artefacts import Artefact
 from melfold.config import NoisyConfig
-from melfold.data.cache import read_manifest
+from melfold.data.cache import audio_digest
 from melfold.data.clips import ClipStore
 from melfold.data.competition import multi_hot
 from melfold.errors import MelfoldError
@@ -76,12 +76,11 @@ def _folds_of(teacher: Run, fold: int | str) -> list[str]:
 
 
 def _inputs(teacher: Run, fold: str, clips: Sequence[str], cache: Path) -> dict[str, Any]:
-    """What a teacher's predictions of some clips are made from: weights, views, and the clips' files."""
+    """What a teacher's predictions of some clips are made from: weights, views, and the clips' audio."""
     recipe = teacher.recipe
-    files = read_manifest(cache).loc[list(clips), ["size", "mtime_ns"]].reset_index().to_numpy().tolist()
     predict = recipe.predict.model_dump(mode="json") | {"crop_seconds": recipe.train.crop_seconds, "pad": recipe.train.pad}
     weights = teacher.fold(fold).weights_sha256()
-    return {"weights": weights, "logmel": recipe.logmel.fingerprint(), "predict": predict, "clips": files}
+    return {"weights": weights, "logmel": recipe.logmel.fingerprint(), "predict": predict, "audio": audio_digest(cache, clips)}
 
 
 def _teacher_probs(

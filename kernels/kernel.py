@@ -1,9 +1,10 @@
-"""Training in a Kaggle kernel: put melfold on the path, then call `melfold.kernels.train`.
+"""A melfold kernel: put the package on the path, then call the module of `melfold.kernels` that the bundle names.
 
-`melfold kernel build train` appends one line to this file, which calls `run`.
+`melfold kernel build` appends one line to this file, which calls `run`.
 """
 
 import base64
+import importlib
 import json
 import os
 import sys
@@ -23,6 +24,4 @@ def run(bundle: str, pack: str) -> None:
     sys.path.insert(0, str(package))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
     os.environ.setdefault("NUMBA_CACHE_DIR", str(root / "tmp" / "numba"))
-    from melfold.kernels import train
-
-    train.main(settings, root, STARTED)
+    importlib.import_module(f"melfold.kernels.{settings['kind']}").main(settings, root, STARTED)

@@ -1,0 +1,133 @@
+"""Recipes as text: every key with its meaning, a recipe as TOML, and the difference of two."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+
+from melfold.config import Recipe
+
+
+@dataclass(frozen=True)
+class Key:
+    """A setting of a recipe: `section.key`, the values it takes, its default as TOML, and its meaning in a line."""
+
+    name: str
+    allowed: str
+    default: str
+    meaning: str
+
+
+def recipe_keys() -> list[Key]:
+    """Every setting of a recipe, in the order of the configuration."""
+    keys = []
+    for section, field in Recipe.model_fields.items():
+        if section == "name":
+            continue  # a file's name gives it
+        inner, fields = field.annotation, {section: field}
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            fields = {f"{section}.{key}": own for key, own in inner.model_fields.items()}
+        for key, own in fields.items():
+            meaning = " ".join((own.description or "").split())
+            keys.append(Key(key, _allowed(own.annotation, own.metadata), toml_value(own.default), meaning))
+    return keys
+
+
+def compare_recipes(a: Recipe, b: Recipe) -> list[tuple[str, str, str]]:
+    """Every setting in which two recipes differ: its key, and both values as TOML, empty where one has none."""
+    one, other = (_leaves(recipe.model_dump(mode="json", exclude={"name", "about"})) for recipe in (a, b))
+    keys = [*one, *(key for key in other if key not in one)]
+    rows = [(key, *(toml_value(own[key]) if key in own else "" for own in (one, other))) for key in keys]
+    return [(key, a, b) for key, a, b in rows if a != b]
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values -> dotted keys; a phase has its number as a key."""
+    leaves: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = dict(enumerate(value)) if key == "phases" else value
+        leaves |= _leaves(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {f"{prefix}{key}": inner}
+    return leaves
+
+
+def recipe_toml(recipe: Recipe, reasons: Mapping[str, str]) -> str:
+    """A recipe as a TOML file that gives every setting, so that it needs no base.
+
+    Args:
+        reasons: `section.key` -> the comment that ends its line.
+    """
+    lines: list[str] = []
+    values = recipe.model_dump(mode="json", exclude={"name"})
+    # What is no table comes first, among it an empty list of phases.
+    values = dict(sorted(values.items(), key=lambda item: isinstance(item[1], (dict, list)) and item[1] != []))
+
+    def put(key: str, value: Any, full: str) -> None:
+        line = f"{_toml_key(key)} = {toml_value(value)}"
+        lines.append(f"{line:<24} # {reasons[full]}" if reasons.get(full) else line)
+
+    for section, value in values.items():
+        if section == "phases" and value:
+            for number, phase in enumerate(value):
+                lines.append("\n[[phases]]")
+                for key, inner in phase.items():
+                    put(key, inner, f"phases.{number}.{key}")
+            continue
+        if not isinstance(value, dict):
+            put(section, value, section)
+            continue
+        # Clips are a table of their own: on one line they could not be read.
+        tables = {key: inner for key, inner in value.items() if section == "data"}
+        lines.append(f"\n[{section}]")
+        for key, inner in value.items():
+            if key not in tables:
+                put(key, inner, f"{section}.{key}")
+        for key, table in tables.items():
+            lines.append(f"\n[{section}.{key}]" + (f"  # {why}" if (why := reasons.get(f"{section}.{key}")) else ""))
+            for fname, inner in table.items():
+                put(fname, inner, "")
+    return "\n".join(lines).replace("[data]\n\n", "") + "\n"
+
+
+def toml_value(value: Any) -> str:
+    """A value as TOML writes it; None is the text `none`."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, Mapping):
+        inner = ", ".join(f"{_toml_key(key)} = {toml_value(own)}" for key, own in value.items())
+        return f"{{ {inner} }}" if inner else "{}"
+    return json.dumps("none" if value is None else str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else toml_value(key)
+
+
+def _allowed(annotation: Any, metadata: Iterable[Any]) -> str:
+    """The values of a field in words."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        own = inner[1]
+        return _allowed(inner[0], getattr(own, "metadata", [own]))
+    if origin is Literal:
+        return " | ".join(inner)
+    if origin is tuple:
+        return f"list of {_allowed(inner[0], [])}"
+    if origin is dict or annotation is dict:
+        return "table"
+    if inner:  # X | None
+        return " | ".join("none" if part is type(None) else _allowed(part, []) for part in inner)
+    words = {int: "whole number", float: "number", bool: "true | false", str: "text"}
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    limits = [f"{sign} {getattr(own, name):g}" for name, sign in signs.items() for own in metadata if hasattr(own, name)]
+    return ", ".join([words.get(annotation, "table"), *limits])
