@@ -129,8 +129,7 @@ def _print_expected(predictions: Sequence[Prediction], manifest: dict[str, Any],
     except MelfoldError as error:
         note(str(error))
         return
-    typer.echo(f"Expected score: {score(found.score)} ({interval(found.low, found.high)}), from OOF {score(found.oof)}")
-    typer.echo(f"and {score(found.gain)} for averaging the models of the folds. No truth of a test clip was used.")
+    typer.echo(f"Expected score: {score(found.score)} ({interval(found.low, found.high)}), from out-of-fold predictions alone")
     expected, best, worst = (place_at(home, competition.name, value) for value in (found.score, found.high, found.low))
     if expected and best and worst:
         typer.echo(f"On the final Private leaderboard: {expected} (rank {best.rank} to {worst.rank})")
