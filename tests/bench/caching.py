@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import librosa
 import numpy as np
@@ -23,7 +24,9 @@ from melfold.data.cache import build_cache
 from melfold.data.clips import ClipStore
 from melfold.data.logmel import log_mel_of
 from melfold.files import Home
-from melfold.learn.batches import Phase, draw_start, train_batches
+from melfold.learn.batches import draw_start, train_batches
+from melfold.learn.phases import Phase
+from melfold.recipes import load_recipe
 from tests.bench.harness import Result, one_thread, ratio_result, seconds_of, take_turns
 from tests.bench.workspace import Workspace, synthesise, write_competition
 
@@ -280,7 +283,7 @@ def _picture(path: Path, front: LogMelConfig, target: Path, *, axes: bool) -> np
     from PIL import Image
 
     figure, ax = plt.subplots(figsize=(10, 4) if axes else None)
-    scales = {"x_axis": "time", "y_axis": "mel"} if axes else {}
+    scales: dict[str, Any] = {"x_axis": "time", "y_axis": "mel"} if axes else {}
     image = librosa.display.specshow(
         librosa_log_mel(path, front), sr=front.sr, hop_length=front.hop_length, fmin=front.fmin, fmax=front.fmax, ax=ax, **scales
     )
@@ -305,7 +308,7 @@ def crops(work: Workspace) -> list[Result]:
     fnames = list(work.competition.curated.index)
     store = ClipStore(work.cache, fnames, work.front.n_mels, work.front.top_db)
     batch, steps = 64, work.pick(40, 3)
-    phase = Phase(steps, np.arange(len(fnames)))
+    phase = Phase(load_recipe("base").train, 0, steps, np.arange(len(fnames)))
     rng = np.random.default_rng(0)
 
     def ours() -> None:

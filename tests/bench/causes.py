@@ -133,7 +133,9 @@ class Truth:
         return (1 - several) * one + several * more
 
 
-def measure(system: System, tables: dict[str, list[np.ndarray]], curated: Truth, public: Truth, rows: np.ndarray) -> dict:
+def measure(
+    system: System, tables: dict[str, list[np.ndarray]], curated: Truth, public: Truth, rows: np.ndarray
+) -> dict[str, np.ndarray]:
     """All scores of a system, each a mean over the tables of one kind."""
     train, truth = np.arange(len(curated.targets)), public.targets.to_numpy()
     several = float(truth[truth.sum(1) > 1].sum() / truth.sum())

@@ -16,9 +16,10 @@ from melfold import stages
 from melfold.config import AugmentConfig, Recipe
 from melfold.data.clips import ClipStore
 from melfold.learn.augment import apply_augment, draw_augment
-from melfold.learn.batches import Batch, Phase, draw_start, read_ahead, train_batches, window_batches
+from melfold.learn.batches import Batch, draw_start, read_ahead, train_batches, window_batches
 from melfold.learn.devices import Device, pick_device
 from melfold.learn.model import Tagger, build_model
+from melfold.learn.phases import Phase
 from melfold.learn.predict import predict_logits
 from melfold.learn.runs import FULL
 from melfold.learn.start import start_run
@@ -44,7 +45,7 @@ def feed(work: Workspace) -> list[Result]:
     targets = np.eye(80, dtype=np.float32)[np.arange(len(fnames)) % 80]
 
     def batches() -> Iterator[Batch]:
-        phase = Phase(steps, np.arange(len(fnames)))
+        phase = Phase(recipe.train, 0, steps, np.arange(len(fnames)))
         return train_batches(store, [phase], length=length, batch_size=batch, pad="wrap", first_step=0, seeds=(0, 0))
 
     def ours() -> None:

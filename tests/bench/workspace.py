@@ -120,6 +120,6 @@ def _labels(number: int, vocabulary: list[str]) -> str:
     return ",".join(sorted(own))
 
 
-def _write_table(path: Path, rows: Sequence[tuple]) -> None:
+def _write_table(path: Path, rows: Sequence[Sequence[object]]) -> None:
     with path.open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)

@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from melfold.data.demo import write_demo
 
@@ -173,11 +174,11 @@ def kill(trials: Trials, rng: random.Random) -> tuple[str, str]:
     home, moments = trials.copy_of(trials.before[name]), []
     for _ in range(rng.randint(1, 3)):
         if rng.random() < 0.6:
-            moment = {"at_event": rng.randint(1, max(1, trials.events[name]))}
+            moment: dict[str, Any] = {"at_event": rng.randint(1, max(1, trials.events[name]))}
         else:
             moment = {"after": rng.uniform(0.01, trials.seconds[name])}
         moments.append(f"{name} {moment}")
-        ended = trials.command(trials.stages[name], home, **moment)  # type: ignore[arg-type]
+        ended = trials.command(trials.stages[name], home, **moment)
         if ended.code not in (0, -signal.SIGKILL):
             return name, f"{moments}: exit code {ended.code}: {ended.output[-600:]}"
     for words in (trials.stages[name], trials.stages["run"]):
@@ -268,7 +269,7 @@ def _json(output: str) -> object:
 
 def main() -> int:
     """Run the trials. Returns: how many failed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--damages", type=int, default=100)
