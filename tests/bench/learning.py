@@ -157,6 +157,7 @@ def _train_recipe(work: Workspace, steps: int) -> Recipe:
             "train.checkpoint_minutes=1000",
             "augment.mixup_prob=0.5",
             "train.clips=curated",
+            "phases=[]",
         ],
     )
 

@@ -36,7 +36,7 @@ class Workspace:
     @cached_property
     def front(self) -> LogMelConfig:
         """The front-end of recipe `open`."""
-        return load_recipe("open").logmel
+        return load_recipe("imagenet").logmel
 
     @cached_property
     def wavs(self) -> list[Path]:
