@@ -95,9 +95,13 @@ class Artefact:
                 damage.append(f"{name} was changed after it was written")
         return damage
 
-    def commit(self, inputs: Mapping[str, Any], **facts: Any) -> None:
-        """Write the stamp for files that are already in place."""
-        files = {path.relative_to(self.stamp.parent).as_posix(): sha256_file(path) for path in self.files}
+    def commit(self, inputs: Mapping[str, Any], *, draft: Path | None = None, **facts: Any) -> None:
+        """Write the stamp for files that are already in place.
+
+        Args:
+            draft: the content of the only file, if it will be in place after the stamp.
+        """
+        files = {path.relative_to(self.stamp.parent).as_posix(): sha256_file(draft or path) for path in self.files}
         # As JSON will give it back: keys are text, tuples are lists.
         content = json.loads(json.dumps({"made_from": summary(inputs), "files": files, **facts}))
         write_json(self.stamp, content | {"digest": digest(content)})

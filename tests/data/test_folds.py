@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import os
 import shutil
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -187,6 +190,32 @@ def test_an_existing_table_is_kept_and_never_overwritten(competition: Competitio
     with pytest.raises(MelfoldError, match="a different fold table already exists"):
         write_folds(path, 1 - folds)
     assert (path.stat().st_mtime_ns, path.read_bytes()) == before
+
+
+@pytest.mark.parametrize("killed_at", [1, 2])
+def test_a_table_whose_writing_was_killed_is_whole_with_its_stamp_the_next_time(
+    competition: Competition, tmp_path: Path, killed_at: int
+) -> None:
+    config, renames = FoldsConfig(n_folds=2), 0
+    undisturbed, home = Home(tmp_path / "undisturbed"), Home(tmp_path / "killed")
+
+    def die(event: str, _: object) -> None:
+        nonlocal renames
+        renames += event == "os.rename"
+        if event == "os.rename" and renames == killed_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    pid = os.fork()
+    if pid == 0:
+        sys.addaudithook(die)
+        fold_table(competition, home, config)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    for place in (undisturbed, home):
+        fold_table(competition, place, config)
+    contents = [{path.name: path.read_bytes() for path in place.folds.iterdir()} for place in (undisturbed, home)]
+    assert len(contents[0]) == 2
+    assert contents[1] == contents[0]
 
 
 ROWS = "".join(f"c000{i}.wav,{i % 2}\n" for i in range(8))

@@ -19,7 +19,7 @@ from melfold.config import FoldsConfig
 from melfold.data.competition import Competition
 from melfold.data.groups import find_groups, groups_path
 from melfold.errors import MelfoldError
-from melfold.files import Home, digest, write_text
+from melfold.files import Home, atomic_path, digest
 
 
 @dataclass(frozen=True)
@@ -197,9 +197,10 @@ def write_folds(path: Path, folds: pd.DataFrame, inputs: Mapping[str, Any] | Non
         return
     artefact = Artefact.of(path)
     artefact.remove()  # the stamp of a table that was deleted
-    write_text(path, text)
-    if inputs is not None:
-        artefact.commit(inputs)
+    with atomic_path(path) as draft:
+        draft.write_text(text)
+        if inputs is not None:
+            artefact.commit(inputs, draft=draft)  # before the table: one without a stamp counts as the user's own
 
 
 def read_folds(path: Path, competition: Competition) -> pd.DataFrame:
