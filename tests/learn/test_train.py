@@ -448,3 +448,12 @@ def test_other_settings_train_and_resume_too(sets: tuple[str, ...], world: World
     with pytest.raises(Stop):
         go(world, run, progress=stop_at(4))
     assert contents(go(world, run)) == contents(one)
+
+
+@pytest.mark.soak
+def test_a_compiled_model_learns_the_same_up_to_rounding(world: World, tmp_path: Path) -> None:
+    calm = ("model.drop_rate=0", "model.drop_path_rate=0")  # a compiled model draws its dropout otherwise
+    one, two = (go(world, world.start(tmp_path / name, f"train.compile={name}", *calm)).weights for name in ("false", "true"))
+    compiled = load_file(two)
+    for name, value in load_file(one).items():
+        torch.testing.assert_close(compiled[name], value, atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
