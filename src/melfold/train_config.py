@@ -68,7 +68,7 @@ class TrainConfig(Schedule):
     """On a GPU, try cuDNN's algorithms and take the fastest. Which one wins may change from run to run, and with it the last
     digits of the weights; `false` repeats a training to the byte. Prediction never does this."""
     compile: bool = False
-    """Compile the model with torch.compile: a minute or more at the start of each fold (on a CPU 105 s for the demo's), faster steps
+    """Compile the model with torch.compile: a minute or more at the start of each fold (105 s on a CPU), faster steps
     on recent GPUs, other last digits and draws of dropout. Needs a C++ compiler. Prediction is not compiled."""
     validate_every: Annotated[float, Field(ge=0)] = 5.0
     """Epochs of a phase between scores of the held-out fold in the log; 0 scores only at the end. Changes no weight."""
