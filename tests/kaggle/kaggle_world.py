@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from melfold import stages
@@ -27,6 +28,8 @@ from melfold.recipes import load_recipe
 SLUG = "freesound-audio-tagging-2019"
 DEMO = "demo"
 """A competition of the demo's data, which takes files; the real one is not for it."""
+OLD_CLIENT = version("kaggle") == "2.2.4"
+"""It ignores the version of a kernel that is asked for, and has no words about a submission that failed."""
 SETS = (
     "logmel.n_fft=256",
     "logmel.hop_length=320",

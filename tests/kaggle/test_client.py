@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kaggle_world import SLUG, World, environment, restamp
+from kaggle_world import OLD_CLIENT, SLUG, World, environment, restamp
 
 from melfold.errors import MelfoldError
 from melfold.kaggle import pack
@@ -223,6 +223,7 @@ def test_the_gpu_hours_that_are_left(fake: FakeKaggle) -> None:
     assert Kaggle().gpu_hours() is None
 
 
+@pytest.mark.skipif(OLD_CLIENT, reason="kaggle 2.2.4 asks for the latest version, whatever it is told")
 def test_a_version_of_a_kernel_is_asked_for_by_its_number(fake: FakeKaggle, tmp_path: Path) -> None:
     fake.add_kernel("some-kernel", {"made.txt": b"one"})
     fake.add_kernel("some-kernel", {"made.txt": b"two"})
@@ -301,7 +302,7 @@ def test_an_upload_that_loses_a_file_is_repeated(lost: str, fake: FakeKaggle, bu
         push(Kaggle(), built)
     wanted = {p.name for p in built.dataset.iterdir()} - {"dataset-metadata.json"}
     assert {p.name for p in versions[-1].folder.iterdir()} == wanted
-    assert len(versions) == (1 if before else 2)
+    assert len(versions) == (1 if before and not OLD_CLIENT else 2), "2.2.4 publishes what is left"
 
 
 def test_a_dataset_error_is_an_error_though_the_cli_exits_with_0(fake: FakeKaggle, built: Built) -> None:
