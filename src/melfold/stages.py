@@ -71,7 +71,7 @@ def start(competition: Competition, home: Home, recipe: Recipe, name: str, which
 
         try_model(recipe, len(competition.labels), home)
     table, _ = folds(competition, home, recipe)
-    return start_run(home, name, recipe, competition, table)
+    return start_run(home, name, recipe, competition, table, which)
 
 
 def train(competition: Competition, home: Home, recipe: Recipe, name: str, which: Sequence[int | str], compute: Compute) -> Run:

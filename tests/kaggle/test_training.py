@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from io import BytesIO
@@ -12,11 +16,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from kaggle_world import SETS, SLUG, World, bundle_of, environment, lay_out, record
+from kaggle_world import CPU as COMPUTE
+from kaggle_world import DEMO, SETS, SLUG, World, bundle_of, environment, lay_out, record
 from safetensors.torch import save
 
 from melfold import stages
 from melfold.data.competition import load_competition
+from melfold.data.demo import write_demo
 from melfold.errors import MelfoldError
 from melfold.kaggle.build import Target
 from melfold.kaggle.built import Built
@@ -34,6 +40,7 @@ from tests.fake_kaggle import FakeKaggle
 from tests.learn.hub_standin import serve
 
 CPU = Target("tester", SLUG, gpu=False)
+README = Path(__file__).resolve().parents[2] / "kernels/README.md"
 
 
 def training(world: World, *sets: str, data: Path | None = None, folds: Sequence[int | str] = (0, 1), **more: str) -> Training:
@@ -125,6 +132,8 @@ def test_two_sessions_from_the_tables_alone_bring_the_run_home(
             calls = len(fake.calls)
             assert train_on_kaggle(client, own.home, plan, CPU, sessions=2).folder == built.folder
             assert len(fake.calls) == calls, "what is done is not asked for again"
+            # Here, where no hub can be reached, nothing is left to train.
+            assert stages.train(own.competition, own.home, plan.recipe, "far", [0], COMPUTE).folder == run.folder
             other = training(own, "model.weights=hub", "seed=5", data=tables, folds=[0])
             with pytest.raises(MelfoldError, match="run far was started on Kaggle with other settings"):
                 train_on_kaggle(client, own.home, other, CPU, sessions=2)
@@ -192,3 +201,37 @@ def test_a_rehearsal_needs_no_audio_and_takes_a_few_steps(own: World, tmp_path: 
     report = rehearse(built, plan.competition, own.home, keep=tmp_path / "kept")
     assert report.failures == [], report.log
     assert record(tmp_path / "kept")["folds"] == {"1": "done"}
+
+
+def masked(text: str) -> str:
+    """A text without its numbers, and with single spaces."""
+    return " ".join(re.sub(r"\b[0-9a-f]{12}\b|\d[\d.,:-]*", "#", text).split())
+
+
+@pytest.mark.soak
+def test_the_example_of_the_readme_is_true(tmp_path: Path) -> None:
+    """Its commands, in a home that is empty, print what it shows, but for the numbers."""
+    example = README.read_text().partition("\n## An example\n")[2].partition("\n## ")[0].replace("\\\n", " ")
+    lines = [line.strip() for line in example.splitlines() if line.startswith("    ")]
+    assert sum(line.startswith("melfold ") for line in lines) == 5
+    data, shown = write_demo(tmp_path / "demo"), ""
+    truth = data / "test_post_competition.csv"
+    with serve() as hub, FakeKaggle(tmp_path / "kaggle", competition=DEMO, data=data, truth=truth) as fake:
+        fake.kernels_only = fake.late = True
+        model = load_recipe("demo", ["model.weights=hub", "model.kwargs={}"]).model
+        hub.files[str(hub_file(model))] = save(timm.create_model(model.name).state_dict())
+        fake.kernel_env = {"HF_ENDPOINT": hub.address}
+        env = fake.env(tmp_path / "user") | {"MELFOLD_HOME": str(tmp_path / "empty"), "MELFOLD_PACE": "0.2"}
+        env |= {"HF_ENDPOINT": "http://127.0.0.1:9", "COLUMNS": "160"}  # no hub can be reached from here
+        for line in lines:
+            if not line.startswith("melfold "):
+                by_speed = "not finished" in line or "continuing" in line  # a fast machine needs one session
+                assert by_speed or masked(line) in shown, shown
+                continue
+            last = re.sub(r"-s\d", "-s" + str(len(fake.kernels)), line)  # a slower machine needs more sessions
+            done = subprocess.run(
+                [sys.executable, "-m", *shlex.split(last)], env=env, cwd=tmp_path, capture_output=True, text=True
+            )
+            shown = masked(done.stdout + done.stderr)
+            assert done.returncode == 0, shown
+        assert len(fake.submissions) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from melfold.data.folds import read_folds
 from melfold.errors import MelfoldError
 from melfold.facts import join_labels
 from melfold.files import Home, sha256_file, write_json, write_text
-from melfold.learn.fetch import first_weights_sha256
+from melfold.learn.fetch import first_weights_sha256, hub_file, local_copy
 from melfold.learn.provenance import current_commit, freesound_warning, join_licences, licence_of, seen_data
 from melfold.learn.runs import FULL, Run, RunInfo, open_run, run_stamp
 
@@ -59,8 +60,14 @@ def check_name(name: str) -> None:
         raise MelfoldError("a run's name is letters, digits, dots, dashes", repr(name), "Use --run NAME")
 
 
-def start_run(home: Home, name: str, recipe: Recipe, competition: Competition, folds_path: Path) -> Run:
+def start_run(
+    home: Home, name: str, recipe: Recipe, competition: Competition, folds_path: Path, which: Sequence[int | str] | None = None
+) -> Run:
     """Make a run's folder, or open it to continue with the same training settings, folds and data.
+
+    Args:
+        which: the folds that are to be trained, if known. Once all are done, a hub's weights need not be here: they may have been
+            trained elsewhere.
 
     Raises:
         MelfoldError: a run of this name exists and was trained with different settings or data.
@@ -75,8 +82,12 @@ def start_run(home: Home, name: str, recipe: Recipe, competition: Competition, f
     noisy = ""
     if recipe.uses_noisy:
         noisy = competition.noisy[["labels"]].sort_index()["labels"].map(join_labels).to_csv(lineterminator="\n")
-    info = _info(home, recipe, competition, folds_path, clips, noisy)
-    if (folder / "run.json").exists() and (run := open_run(home, name)).has_data():
+    run = open_run(home, name) if (folder / "run.json").exists() else None
+    run = run if run and run.has_data() else None
+    trained = run is not None and which is not None and all(run.fold(fold).done for fold in which)
+    known = run.info.first_weights if run and trained and _only_at_hub(recipe, home) else ""
+    info = _info(home, recipe, competition, folds_path, clips, noisy, known)
+    if run:
         refuse_changes(run, recipe, info)
         if run.recipe != recipe:  # settings that change no weight take their new values
             write_json(folder / "recipe.json", recipe.model_dump(mode="json"))
@@ -90,6 +101,11 @@ def start_run(home: Home, name: str, recipe: Recipe, competition: Competition, f
     write_json(folder / "recipe.json", recipe.model_dump(mode="json"))
     run_stamp(folder, bool(noisy)).commit(recipe.training() | info.made_from(), info=asdict(info))
     return Run(folder, recipe, info)
+
+
+def _only_at_hub(recipe: Recipe, home: Home) -> bool:
+    file = hub_file(recipe.model)
+    return file is not None and local_copy(file, home) is None
 
 
 def _check_exclude(recipe: Recipe, folds: pd.Series) -> None:
@@ -110,8 +126,12 @@ def _sources(home: Home, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _info(home: Home, recipe: Recipe, competition: Competition, folds_path: Path, clips: str, noisy: str) -> RunInfo:
-    """The facts of a new run, without commit and sources, which an existing run does not compare."""
+def _info(home: Home, recipe: Recipe, competition: Competition, folds_path: Path, clips: str, noisy: str, known: str) -> RunInfo:
+    """The facts of a new run, without commit and sources, which an existing run does not compare.
+
+    Args:
+        known: the hash of its first weights, if they are not here.
+    """
     clips_sha256 = hashlib.sha256(clips.encode()).hexdigest()
     first = _with_folds(home, recipe.model.first_run, clips_sha256, "the run that another one starts from")
     teachers = [_with_folds(home, name, clips_sha256, "a teacher") for name in recipe.noisy.teachers]
@@ -123,7 +143,9 @@ def _info(home: Home, recipe: Recipe, competition: Competition, folds_path: Path
         folds_sha256=sha256_file(folds_path),
         clips_sha256=clips_sha256,
         noisy_sha256=hashlib.sha256(noisy.encode()).hexdigest() if noisy else "",
-        first_weights=f"{first.name} {first.recipe.fingerprint()}" if first else first_weights_sha256(recipe.model, home),
+        first_weights=f"{first.name} {first.recipe.fingerprint()}"
+        if first
+        else known or first_weights_sha256(recipe.model, home),
         teachers=[f"{teacher.name} {teacher.recipe.fingerprint()}" for teacher in teachers if teacher],
         track="open" if any(parent.track == "open" for parent in parents) else recipe.track,
         data="curated and noisy" if noisy or any(parent.data != "curated" for parent in parents) else "curated",
