@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -212,7 +213,7 @@ def _finish(run: Run, folder: FoldFolder, data: FoldData, state: TrainState, wat
             "the weights are not finite at the end", str(folder.path), "Lower train.lr, delete the fold's folder, train again"
         )
     save_weights(folder.weights, state.averaged.kept())
-    facts: dict[str, object] = {"clips": data.curated, "noisy_clips": data.noisy, "steps": data.steps}
+    facts: dict[str, Any] = {"clips": data.curated, "noisy_clips": data.noisy, "steps": data.steps}
     score = ""
     if len(data.held_out.fnames):
         began = time.monotonic()
