@@ -14,6 +14,7 @@ from made_up import LABELS, MadeUp, draw, oracle
 
 from melfold.combine.check import check_submission, score_submission
 from melfold.combine.oof import score
+from melfold.combine.rebuild import plan_rebuild
 from melfold.combine.submission import Standing, build_submission, open_submission, standing_of
 from melfold.config import PredictConfig
 from melfold.errors import MelfoldError
@@ -110,6 +111,34 @@ def test_a_submission_is_opened_with_its_manifest(made_up: MadeUp) -> None:
     path.unlink()
     with pytest.raises(MelfoldError, match="submission sub has no submission.csv here: .*Run `melfold submission rebuild sub`"):
         open_submission(made_up.home, "sub")
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "cut": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "not UTF-8": lambda content: content.replace(b"geometric", b"geometri\xff"),
+    "another value": lambda content: content.replace(b'"share": 1.0', b'"share": 2.0'),
+    "a list": lambda content: b"[" + content + b"]",
+    "other JSON": lambda content: b'{"runs": 3}',
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_manifest_is_refused_in_one_line_and_nothing_is_replaced(kind: str, made_up: MadeUp) -> None:
+    path = build(made_up, run := made_up.run())
+    manifest, content = path.with_name("manifest.json"), path.read_bytes()
+    damaged = DAMAGE[kind](manifest.read_bytes())
+    assert damaged != manifest.read_bytes()
+    manifest.write_bytes(damaged)
+    for use in (
+        lambda: build(made_up, run),
+        lambda: open_submission(made_up.home, "sub"),
+        lambda: plan_rebuild(made_up.home, "sub", made_up.competition.root),
+    ):
+        with pytest.raises(MelfoldError, match="manifest.json (is not JSON|was not written by this|was changed after)") as caught:
+            use()
+        assert len(caught.value.lines) == 1
+    assert (manifest.read_bytes(), path.read_bytes()) == (damaged, content)
 
 
 def test_a_run_without_predictions_or_with_ties_leaves_nothing(made_up: MadeUp) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from melfold.errors import MelfoldError
 from melfold.files import Home, sha256_file
 from melfold.learn import launch
 from melfold.learn.devices import shared_threads
-from melfold.learn.runs import FoldFolder, open_run
+from melfold.learn.runs import FoldFolder, Run, open_run
 from melfold.learn.train import train_fold
 
 ONE = Compute(devices=("cpu",))
@@ -140,6 +141,33 @@ def test_a_fold_that_fails_is_named_and_the_others_end(world: World, tmp_path: P
         launch.train_folds(run, [0, 1], world.cache, TWO)
     assert "damaged checkpoint" in capfd.readouterr().err
     assert run.done_folds() == ["1"]
+
+
+def train_on_a_full_disk(run: Run, cache: Path, told: Path) -> None:
+    """Train two folds at a time where no file can be larger than 20 kB; leave the error's lines."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    try:
+        launch.train_folds(run, [0, 1], cache, TWO)
+    except MelfoldError as error:
+        told.write_text(str(error))
+
+
+def test_a_full_disk_under_workers_is_reported_in_one_line_each(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    run, told = world.start(tmp_path, *QUICK), tmp_path / "told"
+    process = multiprocessing.get_context("fork").Process(target=train_on_a_full_disk, args=(run, world.cache, told))
+    process.start()
+    process.join()
+    stderr = capfd.readouterr().err
+    assert told.read_text().startswith("2 of 2 folds failed: tiny fold "), stderr
+    for fold in (run.fold(0), run.fold(1)):
+        line = f"melfold: File too large: {fold.checkpoint}. Free some space, or use another folder"
+        assert stderr.splitlines().count(line) == 1, stderr
+        assert not list(fold.path.glob(".*.tmp"))
+    assert "Traceback" not in stderr
+    launch.train_folds(run, [0, 1], world.cache, ONE)
+    assert run.done_folds() == ["0", "1"]
 
 
 def test_on_one_device_a_fold_that_fails_says_why_itself(world: World, tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ def test_two_processes_never_train_one_fold(world: World, whole: Run, tmp_path: 
     assert contents(run.fold(0)) == contents(whole.fold(0))
 
 
-def test_ctrl_c_ends_cleanly_and_the_same_command_continues(
+def test_ctrl_c_and_sigterm_end_cleanly_and_the_same_command_continues(
     world: World, tmp_path: Path, spawn: Callable[..., BaseProcess], capfd: pytest.CaptureFixture
 ) -> None:
     sets = [*TINY, "train.epochs=4000"]
@@ -220,7 +220,7 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_continues(
     args += ["--device", "cpu", "--jobs", "1", *itertools.chain.from_iterable(("--set", s) for s in sets)]
     folder = FoldFolder(tmp_path / "runs" / "tiny" / "fold0", "0")
     steps = []
-    for number in (1, 2):
+    for number, signal_number in enumerate((signal.SIGINT, signal.SIGTERM), 1):
         stderr = tmp_path / f"stderr{number}.txt"
         before = len(folder.log.read_text().splitlines()) if number > 1 else 0
         process = spawn(command_line, stderr, *args)
@@ -228,7 +228,7 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_continues(
         while len(folder.log.read_text().splitlines()) <= before:
             process.join(0.02)
             assert process.exitcode is None
-        os.kill(process.pid, signal.SIGINT)
+        os.kill(process.pid, signal_number)
         process.join()
         assert process.exitcode == 130
         assert stderr.read_text().splitlines()[-1].startswith("melfold: stopped. The same command ")
