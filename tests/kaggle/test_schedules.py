@@ -19,7 +19,7 @@ from melfold.kaggle.ledger import SPENT, Ledger
 from tests.fake_kaggle import FakeKaggle, Fault
 from tests.quick_start import QuickStart
 
-QUICK = {"MELFOLD_PACE": "0.004", "MELFOLD_KAGGLE_TIMEOUT": "5"}
+QUICK = {"MELFOLD_PACE": "0.004", "MELFOLD_KAGGLE_TIMEOUT": "3"}
 FORMS = ("file", "kernel", "copy")
 KINDS = ["delay", "hang", "hang_after", "drop_before", "drop_after", "late", "cut", "error_body"]
 KINDS += ["408_after", "409_after", "429", "500_before", "500_after"]
@@ -49,7 +49,7 @@ def draw_faults(rng: random.Random, form: str) -> list[Fault]:
     for _ in range(rng.choice([1, 1, 2, 3])):
         rpc = rng.choice(rpcs)
         kind = "refuse_upload" if rpc == "PUT" and rng.random() < 0.5 else rng.choice(KINDS)
-        seconds = {"delay": 0.5, "late": rng.uniform(0.2, 3)}.get(kind, 8.0 if kind.startswith("hang") else None)
+        seconds = {"delay": 0.5, "late": rng.uniform(0.2, 2)}.get(kind, 4.5 if kind.startswith("hang") else None)
         faults.append(Fault(rpc, kind, after=rng.choice([0, 0, 1]), times=rng.choice([1, 1, 2]), seconds=seconds))
     return faults
 
@@ -88,7 +88,7 @@ def run_schedule(seed: int, world: World, kernels: dict[str, Built], melfold: st
         done = subprocess.run(args, env=env, capture_output=True, text=True, cwd=root)
         told.append((done.returncode, done.stderr))
         if any(kind == "late" for _, kind, *_ in told[2]):
-            time.sleep(3)
+            time.sleep(2)
         synced = subprocess.run([melfold, "ledger", "sync", *to], env=env, capture_output=True, text=True, cwd=root)
         assert synced.returncode == 0, (told, synced.stderr)
         check(own, fake, told)

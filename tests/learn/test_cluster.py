@@ -9,11 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from melfold import stages
+from melfold.cli.main import app
 from melfold.compute import Compute
 from melfold.data.competition import load_competition
 from melfold.data.demo import write_demo
@@ -23,7 +26,6 @@ from melfold.recipes import load_recipe
 
 pytest.importorskip("distributed", reason="the optional extra `dask` is not installed")
 
-MELFOLD = [sys.executable, "-m", "melfold"]
 ENVIRONMENT = os.environ | {"MKL_NUM_THREADS": "1"}
 SETS = (
     "train.epochs=15",
@@ -88,16 +90,11 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
     made.end()
 
 
-def melfold(*command: str, **others: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*MELFOLD, *command], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **others
-    )
-
-
-def ended(process: subprocess.Popen[str]) -> str:
-    out, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, out
-    return out
+def melfold(*command: str, code: int = 0) -> str:
+    """The command line, in this process. Returns: all it printed."""
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == code, f"{result.output} {result.exception!r}"
+    return result.output
 
 
 def bytes_of(home: Home) -> dict[str, str]:
@@ -112,14 +109,18 @@ def test_a_cluster_that_loses_a_worker_gives_the_bytes_of_one_machine(tmp_path: 
     on_cluster = ["--home", str(there.root), "--engine", "dask", "--scheduler", cluster.address]
 
     folds = [there.runs / "r" / f"fold{k}" for k in (0, 1)]
-    training = melfold("train", *recipe, "--folds", "0,1", "--run", "r", "--device", "cpu", *on_cluster)
-    wait_for(lambda: all((fold / "checkpoint.pt").exists() for fold in folds))
-    cluster.kill_a_worker()
-    assert not any((fold / "result.json").exists() for fold in folds), "in the middle: make the folds longer"
-    assert "dask: 2 workers" in ended(training)
 
+    def kill_in_the_middle() -> bool:
+        wait_for(lambda: all((fold / "checkpoint.pt").exists() for fold in folds))
+        cluster.kill_a_worker()
+        return not any((fold / "result.json").exists() for fold in folds)
+
+    with ThreadPoolExecutor(1) as pool:
+        killed = pool.submit(kill_in_the_middle)
+        assert "dask: 2 workers" in melfold("train", *recipe, "--folds", "0,1", "--run", "r", "--device", "cpu", *on_cluster)
+        assert killed.result(), "in the middle: make the folds longer"
     predicted = melfold("predict", "r", "--data", str(demo_data), "--device", "cpu", *on_cluster)
-    assert "INCOMPLETE: predicting with fold 0, 1 only" in ended(predicted)
+    assert "INCOMPLETE: predicting with fold 0, 1 only" in predicted
 
     competition, one = load_competition(demo_data), Compute(("cpu",), jobs=1)
     run = stages.train(competition, here, load_recipe("demo", SETS), "r", [0, 1], one)
@@ -138,8 +139,5 @@ def test_a_cluster_that_loses_a_worker_gives_the_bytes_of_one_machine(tmp_path: 
     ],
 )
 def test_an_engine_that_cannot_be_is_refused(tmp_path: Path, demo_data: Path, command: list[str], said: str) -> None:
-    process = melfold("cache", str(demo_data), "--recipe", "demo", "--home", str(tmp_path), *command)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert said in out
+    assert said in melfold("cache", str(demo_data), "--recipe", "demo", "--home", str(tmp_path), *command, code=2)
     assert not (tmp_path / "cache").exists()

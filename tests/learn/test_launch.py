@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,15 +72,22 @@ def can_be_locked(folder: FoldFolder) -> bool:
         return False
 
 
-def test_two_devices_train_two_folds_to_the_bytes_of_one_after_the_other(world: World, tmp_path: Path) -> None:
+def test_two_devices_give_the_bytes_of_one_and_a_fold_that_fails_is_named(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
     together, alone = world.start(tmp_path / "a", "train.amp=off"), world.start(tmp_path / "b", "train.amp=off")
-    launch.train_folds(together, [0, 1], world.cache, TWO)
-    launch.train_folds(alone, [0, 1], world.cache, ONE)
-    for fold in (0, 1):
+    together.fold(0).path.mkdir()
+    together.fold(0).checkpoint.write_bytes(b"no checkpoint")
+    with pytest.raises(MelfoldError, match=r"1 of 3 folds failed: tiny fold 0 \(exit code 2\)\. Their messages are above"):
+        launch.train_folds(together, [0, 1, 2], world.cache, TWO)
+    assert "damaged checkpoint" in capfd.readouterr().err
+    assert together.done_folds() == ["1", "2"]
+    launch.train_folds(alone, [1, 2], world.cache, ONE)
+    for fold in (1, 2):
         for name in ("weights.safetensors", "oof.csv"):
             assert sha256_file(together.fold(fold).path / name) == sha256_file(alone.fold(fold).path / name)
     before = {p: p.stat().st_mtime_ns for p in together.folder.rglob("*")}
-    launch.train_folds(together, [0, 1], world.cache, TWO)
+    launch.train_folds(together, [1, 2], world.cache, TWO)
     assert {p: p.stat().st_mtime_ns for p in together.folder.rglob("*")} == before, "what is done is left"
 
 
@@ -113,12 +121,18 @@ def test_workers_train_at_the_same_time_end_with_a_killed_parent_and_a_repeated_
     assert continued[0] == steps[0] + 1
 
 
-def test_when_time_is_up_the_state_is_saved_and_nothing_more_is_started(world: World, tmp_path: Path) -> None:
+def test_when_time_is_up_the_state_is_saved_and_nothing_more_is_started(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = world.start(tmp_path, *ENDLESS)
-    for seconds in (8, 40, 200):  # it may take long until a worker has imported all it needs
-        launch.train_folds(run, [0, 1], world.cache, ONE, seconds=seconds)
-        if run.fold(0).checkpoint.exists():
-            break
+
+    def clock() -> float:
+        """Time is up as soon as the first fold is in training."""
+        log = run.fold(0).log
+        return time.monotonic() + 1e6 * (log.exists() and log.stat().st_size > 0)
+
+    monkeypatch.setattr(launch, "time", SimpleNamespace(monotonic=clock, sleep=time.sleep))
+    launch.train_folds(run, [0, 1], world.cache, ONE, seconds=1e5)
     assert step_of(run.fold(0).checkpoint) > 0
     assert can_be_locked(run.fold(0))
     assert run.done_folds() == []
@@ -133,41 +147,28 @@ def test_no_time_is_no_fold(world: World, tmp_path: Path) -> None:
     assert not run.fold(1).path.exists()
 
 
-def test_a_fold_that_fails_is_named_and_the_others_end(world: World, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    run = world.start(tmp_path, "train.amp=off")
-    run.fold(0).path.mkdir()
-    run.fold(0).checkpoint.write_bytes(b"no checkpoint")
-    with pytest.raises(MelfoldError, match=r"1 of 2 folds failed: tiny fold 0 \(exit code 2\)\. Their messages are above"):
-        launch.train_folds(run, [0, 1], world.cache, TWO)
-    assert "damaged checkpoint" in capfd.readouterr().err
-    assert run.done_folds() == ["1"]
-
-
 def train_on_a_full_disk(run: Run, cache: Path, told: Path) -> None:
-    """Train two folds at a time where no file can be larger than 20 kB; leave the error's lines."""
+    """Train in a worker where no file can be larger than 20 kB; leave the error's lines."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     try:
-        launch.train_folds(run, [0, 1], cache, TWO)
+        launch.train_folds(run, [0], cache, TWO)
     except MelfoldError as error:
         told.write_text(str(error))
 
 
-def test_a_full_disk_under_workers_is_reported_in_one_line_each(
-    world: World, tmp_path: Path, capfd: pytest.CaptureFixture
-) -> None:
+def test_a_full_disk_under_a_worker_is_reported_in_one_line(world: World, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     run, told = world.start(tmp_path, *QUICK), tmp_path / "told"
     process = multiprocessing.get_context("fork").Process(target=train_on_a_full_disk, args=(run, world.cache, told))
     process.start()
     process.join()
-    stderr = capfd.readouterr().err
-    assert told.read_text().startswith("2 of 2 folds failed: tiny fold "), stderr
-    for fold in (run.fold(0), run.fold(1)):
-        line = f"melfold: File too large: {fold.checkpoint}. Free some space, or use another folder"
-        assert stderr.splitlines().count(line) == 1, stderr
-        assert not list(fold.path.glob(".*.tmp"))
+    stderr, folder = capfd.readouterr().err, run.fold(0)
+    assert told.read_text() == "1 of 1 folds failed: tiny fold 0 (exit code 2). Their messages are above", stderr
+    line = f"melfold: File too large: {folder.checkpoint}. Free some space, or use another folder"
+    assert stderr.splitlines().count(line) == 1, stderr
     assert "Traceback" not in stderr
-    launch.train_folds(run, [0, 1], world.cache, ONE)
-    assert run.done_folds() == ["0", "1"]
+    assert not list(folder.path.glob(".*.tmp"))
+    launch.train_folds(run, [0], world.cache, ONE)
+    assert run.done_folds() == ["0"]
 
 
 def test_on_one_device_a_fold_that_fails_says_why_itself(world: World, tmp_path: Path) -> None:
