@@ -85,16 +85,17 @@ class World:
         return build_infer(self.home, "tiny", Target("tester", SLUG, gpu=gpu, minutes=minutes), source=source)
 
 
-def melfold(*args: object, env: Mapping[str, str], home: Home, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def melfold(
+    *args: object, env: Mapping[str, str], home: Home, timeout: float = 300, program: str = ""
+) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own."""
-    return subprocess.run(
-        command(*args, home=home), env=dict(env), capture_output=True, text=True, timeout=timeout, cwd=home.root.parent
-    )
+    line = command(*args, home=home, program=program)
+    return subprocess.run(line, env=dict(env), capture_output=True, text=True, timeout=timeout, cwd=home.root.parent)
 
 
-def command(*args: object, home: Home) -> list[str]:
-    """`melfold ...` as a list."""
-    return [sys.executable, "-m", "melfold", *map(str, args), "--home", str(home.root)]
+def command(*args: object, home: Home, program: str = "") -> list[str]:
+    """`melfold ...` as a list; `program`: of a `QuickStart`, which need not import libraries first."""
+    return [*([program] if program else [sys.executable, "-m", "melfold"]), *map(str, args), "--home", str(home.root)]
 
 
 @contextmanager

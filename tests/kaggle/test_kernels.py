@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -23,12 +24,11 @@ from melfold.artefacts import Artefact
 from melfold.combine.check import check_submission
 from melfold.combine.oof import prior_of
 from melfold.combine.submission import build_submission
-from melfold.data.competition import load_competition
 from melfold.errors import MelfoldError
 from melfold.files import digest, sha256_file
 from melfold.kaggle import pack, sandbox
 from melfold.kaggle.build import Target, build_infer
-from melfold.kaggle.built import slug_of, title_for
+from melfold.kaggle.built import Built, slug_of, title_for
 from melfold.kaggle.client import Kaggle
 from melfold.kaggle.judge import judge_infer
 from melfold.kaggle.push import check_output, push
@@ -207,14 +207,20 @@ def test_a_run_that_has_changed_is_not_built(change: str, own: World) -> None:
         own.build()
 
 
-def test_a_weighted_ensemble_of_front_ends_and_views_gives_the_bytes_of_home(own: World) -> None:
+def run_here(built: Built, world: World, root: Path) -> tuple[Path, list[str], str]:
+    """An inference kernel in this process. Returns: its working folder, its failures, how close it is to the file of home."""
+    working = lay_out(built, world, root)
+    infer(Session(bundle_of(built), root, time.monotonic()))
+    return working, *judge_infer(working, built.facts, world.competition, world.home)[:2]
+
+
+def test_a_weighted_ensemble_of_front_ends_and_views_gives_the_bytes_of_home(own: World, tmp_path: Path) -> None:
     other = load_recipe("demo", [*SETS, "seed=1", "logmel.n_mels=40", 'predict.pads=["wrap", "floor"]', "train.loss=lsep"])
     other_run, _, _ = stages.run(own.data, own.home, other, "other", COMPUTE)
     runs = [open_prediction(own.home, "tiny"), other_run]
     build_submission(own.home, runs, own.competition, id="pair", mean="logit", weights=[3, 1])
-    built = build_infer(own.home, "pair", CPU)
-    found = rehearse(built, own.competition, own.home)
-    assert (found.failures, found.equality) == ([], "the same bytes as at home")
+    _, failures, equality = run_here(build_infer(own.home, "pair", CPU), own, tmp_path)
+    assert (failures, equality) == ([], "the same bytes as at home")
 
 
 @pytest.mark.parametrize("isolation", ISOLATIONS)
@@ -303,10 +309,11 @@ def test_use_of_the_network_outside_python_is_seen_too(own: World) -> None:
     assert "network" in report.failures[0]
 
 
-def test_a_kernel_over_its_limit_is_stopped(own: World) -> None:
-    built = own.build()
+def test_a_kernel_over_its_limit_is_stopped(own: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    built, wait = own.build(), sandbox.wait
     rewrite(built, "import time\ntime.sleep(600)\n")
-    edit_stamp(built.folder / "build.json", budget_minutes=-0.3)
+    edit_stamp(built.folder / "build.json", budget_minutes=0)
+    monkeypatch.setattr(sandbox, "wait", lambda process, limit: wait(process, limit - 19))  # of the 20 s that a start may take
     report = rehearse(built, own.competition, own.home)
     assert "exceeds its time limit" in report.failures[0]
     assert report.seconds < 60
@@ -414,41 +421,39 @@ def test_what_cannot_predict_the_real_number_of_clips_on_a_cpu_fails(
     assert [failure[:31] for failure in failures] == ([] if fits else ["it would exceed its budget: 336"])
 
 
-def test_a_test_clip_that_cannot_be_read_keeps_the_prior(own: World, tmp_path: Path) -> None:
+def test_a_test_clip_that_cannot_be_read_keeps_the_prior(own: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "broken"
     shutil.copytree(own.data, data)
     first, second, *_ = own.competition.test.index
     (data / "test" / first).write_bytes(b"no audio")
-    built = own.build()
-    report = rehearse(built, load_competition(data), own.home, keep=tmp_path / "kept")
-    assert "differ" in report.failures[0]
-    probs = read_probs(tmp_path / "kept" / "submission.csv")
+    working, failures, _ = run_here(own.build(), replace(own, data=data), tmp_path)
+    assert "differ" in failures[0]
+    probs = read_probs(working / "submission.csv")
     prior = prior_of(open_prediction(own.home, "tiny"))
     assert (probs.loc[first] == prior[probs.columns]).all()
     assert not (probs.loc[second] == prior[probs.columns]).all()
-    assert f"TEST CLIP {first} cannot be read" in (tmp_path / "kept" / "log.txt").read_text()
+    assert f"TEST CLIP {first} cannot be read" in capsys.readouterr().out
 
 
-def test_weights_may_come_from_a_training_kernels_output(own: World) -> None:
+def test_weights_may_come_from_a_training_kernels_output(own: World, tmp_path: Path) -> None:
     """Its output is not here: the rehearsal takes those of the run itself."""
     built = own.build(source="tester/melfold-train-far-s1")
     assert not built.dataset.exists()
     metadata = json.loads((built.kernel / "kernel-metadata.json").read_text())
     assert (metadata["dataset_sources"], metadata["kernel_sources"]) == ([], ["tester/melfold-train-far-s1"])
-    report = rehearse(built, own.competition, own.home, isolation="prefix")
-    assert report.failures == [], report.log
-    assert report.equality == "the same bytes as at home"
+    _, failures, equality = run_here(built, own, tmp_path)
+    assert (failures, equality) == ([], "the same bytes as at home")
 
 
-def test_weights_that_are_damaged_on_the_way_are_refused(own: World) -> None:
+def test_weights_that_are_damaged_on_the_way_are_refused(own: World, tmp_path: Path) -> None:
     built = own.build()
     path = next(built.dataset.glob("*fold0.safetensors"))
     content = path.read_bytes()
     path.unlink()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     restamp(built)
-    report = rehearse(built, own.competition, own.home)
-    assert "missing or damaged" in report.failures[0]
+    with pytest.raises(MelfoldError, match="missing or damaged"):
+        run_here(built, own, tmp_path)
 
 
 def test_no_such_submission(own: World) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
+import kaggle_world
 import pytest
 from kaggle_world import DEMO, World, melfold
 
 from melfold.kaggle.ledger import COLUMNS, Ledger
 from tests.fake_kaggle import FakeKaggle
+from tests.quick_start import QuickStart
 
 QUICK = {"MELFOLD_PACE": "0.05"}
 TO = ("--competition", DEMO)
@@ -36,38 +39,41 @@ def test_the_code_form(layout: str, own: World, tmp_path: Path) -> None:
         assert sum(call.rpc == "SaveKernel" for call in fake.calls) == 1
 
 
-def test_the_file_form_and_the_ledgers_commands(own: World, tmp_path: Path) -> None:
+def test_the_file_form_and_the_ledgers_commands(own: World, tmp_path: Path, quick: QuickStart) -> None:
     with FakeKaggle(tmp_path / "kaggle", competition=DEMO, data=own.data, truth=own.truth) as fake:
         env = fake.env(tmp_path / "user") | QUICK
-        shipped = melfold("ship", "tiny", "--file", *TO, env=env, home=own.home)
+        melfold = partial(kaggle_world.melfold, env=env, home=own.home, program=quick.program("melfold"))
+        shipped = melfold("ship", "tiny", "--file", *TO)
         assert shipped.returncode == 0, shipped.stdout + shipped.stderr
-        assert melfold("submit", "tiny", "--again", *TO, env=env, home=own.home).returncode == 0
-        synced = melfold("ledger", "sync", env=env, home=own.home)
+        assert melfold("submit", "tiny", "--again", *TO).returncode == 0
+        synced = melfold("ledger", "sync")
         assert synced.returncode == 0, synced.stderr
         for column in ("oof_lwlrap", "time"):
-            shown = melfold("ledger", "show", "--sort", column, env=env, home=own.home)
+            shown = melfold("ledger", "show", "--sort", column)
             assert "select 1: tiny" in shown.stdout
-        found = json.loads(melfold("ledger", "show", "--json", env=env, home=own.home).stdout)
+        found = json.loads(melfold("ledger", "show", "--json").stdout)
         assert found.keys() == {"ledger", "rows", "select", "private_from_oof"}
         assert [row["id"] for row in found["rows"]] == ["tiny", "tiny"]
         assert found["rows"][0].keys() == {*COLUMNS, "place"}
         assert f"public {found['rows'][0]['public_score']:.5f}" in shipped.stdout
         assert found["select"][0].keys() == {"id", "tag", "ref", "reason"}
         picture = tmp_path / "ledger.png"
-        assert melfold("ledger", "plot", "-o", picture, env=env, home=own.home).returncode == 0
+        assert melfold("ledger", "plot", "-o", picture).returncode == 0
         assert picture.stat().st_size > 5000
-        bad = melfold("ledger", "show", "--sort", "luck", env=env, home=own.home)
+        bad = melfold("ledger", "show", "--sort", "luck")
         assert (bad.returncode, len(bad.stderr.splitlines())) == (2, 1)
         assert {row.status for row in Ledger.of(own.home).rows()} == {"complete"}
 
 
 @pytest.mark.parametrize("layout", ["nested", pytest.param("flat", marks=pytest.mark.soak)])
-def test_the_copy(layout: str, own: World, tmp_path: Path) -> None:
+def test_the_copy(layout: str, own: World, tmp_path: Path, quick: QuickStart) -> None:
     with FakeKaggle(tmp_path / "kaggle", competition=DEMO, data=own.data, truth=own.truth) as fake:
         fake.layout, fake.kernels_only, fake.late = layout, True, True
         env = fake.env(tmp_path / "user") | QUICK
         for _ in range(2):
-            shipped = melfold("ship", "tiny", "--copy", *TO, "--data", own.data, env=env, home=own.home)
+            shipped = melfold(
+                "ship", "tiny", "--copy", *TO, "--data", own.data, env=env, home=own.home, program=quick.program("melfold")
+            )
             assert shipped.returncode == 0, shipped.stdout + shipped.stderr
         (row,) = Ledger.of(own.home).rows()
         assert (row.status, row.kernel, row.public_score) == ("complete", "tester/melfold-copy-csv-tiny", "0.00000")
@@ -81,12 +87,12 @@ def test_the_copy(layout: str, own: World, tmp_path: Path) -> None:
         assert fake.kernels.keys() == {"melfold-copy-csv-tiny"}
 
 
-def test_download_by_command(own: World, tmp_path: Path) -> None:
+def test_download_by_command(own: World, tmp_path: Path, quick: QuickStart) -> None:
     with FakeKaggle(tmp_path / "kaggle", data=own.data) as fake:
         env = fake.env(tmp_path / "user") | QUICK
-        done = melfold("download", env=env, home=own.home)
+        done = melfold("download", env=env, home=own.home, program=quick.program("melfold"))
         assert done.returncode == 0, done.stderr
         assert (own.home.data / fake.competition / "sample_submission.csv").exists()
         fake.rules_accepted = False
-        refused = melfold("download", "--to", tmp_path / "other", env=env, home=own.home)
+        refused = melfold("download", "--to", tmp_path / "other", env=env, home=own.home, program=quick.program("melfold"))
         assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
