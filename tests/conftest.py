@@ -23,6 +23,15 @@ settings.load_profile("melfold")
 REPO = Path(__file__).resolve().parents[1]
 LABELS = ("Bark", "Hiss_(air)", "Tone")
 
+LONGEST = ("learn/cluster", "kaggle/training", "learn/launch", "kaggle/ship", "data/cache", "kaggle/submit", "kaggle/kernels")
+LONGEST += ("kaggle/schedules", "learn/students", "kaggle/fake_kaggle", "learn/train", "kaggle/push", "learn/placement")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, so that several workers end together."""
+    files = [REPO / "tests" / folder / f"test_{name}.py" for folder, name in (text.split("/") for text in LONGEST)]
+    items.sort(key=lambda item: files.index(item.path) if item.path in files else len(files))
+
 
 @pytest.fixture(scope="session")
 def repo() -> Path:
