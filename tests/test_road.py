@@ -446,6 +446,17 @@ def test_a_colleagues_submission_is_rebuilt_or_the_missing_commands_are_printed(
     assert load_recipe(str(recipe.parents[1] / "views" / "road.toml")).predict.shift_seconds == (0, 0.16)
 
 
+def test_the_demo_ends_with_its_scores_and_its_files(road: Road, tmp_path: Path) -> None:
+    sets = [word for item in SETS for word in ("--set", item)]
+    shown = road("demo", "--device", "cpu", *sets, home=tmp_path).stdout
+    for half in ("out-of-fold", "test Public", "test Private"):
+        assert re.search(rf"  {half} +0\.\d{{5}}  \(0\.\d{{5}} to [01]\.\d{{5}}, \d+ clips\)", shown), shown
+    for name in ("synthetic competition", "log-mels", "fold table", "run: weights, logs, OOF", "submission"):
+        (path,) = re.findall(rf"  {name} +(/.*)", shown)
+        assert Path(path).exists()
+    assert re.search(rf"Next: melfold oof demo\S* --home {tmp_path}", shown), shown
+
+
 LIGHT: dict[str, tuple[tuple[object, ...], int]] = {
     "a finished predict": (("predict", "road"), 0),
     "a finished train": (("train", "DATA", "--recipe", "corrected"), 0),
