@@ -24,7 +24,7 @@ from melfold.files import Home, sha256_file
 from melfold.learn.predictions import own_prediction
 from melfold.recipes import load_recipe
 
-pytest.importorskip("distributed", reason="the optional extra `dask` is not installed")
+Client = pytest.importorskip("distributed", reason="the optional extra `dask` is not installed").Client
 
 ENVIRONMENT = os.environ | {"MKL_NUM_THREADS": "1"}
 SETS = (
@@ -51,6 +51,8 @@ class Cluster:
         self.address: str = json.loads(file.read_text())["address"]
         for name in ("one", "two"):
             self._start(folder, "worker", self.address, "--name", name, "--nthreads", "1", "--no-nanny", "--no-dashboard")
+        with Client(self.address, set_as_default=False) as client:
+            client.wait_for_workers(2, timeout=120)
 
     def _start(self, folder: Path, *command: str) -> None:
         with (folder / f"{len(self.processes)}.log").open("w") as log:
