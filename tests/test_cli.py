@@ -330,6 +330,7 @@ def test_ctrl_c_says_whether_the_command_continues(
 def test_ctrl_c_while_the_program_is_still_being_loaded_is_one_line(module: str, tmp_path: Path) -> None:
     script = f"""
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 class Watch:
     def find_spec(name, *_):
         if name == {module!r}:
