@@ -208,15 +208,17 @@ def test_on_runs_that_know_nothing_a_search_gains_nothing_and_its_suggestion_say
 
 
 def test_suggestions_hold_single_runs_every_mean_and_two_searches_the_best_first(made_up: MadeUp) -> None:
-    runs = [skilled(made_up, "a", 0.4, 1), skilled(made_up, "b", 0.3, 2)]
+    runs = [skilled(made_up, "a", 0.4, 1), skilled(made_up, "b", 0.3, 2), skilled(made_up, "c", 0.35, 3)]
     found = suggest(runs)
     assert [s.oof_lwlrap for s in found] == sorted((s.oof_lwlrap for s in found), reverse=True)
     assert {(tuple(s.runs), s.mean) for s in found if s.fitted is None} == {
         (("a",), "-"),
         (("b",), "-"),
-        *((("a", "b"), kind) for kind in MEANS),
+        (("c",), "-"),
+        *((("a", "b", "c"), kind) for kind in MEANS),
     }
     assert len([s for s in found if s.fitted is not None]) == 2
+    assert len([s for s in suggest(runs[:2]) if s.fitted is not None]) == 1, "of two runs, both searches find the same"
     single = {s.runs[0]: s for s in found if len(s.runs) == 1 and s.fitted is None}
     assert single["a"].oof_lwlrap == pytest.approx(score(runs[0]).oof_lwlrap)
     best = max(single.values(), key=lambda s: s.oof_lwlrap)

@@ -89,7 +89,8 @@ def suggest(predictions: Sequence[Prediction], budget: float | None = None) -> l
         given = None if weights is None or len(set(weights)) == 1 else [round(w, 4) for w in weights]
         score = lwlrap(targets, probs)
         found = Suggestion(list(runs), mean, given, score, interval.low, interval.high, fitted, gain, len(targets), cost)
-        suggestions.append(found)
+        if found not in suggestions:  # both searches may end the same way
+            suggestions.append(found)
 
     for name, table in tables.items():
         add([name], "-", table)
@@ -99,7 +100,8 @@ def suggest(predictions: Sequence[Prediction], budget: float | None = None) -> l
     for most in (2, None) if len(together.folds.unique()) > 1 else ():
         search = partial(choose, most=most, costs=costs, budget=np.inf if budget is None else budget)
         choice = search(targets, tables)
-        add(choice.runs, choice.kind, nested_probs(together, search), choice.weights, choice.fitted)
+        kind = choice.kind if len(choice.runs) > 1 else "-"
+        add(choice.runs, kind, nested_probs(together, search), choice.weights, choice.fitted)
     return sorted(suggestions, key=lambda s: -s.oof_lwlrap)
 
 
