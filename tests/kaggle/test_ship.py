@@ -85,6 +85,11 @@ def test_the_copy(layout: str, own: World, tmp_path: Path, quick: QuickStart) ->
         assert len(kernel.request["text"]) < 30_000, "it holds only what copying needs"
         assert kernel.request.get("enableInternet", False) is False
         assert fake.kernels.keys() == {"melfold-copy-csv-tiny"}
+        # The other form is not built and pushed first, to be told then that Kaggle has this submission.
+        shipped = melfold("ship", "tiny", "--cpu", *TO, env=env, home=own.home, program=quick.program("melfold"))
+        assert shipped.returncode == 0, shipped.stderr
+        assert "tiny is at Kaggle already: 1, complete" in shipped.stderr
+        assert not (own.home.root / "build/kernels/melfold-infer-tiny").exists()
 
 
 def test_download_by_command(own: World, tmp_path: Path, quick: QuickStart) -> None:

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 from kaggle_world import DEMO, OLD_CLIENT, SLUG, World, command, environment, melfold
+from typer.testing import CliRunner
 
+from melfold.cli.main import app
 from melfold.errors import MelfoldError
 from melfold.files import read_json
+from melfold.kaggle.build import Target, build_copy, build_infer
 from melfold.kaggle.client import Kaggle
 from melfold.kaggle.command import KaggleError
 from melfold.kaggle.courier import prepare
@@ -162,6 +165,18 @@ def test_a_kernel_is_submitted_only_when_its_version_is_complete(fake: FakeKaggl
     row = submit(client, own.home, "tiny", kernel=form)
     assert (row.kernel, row.version, row.account) == ("tester/some-kernel", "1", "tester")
     assert fake.submissions[0].kernel == "tester/some-kernel/1"
+
+
+def test_of_two_pushed_kernels_the_later_one_is_submitted(fake: FakeKaggle, own: World) -> None:
+    target = Target("tester", DEMO, gpu=False)
+    output = (own.home.submissions / "tiny" / "submission.csv").read_bytes()
+    for built in (build_infer(own.home, "tiny", target), build_copy(own.home, "tiny", target)):
+        version = fake.add_kernel(built.facts["kernel"].split("/")[1], {"submission.csv": output})
+        built.push_stamp.commit(built.inputs, kernel=built.facts["kernel"], version=version)
+    done = CliRunner().invoke(app, ["submit", "tiny", "--kernel", "--competition", DEMO, "--home", str(own.home.root)])
+    assert done.exit_code == 0, done.stderr
+    assert "two kernels were pushed; this is the later one: tester/melfold-copy-csv-tiny" in done.stderr
+    assert fake.submissions[0].kernel == "tester/melfold-copy-csv-tiny/1"
 
 
 def test_a_kernels_submission_is_not_repeated_after_a_time_out(fake: FakeKaggle, client: Kaggle, own: World) -> None:

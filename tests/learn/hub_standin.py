@@ -28,7 +28,7 @@ class Hub:
             repo = path.removeprefix("/api/models/")
             tags = [f"license:{self.licences[repo]}"] if repo in self.licences else []
             return 200, {"Content-Type": "application/json"}, json.dumps({"id": repo, "tags": tags, "siblings": []}).encode()
-        owner, repo, _, _, file = path.strip("/").split("/", 4)
+        owner, repo, _, _, file = [*path.strip("/").split("/", 4), "", "", "", ""][:5]
         content = self.files.get(f"{owner}/{repo}/{file}")
         if content is None:
             known = any(name.startswith(f"{owner}/{repo}/") for name in self.files)

@@ -80,7 +80,7 @@ def ship(
     from melfold.kaggle.client import Kaggle
     from melfold.kaggle.push import check_output, push, wait_for_kernel
     from melfold.kaggle.standings import fetch_table
-    from melfold.kaggle.submit import Kernel, check_file_form, competition_for, submit, wait_for_score
+    from melfold.kaggle.submit import Kernel, at_kaggle, check_file_form, competition_for, submit, wait_for_score
 
     place, form = Home.find(home), None
     if file and copy:
@@ -88,7 +88,8 @@ def ship(
     client = Kaggle(competition_for(open_submission(place, id), competition))
     if file:
         check_file_form(id, client.competition)
-    else:
+    row = None if again else at_kaggle(client, place, id)
+    if not row and not file:
         options: dict[str, Any] = {"gpu": gpu, "budget": budget, "weights_from": weights_from, "copy": copy}
         built = _build_infer(place, id, owner, client.competition, **options)
         typer.echo(f"1/5 built {built.folder}")
@@ -102,8 +103,8 @@ def ship(
         check_output(wait_for_kernel(client, built), download)
         typer.echo("4/5 the kernel is complete and its output is a valid submission")
         form = Kernel(built.facts["kernel"], version)
-    row = wait_for_score(client, place, submit(client, place, id, kernel=form, again=again))
-    typer.echo("5/5 submitted and scored" if not file else "submitted and scored")
+    row = wait_for_score(client, place, row or submit(client, place, id, kernel=form, again=again))
+    typer.echo("submitted and scored" if file else "5/5 submitted and scored")
     fetch_table(client, place)
     print_row(row, place)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from melfold.cli.options import HomeOpt, IdArg, JsonOpt
-from melfold.cli.output import command, interval, print_json, print_table, score
+from melfold.cli.output import command, interval, note, print_json, print_table, score
 from melfold.errors import MelfoldError
 from melfold.files import Home
 from melfold.kaggle.client import COMPETITION
@@ -58,7 +58,7 @@ def submit(
 
 
 def _find_kernel(home: Home, id: str) -> Kernel:
-    """The pushed kernel of a submission: the one that predicts, or the one that copies.
+    """The kernel of a submission, one that predicts or one that copies, that was pushed last.
 
     Raises:
         MelfoldError: none was pushed since it was built.
@@ -67,10 +67,13 @@ def _find_kernel(home: Home, id: str) -> Kernel:
     from melfold.kaggle.submit import Kernel
 
     builds = [built_for(home, kind, id) for kind in ("infer", "copy_csv")]
-    pushed = next((built.pushed for built in builds if built.artefact.stamp.exists() and built.pushed), None)
+    pushed = [built for built in builds if built.artefact.stamp.exists() and built.pushed]
     if not pushed:
         raise MelfoldError("this kernel was not pushed since it was built", str(builds[0].folder), "Run `melfold kernel push`")
-    return Kernel(pushed["kernel"], pushed["version"])
+    last = max(pushed, key=lambda built: built.push_stamp.stamp.stat().st_mtime_ns).push_stamp.read()
+    if len(pushed) > 1:
+        note(f"two kernels were pushed; this is the later one: {last['kernel']}")
+    return Kernel(last["kernel"], last["version"])
 
 
 def print_row(row: Row, home: Home) -> None:

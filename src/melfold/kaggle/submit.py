@@ -7,9 +7,10 @@ import os
 import re
 import secrets
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from melfold.combine.submission import open_submission
 from melfold.errors import MelfoldError
@@ -84,21 +85,11 @@ def submit(client: Kaggle, home: Home, id: str, *, kernel: Kernel | None = None,
     competition_for(manifest, client.competition)
     if not kernel:
         check_file_form(id, client.competition)
-    with locked(home.submissions / ".submit.lock", lambda: _busy(home)) as lock:
+    with _alone(home) as lock:
         os.set_inheritable(lock.fileno(), True)  # a call that outlives this process keeps the lock
-        _restore(home)
-        listed = client.submissions()
-        rows = [_review(client, home, row, listed) for row in ledger.rows() if row.id == id and _is_here(row, client)]
-        if not again:
-            for row in reversed(rows):
-                if row.status in SPENT:
-                    log.info("%s is at Kaggle already: %s, %s", id, row.ref or row.tag, row.status)
-                    return row
-            if theirs := _elsewhere(listed, ledger.rows(), manifest):
-                return _adopt(client, ledger, manifest, theirs)
-            for row in rows:
-                if row.status == "unknown":
-                    raise _unknown(row)
+        row = _at_kaggle(client, home, manifest, again=again)
+        if row:
+            return row
         left = client.remaining()
         if left < 1:
             raise MelfoldError("no submissions left today", client.competition, "The count restarts at 00:00 UTC")
@@ -123,8 +114,41 @@ def submit(client: Kaggle, home: Home, id: str, *, kernel: Kernel | None = None,
         return _send(client, home, row, manifest, kernel)
 
 
-def _busy(home: Home) -> None:
-    log.warning("waiting for another melfold that submits from %s", home.submissions)
+def at_kaggle(client: Kaggle, home: Home, id: str) -> Row | None:
+    """The row of a submission that Kaggle has, even if the ledger did not know it; None if it can be submitted.
+
+    Raises:
+        MelfoldError: no such submission, or one whose outcome is unknown.
+    """
+    manifest = open_submission(home, id)
+    with _alone(home):
+        return _at_kaggle(client, home, manifest)
+
+
+def _at_kaggle(client: Kaggle, home: Home, manifest: dict[str, Any], *, again: bool = False) -> Row | None:
+    """As `at_kaggle`, in the lock. With `again` earlier calls are looked up too, but stop nothing."""
+    ledger, id = Ledger.of(home), manifest["id"]
+    _restore(home)
+    listed = client.submissions()
+    rows = [_review(client, home, row, listed) for row in ledger.rows() if row.id == id and _is_here(row, client)]
+    if again:
+        return None
+    for row in reversed(rows):
+        if row.status in SPENT:
+            log.info("%s is at Kaggle already: %s, %s", id, row.ref or row.tag, row.status)
+            return row
+    if theirs := _elsewhere(listed, ledger.rows(), manifest):
+        return _adopt(client, ledger, manifest, theirs)
+    for row in rows:
+        if row.status == "unknown":
+            raise _unknown(row)
+    return None
+
+
+def _alone(home: Home) -> AbstractContextManager[IO[str]]:
+    """Only one process at a time submits from a home, or brings its ledger up to date."""
+    told = f"waiting for another melfold that submits from {home.submissions}"
+    return locked(home.submissions / ".submit.lock", lambda: log.warning(told))
 
 
 def _is_here(row: Row, client: Kaggle) -> bool:
@@ -283,7 +307,7 @@ def sync(client: Kaggle, home: Home) -> list[str]:
         What changed, what is still unknown, and what Kaggle has that the ledger lacks, a line each.
     """
     ledger, lines = Ledger.of(home), []
-    with locked(home.submissions / ".submit.lock", lambda: _busy(home)):
+    with _alone(home):
         _restore(home)
         listed = client.submissions()
         rows = ledger.rows()
