@@ -142,3 +142,9 @@ def to_mean(values: np.ndarray, kind: str) -> np.ndarray:
         # Ties share the mean of their ranks.
         return np.stack([pd.DataFrame(table).rank(axis=1).to_numpy() / (values.shape[-1] + 1) for table in values])
     raise MelfoldError("unknown mean", kind, f"Use {', '.join(MEANS)}")
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """In float64 and without overflow; a float32 one would saturate into ties."""
+    small = np.exp(-np.abs(logits))
+    return np.where(logits >= 0, 1, small) / (1 + small)

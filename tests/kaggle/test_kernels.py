@@ -378,7 +378,7 @@ def test_a_pass_that_fails_is_left_out_unless_all_fail(
             raise RuntimeError("CUDA out of memory")
         return predict(*args)
 
-    monkeypatch.setattr("melfold.kernels.infer.predict_logits", fail)
+    monkeypatch.setattr("melfold.learn.predict.predict_logits", fail)
     session = Session(bundle_of(built), tmp_path, time.monotonic())
     if first:
         with pytest.raises(RuntimeError):

@@ -194,6 +194,7 @@ def test_training_stops_in_time_and_continues_in_a_second_session(
     assert 0 < steps[1] < steps[2]
 
 
+@pytest.mark.soak  # the suite rehearses two sessions above
 def test_a_rehearsal_needs_no_audio_and_takes_a_few_steps(own: World, tmp_path: Path) -> None:
     hub = ("model.weights=hf:someone/weights", "model.normalise=checkpoint")
     plan = training(own, "train.clips=both", "train.epochs=5000", *hub, folds=[1])

@@ -25,6 +25,8 @@ from melfold.report.cards import Media
 from melfold.report.review_page import write_review_page
 from melfold.report.run_page import write_run_page
 
+pytestmark = pytest.mark.soak
+
 CLIPS, LABELS, FILES, SR = 4970, 80, 24, 44_100
 FRONT_END = ("logmel.sr=44100", "logmel.n_fft=2048", "logmel.hop_length=441", "logmel.n_mels=128", "logmel.fmax=22050.0")
 FOLDS = ("folds.n_folds=5", "folds.groups=none")  # all clips share a few files

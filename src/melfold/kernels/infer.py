@@ -1,6 +1,7 @@
 """Inference within a time budget: a complete, valid `submission.csv` at any moment, and a better one as time allows.
 
-The first file holds the prior: each label's mean out-of-fold probability. Every pass (one fold's model, one view) improves it.
+The first file holds the prior: each label's mean out-of-fold probability. It is written before PyTorch is loaded. Every pass
+(one fold's model, one view) improves it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -22,12 +23,12 @@ from melfold.data.competition import read_test
 from melfold.errors import MelfoldError, first_line
 from melfold.files import Home
 from melfold.kernels import boot
-from melfold.learn.devices import Device, pick_device
-from melfold.learn.model import Tagger, build_model
-from melfold.learn.predict import predict_logits, sigmoid
-from melfold.learn.weights import load_weights
-from melfold.probs import Probs, make_probs, mean_probs, write_probs
+from melfold.probs import Probs, make_probs, mean_probs, sigmoid, write_probs
 from melfold.recipes import parse_recipe
+
+if TYPE_CHECKING:
+    from melfold.learn.devices import Device
+    from melfold.learn.model import Tagger
 
 BUDGET_SHARE = 0.93
 """Of the time limit. The rest is for starting the session and for saving its output."""
@@ -81,6 +82,9 @@ class Member:
 
     def model(self, fold: str, device: Device) -> Tagger:
         """A fold's model, ready to predict."""
+        from melfold.learn.model import build_model
+        from melfold.learn.weights import load_weights
+
         recipe = self.recipe
         model = build_model(recipe.model, len(self.prior), recipe.logmel.n_mels, recipe.window_frames, initial=False)
         load_weights(self.weights[fold], model)
@@ -108,22 +112,38 @@ class Inference:
         MelfoldError: no competition, other labels than the models have, or weights that are missing or damaged.
     """
 
-    def __init__(self, session: boot.Session, device: Device, budget: float) -> None:
-        self.session, self.device, self.budget = session, device, budget
+    device: Device
+    budget: float
+    """Seconds."""
+
+    def __init__(self, session: boot.Session) -> None:
+        self.session = session
         self.test = read_test(session.competition_folder("sample_submission.csv"))
         labels, known = list(self.test.labels), session.bundle["labels"]
         if labels != known:
             raise MelfoldError("the mounted competition has other labels", f"{len(labels)} labels, the runs have {len(known)}")
         self.members = find_members(session)
         self.record: dict[str, Any] = {
-            "device": str(device.torch),
-            "budget_s": budget,
             "clips": len(self.test.test),
             "late": 0,
             "unreadable": 0,
             "passes": [],
         }
         self.write_seconds = 0.0
+
+    def pick_device(self) -> None:
+        """Find the device, and with it the budget."""
+        from melfold.learn.devices import pick_device
+
+        self.device, minutes = pick_device("auto", "off"), self.session.bundle["budget_minutes"]
+        lost = self.session.bundle["gpu"] and self.device.torch.type == "cpu"
+        if lost:  # the session is as long as was asked for; only a rehearsal may take longer
+            minutes = float(os.environ.get("MELFOLD_CPU_MINUTES", minutes))
+            self.session.say("NO GPU: this kernel asked for one, and plans for this CPU")
+        self.budget = BUDGET_SHARE * 60 * minutes
+        self.session.say(f"{self.device.torch}, {self.budget:.0f} s")
+        setup = round(self.session.elapsed(), 2)
+        self.record |= {"device": str(self.device.torch), "budget_s": self.budget, "setup_s": setup}
 
     def time_left(self) -> float:
         """Seconds of the budget."""
@@ -233,6 +253,8 @@ class Inference:
         if SAFETY * expected > self.time_left():
             self.session.say(f"{name}: {expected:.0f} s do not fit into the {self.time_left():.0f} s left")
             return
+        from melfold.learn.predict import predict_logits
+
         began = self.session.elapsed()
         assert member.store  # `_passes` leaves the others out
         member.add(fold, predict_logits(model, member.store, member.recipe, self.device, view))
@@ -247,6 +269,8 @@ class Inference:
 
     def _measure(self, model: Tagger, member: Member, view: View) -> float:
         """Seconds per frame of windows, from a few clips. A first call warms up and is not counted."""
+        from melfold.learn.predict import predict_logits
+
         assert member.store
         predict_logits(model, member.store.head(1), member.recipe, self.device, view)
         began = self.session.elapsed()
@@ -272,25 +296,16 @@ def find_members(session: boot.Session) -> list[Member]:
 
 def infer(session: boot.Session) -> None:
     """Predict the mounted test clips within the bundle's time limit."""
-    device, minutes = pick_device("auto", "off"), session.bundle["budget_minutes"]
-    lost = session.bundle["gpu"] and device.torch.type == "cpu"
-    if lost:  # the session is as long as was asked for; only a rehearsal may take longer
-        minutes = float(os.environ.get("MELFOLD_CPU_MINUTES", minutes))
-    budget = BUDGET_SHARE * 60 * minutes
-    versions = session.introduce(
-        f"submission {session.bundle['id']}, {session.bundle['track']}, on {device.torch}, {budget:.0f} s"
-    )
-    if lost:
-        session.say("NO GPU: this kernel asked for one, and plans for this CPU")
-    job = Inference(session, device, budget)
+    versions = session.introduce(f"submission {session.bundle['id']}, {session.bundle['track']}")
+    job = Inference(session)
     job.record["versions"] = versions
     files = sum(len(member.weights) for member in job.members)
     session.say(f"{len(job.test.test)} test clips, {len(job.test.labels)} labels, {files} files of weights as expected")
     job.write()
     session.say("submission.csv holds the prior")
-    job.record["setup_s"] = round(session.elapsed(), 2)
     if "MELFOLD_STOP_AFTER_SETUP" in os.environ:  # a rehearsal that only asks whether everything is found
         return
+    job.pick_device()
     job.make_log_mels()
     job.write()
     job.predict()

@@ -21,11 +21,11 @@ from melfold.data.competition import multi_hot
 from melfold.errors import MelfoldError
 from melfold.learn.devices import Device
 from melfold.learn.normalise import statistics
-from melfold.learn.predict import predict_probs, sigmoid
+from melfold.learn.predict import predict_probs
 from melfold.learn.predictions import write_current
 from melfold.learn.runs import FULL, Run, open_run
 from melfold.learn.train import load_fold
-from melfold.probs import Probs, align, make_probs, mean_probs, read_probs
+from melfold.probs import Probs, align, make_probs, mean_probs, read_probs, sigmoid
 
 
 def make_pseudo_labels(student: Run, fold: int | str, caches: Sequence[Path], device: Device) -> None:

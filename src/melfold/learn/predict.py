@@ -14,7 +14,7 @@ from melfold.data.clips import ClipStore
 from melfold.learn.batches import read_ahead, window_batches
 from melfold.learn.devices import Device, exact, explain_out_of_memory
 from melfold.learn.model import Tagger
-from melfold.probs import Probs, make_probs
+from melfold.probs import Probs, make_probs, sigmoid
 
 
 def predict_probs(
@@ -62,9 +62,3 @@ def predict_logits(model: Tagger, store: ClipStore, recipe: Recipe, device: Devi
             np.add.at(counts, rows, 1)
     model.train(was_training)
     return sums / counts[:, None]
-
-
-def sigmoid(logits: np.ndarray) -> np.ndarray:
-    """In float64 and without overflow; a float32 one would saturate into ties."""
-    small = np.exp(-np.abs(logits))
-    return np.where(logits >= 0, 1, small) / (1 + small)
