@@ -230,6 +230,9 @@ def _training(
     from melfold.kaggle.training import Training
     from melfold.learn.start import check_name, parse_folds
 
+    if not data.exists():
+        fix = "Run `melfold download --tables`, or give the folder of the tables"
+        raise MelfoldError("the competition's tables are not here", str(data), fix)
     resolved = resolve_recipe(recipe, sets, home)
     which, name = parse_folds(folds, resolved), resolve_run_name(run, recipe, resolved, home)
     check_name(name)

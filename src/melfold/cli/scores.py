@@ -49,7 +49,7 @@ def print_oof(scores: OofScores) -> None:
     where = f"95 % {interval(scores.low, scores.high)}, {scores.clips} clips"
     typer.echo(f"oof_lwlrap        {score(scores.oof_lwlrap)}  ({where})")
     typer.echo(f"mean_fold_lwlrap  {score(scores.mean_fold_lwlrap)}  ({folds})")
-    typer.echo(f"constant          {score(scores.constant_lwlrap)}")
+    typer.echo(f"constant          {score(scores.constant_lwlrap)}  (the same prediction for every clip)")
 
 
 @command(app, "compare", "melfold compare audioset audioset-seed1 small")
@@ -129,7 +129,8 @@ def ensemble_suggest(
     print_table([{"": number, **_as_row(item)} for number, item in enumerate(suggestions, 1)], left=["runs", "mean"])
     _print_next(suggestions[0], opened)
     typer.echo(
-        "fitted: a search's score on the clips it chose by. seconds: to predict the real test clips, from recorded speeds."
+        "fitted: a search chose this row, by this score; its oof_lwlrap is of clips that it did not see. seconds: to predict the "
+        "real test clips, as fast as each run's last prediction."
     )
     typer.echo("The best of many is a little lucky: if the interval of its gain includes 0, nothing is decided.")
 

@@ -134,7 +134,7 @@ def _print_expected(predictions: Sequence[Prediction], manifest: dict[str, Any],
     if expected and best and worst:
         typer.echo(f"On the final Private leaderboard: {expected} (rank {best.rank} to {worst.rank})")
     if not found.grouped:
-        note("the folds keep no groups of clips together: if there are near-duplicates, expect less")
+        note("no groups of clips are known in these folds: if there are near-duplicates, expect less")
 
 
 def _numbers(text: str | None) -> list[float] | None:

@@ -89,7 +89,7 @@ def resume(
         _print_trained(stages.resume(place, run, compute, data and data.resolve()))
 
 
-@command(app, "student", "melfold student open scratch --rounds 2 --set noisy.power=2", continues=True)
+@command(app, "student", "melfold student imagenet scratch --rounds 2 --set noisy.power=2", continues=True)
 def student(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="The first teachers: runs with all folds trained.")],
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds; the students of one are the teachers of the next.")] = 1,
