@@ -97,7 +97,9 @@ def submit(client: Kaggle, home: Home, id: str, *, kernel: Kernel | None = None,
         if kernel:
             status, message = client.kernel_status(kernel.slug, kernel.version)
             if status != "COMPLETE":
-                raise MelfoldError(f"kernel {kernel.slug} is not complete", f"{status} {message}".strip(), "Wait for it")
+                what = f"kernel {kernel.slug} version {kernel.version} is not complete"
+                fix = "Wait for it; kaggle 2.2.4 sees only the latest version, 2.2.5 this one"
+                raise MelfoldError(what, f"{status} {message}".strip(), fix)
         row = Row(
             tag=secrets.token_hex(6),
             id=id,
