@@ -19,7 +19,7 @@ learn: backbones weights model predict fold_data state train_log tracker train n
 combine: oof search ensemble expect relabel check submission rebuild
 kernels: boot infer train copy_csv
 kaggle: command courier client ledger board standings download pack built build sandbox judge rehearsal push training submit
-report: pages charts audio pictures diagnosis training cards clips ledger run_page review_page home_page
+report: pages charts pictures media diagnosis training clips ledger run_page review_page home_page
 : stages dry_run
 cli: output options recipes data scores training runs clean submissions ledger kernels weights report main
 : __main__

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -20,8 +20,6 @@ from melfold.report.home_page import write_home_page
 from melfold.report.review_page import write_review_page
 from melfold.report.run_page import write_run_page
 from melfold.stages import cache
-
-MEDALS = {"gold": 0.74399, "silver": 0.7181, "bronze": 0.69233}
 
 
 @pytest.fixture(scope="session")
@@ -61,14 +59,14 @@ def make_pages(root: Path, competition: Competition) -> Pages:
     for number in range(5):
         oof, private = 0.80 + 0.02 * number, 0.66 + 0.025 * number
         row = Row(f"tag{number}", f"s{number}", f"2026-10-0{number + 1}T12:00:00Z", "", "first", "", "", "", "open", f"{oof:.5f}")
-        Ledger.of(home).add(row)
+        Ledger.of(home).add(replace(row, competition="fat2019"))
         Ledger.of(home).update(row.tag, public_score="0.00000", private_score=f"{private:.5f}", status="complete")
     paths = [home.reports / f"{name}.html" for name in ("first", "first-vs-second", "first-review", "index")]
     a, b = own_prediction(first), own_prediction(second)
     write_run_page([a], paths[0], competition=competition)
     write_run_page([a, b], paths[1], competition=competition)
     write_review_page(a, paths[2], count=5, competition=competition)
-    write_home_page(home, paths[3], medals=MEDALS)
+    write_home_page(home, paths[3])
     return Pages(home, competition, (first, second), *paths)
 
 

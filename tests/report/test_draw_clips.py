@@ -44,8 +44,8 @@ def size(png: Path) -> tuple[int, int]:
 
 def test_a_picture_of_clips_of_every_split_is_a_png(competition: Competition, recipe: Recipe, tmp_path: Path) -> None:
     fnames = [competition.split(split).index[0] for split in ("curated", "noisy", "test")]
-    draw_clips(competition, fnames[:1], recipe, tmp_path / "one.png")
-    draw_clips(competition, fnames, recipe, tmp_path / "sub" / "three.png")
+    draw_clips(competition, fnames[:1], recipe, tmp_path / "one.png", Home(tmp_path))
+    draw_clips(competition, fnames, recipe, tmp_path / "sub" / "three.png", Home(tmp_path))
     one, three = size(tmp_path / "one.png"), size(tmp_path / "sub" / "three.png")
     assert one[0] == three[0] > 1000
     assert three[1] > 2 * one[1] > 400
@@ -55,8 +55,8 @@ def test_a_picture_of_clips_of_every_split_is_a_png(competition: Competition, re
 
 def test_another_sound_is_another_picture(competition: Competition, recipe: Recipe, tmp_path: Path) -> None:
     for number, fname in enumerate(competition.curated.index[:2]):
-        draw_clips(competition, [fname], recipe, tmp_path / f"{number}.png")
-    draw_clips(competition, [competition.curated.index[0]], recipe, tmp_path / "again.png")
+        draw_clips(competition, [fname], recipe, tmp_path / f"{number}.png", Home(tmp_path))
+    draw_clips(competition, [competition.curated.index[0]], recipe, tmp_path / "again.png", Home(tmp_path))
     assert (tmp_path / "0.png").read_bytes() == (tmp_path / "again.png").read_bytes()
     assert (tmp_path / "0.png").read_bytes() != (tmp_path / "1.png").read_bytes()
 
@@ -90,10 +90,10 @@ def test_an_unknown_or_unreadable_clip_is_refused_and_nothing_is_written(
 ) -> None:
     known = competition.curated.index[0]
     with pytest.raises(MelfoldError, match=f"no such clip: nosuch.wav. Names look like {known}"):
-        draw_clips(competition, [known, "nosuch.wav"], recipe, tmp_path / "clips.png")
+        draw_clips(competition, [known, "nosuch.wav"], recipe, tmp_path / "clips.png", Home(tmp_path))
     competition.curated.at[known, "path"].write_bytes(b"not audio")
     with pytest.raises(MelfoldError, match=f"unreadable audio: {known}"):
-        draw_clips(competition, [known], recipe, tmp_path / "clips.png")
+        draw_clips(competition, [known], recipe, tmp_path / "clips.png", Home(tmp_path))
     assert not (tmp_path / "clips.png").exists()
 
 
@@ -101,10 +101,10 @@ def test_a_jpeg_is_written_where_a_jpeg_is_asked_for_and_other_kinds_are_refused
     competition: Competition, recipe: Recipe, tmp_path: Path
 ) -> None:
     fnames = list(competition.curated.index[:1])
-    draw_clips(competition, fnames, recipe, tmp_path / "clips.JPG")
+    draw_clips(competition, fnames, recipe, tmp_path / "clips.JPG", Home(tmp_path))
     assert (tmp_path / "clips.JPG").read_bytes().startswith(b"\xff\xd8\xff")
     with pytest.raises(MelfoldError, match="a picture is a PNG or a JPEG: clips.gif. Use -o clips.png"):
-        draw_clips(competition, fnames, recipe, tmp_path / "clips.gif")
+        draw_clips(competition, fnames, recipe, tmp_path / "clips.gif", Home(tmp_path))
     assert [path.name for path in tmp_path.glob("clips*")] == ["clips.JPG"]
 
 
@@ -112,9 +112,11 @@ def test_predictions_of_a_run_are_drawn_beside_a_clip(tmp_path: Path) -> None:
     competition, home = made_competition(tmp_path / "data", clips=24), Home(tmp_path)
     run = made_run(home, "drawn", competition)
     fnames = list(competition.curated.index[:1])
-    draw_clips(competition, fnames, run.recipe, tmp_path / "without.png")
-    draw_clips(competition, fnames, run.recipe, tmp_path / "with.png", prediction=own_prediction(run))
+    draw_clips(competition, fnames, run.recipe, tmp_path / "without.png", Home(tmp_path))
+    draw_clips(competition, fnames, run.recipe, tmp_path / "with.png", Home(tmp_path), prediction=own_prediction(run))
     assert size(tmp_path / "with.png")[0] > size(tmp_path / "without.png")[0]
     with pytest.raises(MelfoldError, match="drawn has no current test predictions"):
-        draw_clips(competition, ["test0000.wav"], run.recipe, tmp_path / "test.png", prediction=own_prediction(run))
+        draw_clips(
+            competition, ["test0000.wav"], run.recipe, tmp_path / "test.png", Home(tmp_path), prediction=own_prediction(run)
+        )
     assert not (tmp_path / "test.png").exists()

@@ -21,7 +21,7 @@ from melfold.data.competition import Competition
 from melfold.data.logmel import log_mel_of
 from melfold.files import Home
 from melfold.learn.predictions import Prediction, own_prediction
-from melfold.report.cards import Media
+from melfold.report.media import Media
 from melfold.report.review_page import write_review_page
 from melfold.report.run_page import write_run_page
 

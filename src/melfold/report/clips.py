@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from melfold.config import LogMelConfig, Recipe
-from melfold.data.arrays import npy_path
+from melfold.config import Recipe
 from melfold.data.audio import read_waveform
-from melfold.data.cache import cache_folder, read_manifest
+from melfold.data.cache import cache_folder
 from melfold.data.competition import SPLITS, Competition, Split
-from melfold.data.logmel import log_mel_of
 from melfold.errors import MelfoldError
 from melfold.files import Home, atomic_path
 from melfold.learn.predictions import Prediction
 from melfold.probs import Probs
-from melfold.report.pictures import describe_windows, mel_ticks, window_shares
+from melfold.report.charts import GREY
+from melfold.report.pictures import describe_windows, log_mel_for, manifest_of, mel_ticks, top_predictions, window_shares
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,20 +28,12 @@ TOP = 6
 """Predictions drawn of a clip, beside its true labels."""
 
 
-@dataclass(frozen=True)
-class _Clip:
-    fname: str
-    split: Split
-    labels: tuple[str, ...]
-    path: Path
-
-
 def draw_clips(
     competition: Competition,
     fnames: Sequence[str],
     recipe: Recipe,
     path: Path,
-    home: Home | None = None,
+    home: Home,
     *,
     prediction: Prediction | None = None,
 ) -> None:
@@ -60,105 +50,68 @@ def draw_clips(
     """
     if path.suffix.lower() not in FORMATS:
         raise MelfoldError("a picture is a PNG or a JPEG", path.name, f"Use -o {path.stem or 'clips'}.png")
-    clips = [_find(competition, fname) for fname in fnames]
-    tables = _tables(prediction, clips)
+    splits = [_split_of(competition, fname) for fname in fnames]
+    readers = {"curated": prediction.read_oof, "test": prediction.read_test} if prediction else {}
+    tables = {split: read() for split, read in readers.items() if split in splits}  # a run does not predict noisy clips
 
     from matplotlib.figure import Figure
 
-    cached = _cached(competition, clips, recipe.logmel, home)
+    cache = cache_folder(home, competition.name, recipe.logmel)
+    manifest = manifest_of(cache)
     columns = 3 if prediction else 2
-    figure = Figure(figsize=(17 if prediction else 13, 2.7 * len(clips) + 0.4), layout="constrained")
-    axes = figure.subplots(len(clips), columns, width_ratios=[3, 4, 2][:columns], squeeze=False)
-    for row, clip in zip(axes, clips, strict=True):
-        waveform, flags = read_waveform(clip.path, recipe.logmel.sr)
-        log_mel = np.load(cached[clip.fname]) if clip.fname in cached else log_mel_of(recipe.logmel)(waveform)
-        _draw_waveform(row[0], clip, waveform, flags, recipe)
-        _draw_log_mel(row[1], clip, log_mel.astype(np.float32), len(waveform) / recipe.logmel.sr, recipe)
+    figure = Figure(figsize=(17 if prediction else 13, 2.7 * len(fnames) + 0.4), layout="constrained")
+    axes = figure.subplots(len(fnames), columns, width_ratios=[3, 4, 2][:columns], squeeze=False)
+    for row, fname, split in zip(axes, fnames, splits, strict=True):
+        clip = competition.split(split).loc[fname]
+        labels = () if split == "test" else clip["labels"]
+        waveform, flags = read_waveform(clip["path"], recipe.logmel.sr)
+        log_mel = log_mel_for(cache, manifest, fname, clip["path"], recipe.logmel)
+        seconds = len(waveform) / recipe.logmel.sr
+        row[0].plot(np.arange(len(waveform)) / recipe.logmel.sr, waveform, linewidth=0.4)
+        row[0].set(xlim=(0, seconds), ylabel="amplitude", xlabel="seconds")
+        found = f"  ({', '.join(flags)})" if flags else ""
+        row[0].set_title(f"{fname}  {split}  {seconds:.2f} s{found}", loc="left", fontsize=9)
+        _draw_log_mel(row[1], np.asarray(log_mel, np.float32), seconds, labels, recipe)
         if prediction:
-            _draw_predictions(row[2], clip, tables.get(clip.split), prediction)
+            row[2].set_title(prediction.label, loc="left", fontsize=9)
+            _draw_predictions(row[2], fname, labels, tables.get(split))
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, format=FORMATS[path.suffix.lower()])
 
 
-def _draw_waveform(axes: Axes, clip: _Clip, waveform: np.ndarray, flags: list[str], recipe: Recipe) -> None:
-    seconds = len(waveform) / recipe.logmel.sr
-    axes.plot(np.arange(len(waveform)) / recipe.logmel.sr, waveform, linewidth=0.4, color="#0b5cad")
-    axes.set(xlim=(0, seconds), ylabel="amplitude", xlabel="seconds")
-    found = f"  ({', '.join(flags)})" if flags else ""
-    axes.set_title(f"{clip.fname}  {clip.split}  {seconds:.2f} s{found}", loc="left", fontsize=9)
+def _split_of(competition: Competition, fname: str) -> Split:
+    for split in SPLITS:
+        if fname in competition.split(split).index:
+            return split
+    raise MelfoldError("no such clip", fname, f"Names look like {competition.curated.index[0]}")
 
 
-def _draw_log_mel(axes: Axes, clip: _Clip, log_mel: np.ndarray, seconds: float, recipe: Recipe) -> None:
-    config = recipe.logmel
-    extent = (0, seconds, 0, config.n_mels)
-    image = axes.imshow(log_mel.T, origin="lower", aspect="auto", cmap="magma", interpolation="nearest", extent=extent)
-    ticks = mel_ticks(config)
-    axes.set_yticks([height * config.n_mels for _, height in ticks], [text for text, _ in ticks])
+def _draw_log_mel(axes: Axes, log_mel: np.ndarray, seconds: float, labels: Collection[str], recipe: Recipe) -> None:
+    bands = recipe.logmel.n_mels
+    image = axes.imshow(
+        log_mel.T, origin="lower", aspect="auto", cmap="magma", interpolation="nearest", extent=(0, seconds, 0, bands)
+    )
+    ticks = mel_ticks(recipe.logmel)
+    axes.set_yticks([height * bands for _, height in ticks], [text for text, _ in ticks])
     axes.set_xlabel("seconds")
     for number, (start, end) in enumerate(window_shares(len(log_mel), recipe)):
-        height = 1.03 + 0.035 * (number % 2)
-        axes.plot(
-            [start * seconds, end * seconds],
-            [height, height],
-            transform=axes.get_xaxis_transform(),
-            color="#57606a",
-            linewidth=2.5,
-            solid_capstyle="butt",
-            clip_on=False,
-        )
+        height, above = 1.03 + 0.035 * (number % 2), axes.get_xaxis_transform()
+        axes.hlines(height, start * seconds, end * seconds, transform=above, color=GREY, linewidth=2.5, clip_on=False)
     axes.set_xlim(0, seconds)
-    title = f"{', '.join(clip.labels) or 'labels unknown'}   [{describe_windows(len(log_mel), recipe)}]"
+    title = f"{', '.join(labels) or 'labels unknown'}   [{describe_windows(len(log_mel), recipe)}]"
     axes.set_title(title, loc="left", fontsize=9, pad=14)
     axes.figure.colorbar(image, ax=axes, label="dB", pad=0.01)
 
 
-def _draw_predictions(axes: Axes, clip: _Clip, table: Probs | None, prediction: Prediction) -> None:
+def _draw_predictions(axes: Axes, fname: str, labels: Collection[str], table: Probs | None) -> None:
     """The likeliest labels and the true ones as bars; the true ones in green."""
-    axes.set_title(prediction.label, loc="left", fontsize=9)
-    if table is None or clip.fname not in table.index:
-        axes.text(0.5, 0.5, "not predicted", ha="center", va="center", transform=axes.transAxes, color="#59616b")
+    if table is None or fname not in table.index:
+        axes.text(0.5, 0.5, "not predicted", ha="center", va="center", transform=axes.transAxes, color=GREY)
         axes.set_axis_off()
         return
-    probs = table.loc[clip.fname].sort_values(ascending=False, kind="stable")
-    shown = [label for rank, label in enumerate(probs.index) if rank < TOP or label in clip.labels][::-1]
-    values = [float(probs[label]) for label in shown]
-    axes.barh(shown, values, color=["#1a6f3c" if label in clip.labels else "#9aa5b1" for label in shown])
-    for row, value in enumerate(values):
-        axes.text(min(value + 0.02, 0.98), row, f"{value:.2f}", va="center", fontsize=8, ha="left" if value < 0.9 else "right")
-    axes.set(xlim=(0, 1), xlabel="probability")
+    shown = top_predictions(table.loc[fname], labels, TOP)[::-1]
+    colours = ["#1a6f3c" if row["true"] else "#9aa5b1" for row in shown]
+    bars = axes.barh([row["label"] for row in shown], [row["prob"] for row in shown], color=colours)
+    axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=3)
+    axes.set(xlim=(0, 1.1), xlabel="probability")
     axes.tick_params(axis="y", labelsize=8)
-
-
-def _tables(prediction: Prediction | None, clips: Sequence[_Clip]) -> dict[str, Probs]:
-    """The probabilities of the splits that are drawn. A run does not predict noisy clips."""
-    splits = {clip.split for clip in clips}
-    found = {}
-    if prediction and "curated" in splits:
-        found["curated"] = prediction.read_oof()
-    if prediction and "test" in splits:
-        found["test"] = prediction.read_test()
-    return found
-
-
-def _find(competition: Competition, fname: str) -> _Clip:
-    for split in SPLITS:
-        table = competition.split(split)
-        if fname in table.index:
-            row = table.loc[fname]
-            return _Clip(fname, split, tuple(row["labels"]) if split != "test" else (), row["path"])
-    raise MelfoldError("no such clip", fname, f"Names look like {competition.curated.index[0]}")
-
-
-def _cached(competition: Competition, clips: Sequence[_Clip], config: LogMelConfig, home: Home | None) -> dict[str, Path]:
-    """The log-mels that exist already and whose audio has not changed since."""
-    folder = cache_folder(home, competition.name, config) if home else None
-    if not folder or not (folder / "manifest.csv").exists():
-        return {}
-    manifest, found = read_manifest(folder), {}
-    for clip in clips:
-        array, stat = npy_path(folder, clip.fname), clip.path.stat()
-        if clip.fname in manifest.index and array.exists():
-            row = manifest.loc[clip.fname]
-            if (row["size"], row["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
-                found[clip.fname] = array
-    return found

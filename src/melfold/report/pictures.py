@@ -1,45 +1,51 @@
-"""A clip's log-mel as a small picture that can be part of a page."""
+"""What a model sees of a clip: its log-mel, the evaluation windows, the frequencies of its bands, its predictions."""
 
 from __future__ import annotations
 
-import base64
-import io
-from functools import cache
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from melfold.config import LogMelConfig, Recipe
+from melfold.data.arrays import npy_path, size_and_time
+from melfold.data.audio import read_waveform
+from melfold.data.cache import read_manifest
 from melfold.data.clips import window_starts
-
-COLUMNS = 480
-"""Pixels; a longer clip is averaged over time."""
-
-QUALITY = 30
-"""Of WebP: 3 to 6 kB for a clip, a third of a PNG; the eye sees no difference at this size."""
+from melfold.data.logmel import log_mel_of
 
 TICKS_HZ = (250, 500, 1000, 2000, 4000, 8000, 16_000)
 
 
-def embed_spectrogram(log_mel: np.ndarray) -> str:
-    """A log-mel `(frames, n_mels)` in dB as a `data:` address of a WebP: time to the right, low frequencies at the bottom."""
-    from PIL import Image
-
-    values = log_mel.astype(np.float32)
-    if len(values) > COLUMNS:
-        edges = np.linspace(0, len(values), COLUMNS + 1).astype(int)
-        values = np.add.reduceat(values, edges[:-1], axis=0) / np.diff(edges)[:, None]
-    span = max(float(np.ptp(values)), 1.0)
-    pixels = ((values - values.min()) * (255 / span)).astype(np.uint8).T[::-1]
-    buffer = io.BytesIO()
-    Image.fromarray(_magma()[pixels]).save(buffer, "WEBP", quality=QUALITY, method=4)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+def manifest_of(cache: Path) -> pd.DataFrame:
+    """The manifest of a cache; empty if there is none."""
+    return read_manifest(cache) if (cache / "manifest.csv").exists() else pd.DataFrame()
 
 
-@cache
-def _magma() -> np.ndarray:
-    import matplotlib
+def log_mel_for(cache: Path, manifest: pd.DataFrame, fname: str, audio: Path | None, config: LogMelConfig) -> np.ndarray | None:
+    """dB `(frames, n_mels)` of a clip: from the cache if it is of this audio, or else made from it; None where neither is here.
 
-    return (matplotlib.colormaps["magma"](np.arange(256))[:, :3] * 255).astype(np.uint8)
+    Raises:
+        MelfoldError: audio that cannot be read.
+    """
+    array = npy_path(cache, fname)
+    if fname in manifest.index and array.exists():
+        row = manifest.loc[fname]
+        if audio is None or (row["size"], row["mtime_ns"]) == size_and_time(audio):
+            return np.load(array)
+    return None if audio is None else log_mel_of(config)(read_waveform(audio, config.sr)[0])
+
+
+def top_predictions(probs: pd.Series, labels: Collection[str], top: int) -> list[dict[str, Any]]:
+    """The top predictions of a clip and all of its true labels, the likeliest first: `label prob rank true`."""
+    ranked = probs.sort_values(ascending=False, kind="stable")
+    rows = [
+        {"label": label, "prob": float(prob), "rank": rank, "true": label in labels}
+        for rank, (label, prob) in enumerate(ranked.items(), 1)
+    ]
+    return [row for row in rows if row["rank"] <= top or row["true"]]
 
 
 def window_shares(frames: int, recipe: Recipe) -> list[tuple[float, float]]:
@@ -74,11 +80,11 @@ def mel_ticks(config: LogMelConfig) -> list[tuple[str, float]]:
 
 def band_of(hz: float, config: LogMelConfig) -> float:
     """The mel band, with a fraction, whose centre is at a frequency: librosa's scale, without loading librosa."""
-    low, high = _mel(config.fmin, config.htk), _mel(config.fmax, config.htk)
-    return float((_mel(hz, config.htk) - low) / (high - low) * (config.n_mels + 1) - 1)
 
+    def mel(hz: float) -> float:
+        if config.htk:
+            return 2595 * np.log10(1 + hz / 700)
+        return hz * 3 / 200 if hz < 1000 else 15 + 27 * np.log(hz / 1000) / np.log(6.4)
 
-def _mel(hz: float, htk: bool) -> float:
-    if htk:
-        return 2595 * np.log10(1 + hz / 700)
-    return hz * 3 / 200 if hz < 1000 else 15 + 27 * np.log(hz / 1000) / np.log(6.4)
+    low, high = mel(config.fmin), mel(config.fmax)
+    return float((mel(hz) - low) / (high - low) * (config.n_mels + 1) - 1)

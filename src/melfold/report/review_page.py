@@ -11,12 +11,11 @@ import pandas as pd
 from melfold.combine.relabel import doubtful
 from melfold.compute import Progress, silent
 from melfold.data.competition import Competition
-from melfold.errors import MelfoldError
 from melfold.files import digest
 from melfold.learn.predictions import Prediction
 from melfold.probs import Probs
-from melfold.report.cards import ClipSource, Media, card
 from melfold.report.diagnosis import true_pairs
+from melfold.report.media import Media
 from melfold.report.pages import write_page
 from melfold.report.pictures import mel_ticks
 
@@ -44,13 +43,11 @@ def write_review_page(
         The pictures and sounds in it.
 
     Raises:
-        MelfoldError: no trained fold, or no clip asked for.
+        MelfoldError: no trained fold.
     """
-    if count < 1:
-        raise MelfoldError("a review needs at least one clip", str(count), "Give --review N")
     run, oof = prediction.run, prediction.read_oof()
     targets = run.targets(oof.index)
-    media = Media(ClipSource.of(run, competition, audio=audio))
+    media = Media(run, competition, audio)
     clips = list(review_clips(prediction, targets, oof, media, count))
     media.make(progress)
     data = {
@@ -85,18 +82,15 @@ def review_clips(prediction: Prediction, targets: pd.DataFrame, oof: Probs, medi
     worst = true_pairs(targets, oof).groupby("fname")["precision"].mean().sort_values(kind="stable")
     fnames = list(dict.fromkeys([*doubts.index, *worst.index]))[:count]
     learned = prediction.run.train_targets(fnames)
-    folds = prediction.run.clips["fold"]
     for fname in fnames:
-        clip = card(fname, media, int(folds[fname]), targets, [oof])
         labels = [label for label, own in learned.loc[fname].items() if own]
-        row = doubts.loc[fname] if fname in doubts.index else None
-        suggested = list(row["suggested"]) if row is not None else labels
-        by_prob = list(oof.loc[fname].sort_values(ascending=False, kind="stable").index)
-        choices = list(dict.fromkeys([*labels, *suggested, *by_prob]))[: max(CHOICES, len(labels))]
-        probs = {label: float(oof.at[fname, label]) for label in choices}
-        yield {key: clip[key] for key in ("fname", "media", "fold", "seconds", "flags")} | {
+        doubted = fname in doubts.index
+        suggested = list(doubts.at[fname, "suggested"]) if doubted else labels
+        probs = oof.loc[fname].sort_values(ascending=False, kind="stable")
+        choices = list(dict.fromkeys([*labels, *suggested, *probs.index]))[: max(CHOICES, len(labels))]
+        yield media.card(fname, targets, []) | {
             "labels": labels,
             "suggested": suggested,
-            "choices": [[label, round(probs[label], 4)] for label in choices],
-            "doubt": None if row is None else round(float(row["doubt"]), 1),
+            "choices": [[label, round(float(probs[label]), 4)] for label in choices],
+            "doubt": round(float(doubts.at[fname, "doubt"]), 1) if doubted else None,
         }

@@ -8,22 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from markupsafe import Markup
 
 from melfold.combine.oof import OofScores, Together, read_together, score
 from melfold.compute import Progress, silent
 from melfold.data.competition import Competition
 from melfold.errors import MelfoldError
 from melfold.learn.predictions import Prediction
+from melfold.learn.runs import Run
 from melfold.metrics import difference_of
 from melfold.probs import Probs
 from melfold.report import diagnosis, training
-from melfold.report.cards import ClipSource, Media, card
-from melfold.report.charts import Chart, Line
-from melfold.report.pages import number, write_page
+from melfold.report.charts import GREY, new_chart, svg
+from melfold.report.media import Media
+from melfold.report.pages import write_page
 from melfold.report.pictures import mel_ticks
-
-CLIPS = 3
-"""Worst clips shown of each label."""
 
 LISTED = 6
 """Labels in a list of confusions."""
@@ -33,20 +32,24 @@ LISTED = 6
 class Side:
     """One of the predictions on a page, on the clips that all of them share."""
 
-    prediction: Prediction
+    label: str
+    run: Run
     scores: OofScores
     probs: Probs
     pairs: pd.DataFrame
     labels: pd.DataFrame
     confusions: pd.DataFrame
+    calibration: pd.DataFrame
 
     @classmethod
     def of(cls, prediction: Prediction, together: Together) -> Side:
         """Score a prediction and find its errors."""
         targets, probs = together.targets, together.tables[prediction.label]
         pairs = diagnosis.true_pairs(targets, probs)
-        labels = diagnosis.by_label(pairs, targets.columns, together.groups)
-        return cls(prediction, score(prediction), probs, pairs, labels, diagnosis.confusions(targets, probs))
+        labels = diagnosis.scores_by(pairs["label"], pairs, together.groups).reindex(targets.columns)
+        labels["clips"] = labels["clips"].fillna(0).astype(int)
+        confusions, calibration = diagnosis.confusions(targets, probs), diagnosis.calibration(targets, probs)
+        return cls(prediction.label, prediction.run, score(prediction), probs, pairs, labels, confusions, calibration)
 
 
 def write_run_page(
@@ -55,7 +58,7 @@ def write_run_page(
     *,
     competition: Competition | None = None,
     audio: bool = True,
-    clips: int = CLIPS,
+    clips: int = 3,
     progress: Progress = silent,
 ) -> Media:
     """Write the page of one prediction, or of two side by side.
@@ -76,56 +79,33 @@ def write_run_page(
         raise MelfoldError("a page shows one or two predictions", found, "Compare more with `melfold compare`")
     together = read_together(predictions, common=True)
     sides = [Side.of(prediction, together) for prediction in predictions]
-    media = Media(ClipSource.of(predictions[0].run, competition, audio=audio))
+    runs, names = [side.run for side in sides], [side.label for side in sides]
+    media = Media(runs[0], competition, audio)
     labels = label_rows(sides, together, media, clips)
     media.make(progress)
+    tables = pd.DataFrame([training.provenance(run) for run in runs])
     write_page(
         path,
         "run.html",
-        title=" and ".join(side.prediction.label for side in sides),
-        names=[side.prediction.label for side in sides],
+        names=names,
         sides=sides,
-        facts=[training.facts(side.prediction.run) for side in sides],
-        verdict=_verdict(sides, together),
+        facts=[training.facts(run) for run in runs],
+        difference=difference_of(together.targets, sides[-1].probs, sides[0].probs, together.groups),
         clips=len(together.targets),
-        competition=sides[0].prediction.run.info.competition,
-        folds=_folds(sides, together),
-        curves=training.learning_curves([side.prediction.run for side in sides]),
-        curve_keys=max((side.prediction.run.done_folds() for side in sides), key=len),
+        competition=runs[0].info.competition,
+        curves=training.learning_curves(runs),
+        curve_keys=max((run.done_folds() for run in runs), key=len),
         labels=labels,
-        pairs=[diagnosis.largest(side.confusions, 2 * LISTED) for side in sides],
-        calibration=calibration_chart(sides, together),
-        calibration_errors=[diagnosis.calibration(together.targets, side.probs).error for side in sides],
-        groups=_groups(sides, together, media.source),
-        recipe=training.recipe_rows([side.prediction.recipe for side in sides]),
-        provenance=_beside([training.provenance(side.prediction.run) for side in sides]),
-        ticks=mel_ticks(media.source.recipe.logmel),
+        pairs=[diagnosis.largest(side.confusions.stack(), 2 * LISTED) for side in sides],
+        calibration=calibration_chart(sides),
+        calibration_errors=[diagnosis.calibration_error(side.calibration) for side in sides],
+        groups=_groups(sides, together, media.manifest),
+        recipe=training.recipe_rows([prediction.recipe for prediction in predictions]),
+        provenance=[(name, list(tables[name])) for name in tables if tables[name].any()],
+        ticks=mel_ticks(runs[0].recipe.logmel),
         media=media,
     )
     return media
-
-
-def _verdict(sides: Sequence[Side], together: Together) -> dict[str, Any] | None:
-    """The paired difference of two predictions, the second less the first."""
-    if len(sides) < 2:
-        return None
-    difference = difference_of(together.targets, sides[1].probs, sides[0].probs, together.groups)
-    decided = difference.low > 0 or difference.high < 0
-    return vars(difference) | {"decided": decided, "higher": sides[difference.value > 0].prediction.label}
-
-
-def _folds(sides: Sequence[Side], together: Together) -> list[dict[str, Any]]:
-    folds = together.folds.sort_values(kind="stable").astype(str)
-    tables = [diagnosis.by_kind(together.targets, side.probs, folds, together.groups) for side in sides]
-    return _bars(tables)
-
-
-def _bars(tables: Sequence[pd.DataFrame]) -> list[dict[str, Any]]:
-    """Tables of scores by group as rows of the templates' bars."""
-    return [
-        {"name": name, "clips": int(tables[0].at[name, "clips"]), "scores": [table.loc[name].to_dict() for table in tables]}
-        for name in tables[0].index
-    ]
 
 
 def label_rows(sides: Sequence[Side], together: Together, media: Media, clips: int) -> list[dict[str, Any]]:
@@ -139,58 +119,40 @@ def _label_row(
     label: str, sides: Sequence[Side], together: Together, partners: pd.Series, media: Media, clips: int
 ) -> dict[str, Any]:
     scores = [side.labels.loc[label].to_dict() for side in sides]
-    above = [_top(side.confusions.loc[label]) for side in sides]
     own = sides[0].pairs
     worst = own[own["label"] == label].sort_values(["precision", "prob", "fname"], kind="stable").head(clips)
-    tables = [side.probs for side in sides]
     return {
         "label": label,
         "clips": int(scores[0]["clips"]),
         "scores": scores,
-        "difference": scores[1]["lwlrap"] - scores[0]["lwlrap"] if len(scores) > 1 else None,
-        "above": above,
-        "below": [_top(side.confusions[label]) for side in sides],
-        "together": _top(partners),
-        "worst": [card(f, media, int(together.folds[f]), together.targets, tables) for f in worst["fname"]],
+        "difference": scores[-1]["lwlrap"] - scores[0]["lwlrap"],
+        "above": [diagnosis.largest(side.confusions.loc[label], LISTED) for side in sides],
+        "below": [diagnosis.largest(side.confusions[label], LISTED) for side in sides],
+        "together": diagnosis.largest(partners, LISTED),
+        "worst": [media.card(fname, together.targets, [side.probs for side in sides]) for fname in worst["fname"]],
     }
 
 
-def _top(counts: pd.Series) -> list[tuple[str, int]]:
-    largest = counts.sort_values(ascending=False, kind="stable").head(LISTED)
-    return [(name, int(count)) for name, count in largest.items() if count]
-
-
-def calibration_chart(sides: Sequence[Side], together: Together) -> Any:
+def calibration_chart(sides: Sequence[Side]) -> Markup:
     """Predicted against observed shares, a line for each prediction."""
-    lines = []
+    axes = new_chart("predicted probability", "share that is true")
+    axes.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1)
     for style, side in enumerate(sides):
-        bins = diagnosis.calibration(together.targets, side.probs).bins
-        names = [f"predicted {b.predicted:.2f}, true {b.observed:.2f}, {number(b.pairs)} pairs" for b in bins.itertuples()]
-        columns: dict[str, Any] = {key: list(bins[key]) for key in ("low", "high")}
-        lines.append(
-            Line(side.prediction.label, list(bins["predicted"]), list(bins["observed"]), style, dots=True, names=names, **columns)
-        )
-    about = "Points above the diagonal: labels are present more often than predicted"
-    unit = (0.0, 1.0)
-    return Chart("Calibration", "predicted probability", "share that is true", lines, (), unit, unit, True, (), about).svg()
+        bins = side.calibration
+        spread = [bins["observed"] - bins["low"], bins["high"] - bins["observed"]]
+        axes.errorbar(bins["predicted"], bins["observed"], spread, color=f"C{style}", marker="o", markersize=4, linewidth=1.3)
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    return svg(axes, "Calibration. Points above the diagonal: labels are present more often than predicted")
 
 
-def _groups(sides: Sequence[Side], together: Together, source: ClipSource) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Scores by kind of clip; length and flags only as far as the cache is here."""
-    kinds = [("Number of labels", diagnosis.count_groups(together.targets))]
-    if source.manifest is not None:
-        known = source.manifest.loc[source.manifest.index.intersection(together.targets.index)]
-        if len(known):
-            kinds.insert(0, ("Length", diagnosis.length_groups(known["seconds"])))
-            kinds.append(("Flags of the cache", diagnosis.flag_groups(known["flags"])))
-
-    def bars(kind: pd.Series) -> list[dict[str, Any]]:
-        return _bars([diagnosis.by_kind(together.targets, side.probs, kind, together.groups) for side in sides])
-
-    return [(name, bars(kind)) for name, kind in kinds]
-
-
-def _beside(tables: Sequence[list[tuple[str, str]]]) -> list[tuple[str, list[str]]]:
-    """Facts of several runs by name."""
-    names = dict.fromkeys(name for table in tables for name, _ in table)
-    return [(name, [dict(table).get(name, "–") for table in tables]) for name in names]
+def _groups(sides: Sequence[Side], together: Together, manifest: pd.DataFrame) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Scores by kind of clip, as rows of the templates' bars; length and flags only as far as the cache is here."""
+    kinds = {"Number of labels": diagnosis.count_groups(together.targets)}
+    if len(known := manifest.loc[manifest.index.intersection(together.targets.index)]):
+        lengths, flags = diagnosis.length_groups(known["seconds"]), diagnosis.flag_groups(known["flags"])
+        kinds = {"Length": lengths, **kinds, "Flags of the cache": flags}
+    found = []
+    for title, kind in (kinds | {"Held-out fold": together.folds}).items():
+        tables = [diagnosis.scores_by(side.pairs["fname"].map(kind), side.pairs, together.groups) for side in sides]
+        found.append((title, [{"name": name, "scores": [t.loc[name].to_dict() for t in tables]} for name in tables[0].index]))
+    return found

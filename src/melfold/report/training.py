@@ -4,56 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from melfold.config import Recipe
-from melfold.errors import MelfoldError
+from melfold.config import DataConfig, Recipe
 from melfold.files import read_json_lines
 from melfold.learn.runs import FULL, Run
+from melfold.recipe_text import compare_recipes, toml_value
 from melfold.recipes import explain_recipe, load_recipe, recipe_names
-from melfold.report.charts import Chart, Line
+from melfold.report.charts import new_chart, svg
 from melfold.report.pages import number, span
 
-Rows = list[dict[str, Any]]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 CURVES = (("lwlrap", "held-out lwlrap"), ("loss", "training loss"), ("lr", "learning rate"))
 
 
-def read_log(run: Run, fold: str) -> Rows:
-    """The rows of a fold's log; a last line that a killed process left unfinished is dropped."""
-    return [row for row in read_json_lines(run.fold(fold).log) if "epoch" in row]
-
-
 def learning_curves(runs: Sequence[Run]) -> list[tuple[str, list[Markup]]]:
     """For each curve its name and a chart for each run, all with the same y axis; a line for each fold."""
-    logs = [[(fold, read_log(run, fold)) for fold in run.done_folds()] for run in runs]
+    logs = [{fold: read_json_lines(run.fold(fold).log) for fold in run.done_folds()} for run in runs]
     found = []
     for key, name in CURVES:
-        sets = [_lines(folds, key) for folds in logs]
-        values = [y for lines in sets for line in lines for y in line.y]
-        if not values:
-            continue
-        room = (max(values) - min(values)) * 0.06 or 0.01
-        low, high = min(values) - room, max(values) + room
-        y_range = (max(low, 0.0), high)
-        charts = [
-            Chart(f"{name} of {run.name}", "epoch", name, lines, y_range=y_range, about="A line for each fold").svg()
-            for run, lines in zip(runs, sets, strict=True)
-        ]
-        found.append((name, charts))
+        charts = [_draw_curve(key, name, list(log.values())) for log in logs]
+        drawn = [axes for axes in charts if axes.lines]
+        for axes in drawn:
+            axes.set_ylim(min(each.get_ylim()[0] for each in drawn), max(each.get_ylim()[1] for each in drawn))
+        abouts = [f"{name} of {run.name}, a line for each fold" for run in runs]
+        found.append((name, [svg(axes, about) if axes.lines else Markup() for axes, about in zip(charts, abouts, strict=True)]))
     return found
 
 
-def _lines(folds: list[tuple[str, Rows]], key: str) -> list[Line]:
-    lines = []
-    for number_, (fold, rows) in enumerate(folds):
-        points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
-        dots = key == "lwlrap"
-        names = [f"fold {fold}, epoch {x:g}: {y:.5f}" for x, y in points] if dots else ()
-        lines.append(Line(f"fold {fold}", [p[0] for p in points], [p[1] for p in points], number_ % 8, dots=dots, names=names))
-    return lines
+def _draw_curve(key: str, name: str, logs: Sequence[list[dict[str, Any]]]) -> Axes:
+    axes = new_chart("epoch", name)
+    for style, rows in enumerate(logs):
+        points = [(row["epoch"], row[key]) for row in rows if "epoch" in row and row.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=f"C{style % 8}", marker="." if key == "lwlrap" else "", linewidth=1.3)
+    return axes
 
 
 @dataclass(frozen=True)
@@ -80,91 +69,56 @@ def cost_of(run: Run) -> Cost:
     results = [run.fold(fold).artefact.read() for fold in run.done_folds()]
     seconds = sum(float(result.get("seconds", 0)) for result in results)
     crops = sum(int(result.get("steps", 0)) for result in results) * run.recipe.train.batch_size
-    devices = tuple(dict.fromkeys(str(result["device"]) for result in results if result.get("device")))
+    devices = dict.fromkeys(str(result.get("device", "")) for result in results)
     versions = dict.fromkeys(", ".join(f"{k} {v}" for k, v in result.get("versions", {}).items()) for result in results)
-    return Cost(len(results), seconds, crops, devices, tuple(text for text in versions if text))
+    return Cost(len(results), seconds, crops, tuple(filter(None, devices)), tuple(filter(None, versions)))
 
 
-def facts(run: Run) -> list[tuple[str, str]]:
+def facts(run: Run) -> dict[str, str]:
     """The short facts under a run's score."""
     cost = cost_of(run)
     folds = [fold for fold in run.done_folds() if fold != FULL]
-    return [
-        ("Model", run.recipe.model.name),
-        ("Track", run.info.track),
-        ("Folds trained", f"{len(folds)} of {run.recipe.folds.n_folds}"),
-        ("Training time", span(cost.seconds) if cost.seconds else "–"),
-        ("Speed", f"{number(cost.crops_per_second)} crops/s" if cost.seconds else "–"),
-    ]
+    return {
+        "Model": run.recipe.model.name,
+        "Track": run.info.track,
+        "Folds trained": f"{len(folds)} of {run.recipe.folds.n_folds}",
+        "Training time": span(cost.seconds or None),
+        "Speed": f"{number(cost.crops_per_second)} crops/s",
+    }
 
 
-def provenance(run: Run) -> list[tuple[str, str]]:
-    """Where a run's numbers come from."""
-    info, cost = run.info, cost_of(run)
-    rows = [
-        ("Competition", info.competition),
-        ("Training data", info.data),
-        ("Track", info.track),
-        ("Licence of the first weights", info.licence or "none needed"),
-        ("The first weights were trained on", ", ".join(info.seen) or "none needed"),
-        ("Teachers", ", ".join(info.teachers)),
-        ("Fold table", f"{info.fold_table}, {info.folds_sha256[:12]}"),
-        ("Recipe", f"{run.recipe.name}, {run.recipe.fingerprint()}"),
-        ("Commit", info.commit[:12] + ("+ (with changes)" if info.commit.endswith("+") else "")),
-        ("Device", "; ".join(cost.devices)),
-        ("Versions", "; ".join(cost.versions)),
-        ("Time for each fold", span(cost.seconds / cost.folds) if cost.folds else ""),
-    ]
-    return [(name, value) for name, value in rows if value]
+def provenance(run: Run) -> dict[str, str]:
+    """Where a run's numbers come from; empty where nothing is to be said."""
+    info, cost, data = run.info, cost_of(run), run.recipe.data
+    return {
+        "Competition": info.competition,
+        "Training data": info.data,
+        "Clips left out": str(len(data.exclude) or ""),
+        "Clips with corrected labels": str(len(data.corrections) or ""),
+        "Licence of the first weights": info.licence or "none needed",
+        "The first weights were trained on": ", ".join(info.seen) or "none needed",
+        "Teachers": ", ".join(info.teachers),
+        "Fold table": f"{info.fold_table}, {info.folds_sha256[:12]}",
+        "Recipe": f"{run.recipe.name}, {run.recipe.fingerprint()}",
+        "Commit": info.commit[:12] + ("+ (with changes)" if info.commit.endswith("+") else ""),
+        "Device": "; ".join(cost.devices),
+        "Versions": "; ".join(cost.versions),
+        "Time for each fold": span(cost.seconds / cost.folds) if cost.folds else "",
+    }
 
 
 def recipe_rows(recipes: Sequence[Recipe]) -> list[dict[str, Any]]:
-    """Every setting in which a recipe differs from `base`, or two recipes from each other: `key base here why differs`."""
-    base = _flat(load_recipe("base"))
-    tables = [_flat(recipe) for recipe in recipes]
-    reasons = [_reasons(recipe) for recipe in recipes]
+    """Every setting in which a recipe differs from `base`: `key base here why differs`; `here` is its value in each recipe.
+
+    Clips that are left out or corrected are not listed.
+    """
+    base = load_recipe("base")
+    bare = [recipe.model_copy(update={"data": DataConfig()}) for recipe in recipes]
+    changes = [{key: (before, after) for key, before, after in compare_recipes(base, recipe)} for recipe in bare]
+    reasons = [explain_recipe(recipe.name) if recipe.name in recipe_names() else {} for recipe in recipes]
     rows = []
-    for key in dict.fromkeys(key for table in (base, *tables) for key in table):
-        values = [table.get(key, "") for table in tables]
-        if any(value != base.get(key, "") for value in values):
-            why = next((r[key][1] for r, v in zip(reasons, values, strict=True) if key in r and _shown(r[key][0]) == v), "")
-            rows.append({"key": key, "base": base.get(key, ""), "here": values, "why": why, "differs": len(set(values)) > 1})
+    for key, (before, _) in {key: both for own in changes for key, both in own.items()}.items():
+        here = [own.get(key, (before, before))[1] for own in changes]
+        why = (own[key][1] for own, value in zip(reasons, here, strict=True) if key in own and toml_value(own[key][0]) == value)
+        rows.append({"key": key, "base": before, "here": here, "why": next(why, ""), "differs": len(set(here)) > 1})
     return rows
-
-
-def _reasons(recipe: Recipe) -> dict[str, tuple[Any, str]]:
-    """`section.key` -> value and reason, as the shipped recipe of this name gives them."""
-    if recipe.name not in recipe_names():
-        return {}
-    try:
-        return explain_recipe(recipe.name)
-    except MelfoldError:
-        return {}
-
-
-def _flat(recipe: Recipe) -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for section, value in recipe.model_dump(mode="json", exclude={"name", "about"}).items():
-        if section == "phases":
-            value = {f"{number}.{key}": inner for number, phase in enumerate(value) for key, inner in phase.items()}
-        if not isinstance(value, dict):
-            flat[section] = _shown(value)
-            continue
-        for key, inner in value.items():
-            own = inner
-            if section == "data":
-                own = f"{len(inner)} clip{'' if len(inner) == 1 else 's'}"
-            flat[f"{section}.{key}"] = _shown(own)
-    return flat
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, list):
-        return ", ".join(map(_shown, value))
-    if isinstance(value, dict):
-        return ", ".join(f"{key} = {_shown(inner)}" for key, inner in value.items())
-    return "none" if value is None else str(value)

@@ -82,7 +82,6 @@ const fill = root => root.querySelectorAll(".clip[data-media]").forEach(clip => 
   const player = clip.querySelector(".player");
   if (!player.item) fillPlayer(player, media[+clip.dataset.media], clip.querySelector("h4").textContent);
 });
-document.querySelectorAll(".clips.now").forEach(fill);
 
 // --- tables ---
 document.addEventListener("click", event => {
