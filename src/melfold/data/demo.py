@@ -92,13 +92,16 @@ def write_demo(root: Path, seed: int = 0) -> Path:
     """
     if (root / _DONE).exists():
         return root
-    if root.exists() and any(root.iterdir()) and not (root / "sample_submission.csv").exists():
+    others = root.exists() and any(not path.name.startswith(".") for path in root.iterdir())
+    if others and not (root / "sample_submission.csv").exists():
         raise MelfoldError("the folder for the demo holds something else", str(root), "Choose another --home")
     rng = np.random.default_rng(seed)
     names = [f"{n:08x}.wav" for n in rng.choice(2**32, CURATED + NOISY + TEST, replace=False)]
     curated = [(name, _draw_labels(i, rng, 0.15)) for i, name in enumerate(names[:CURATED])]
     noisy = [(name, _draw_labels(i, rng, 0.1)) for i, name in enumerate(names[CURATED : CURATED + NOISY])]
     test = [(name, _draw_labels(i, rng, 0.3)) for i, name in enumerate(sorted(names[CURATED + NOISY :]))]
+    # First: it says that this folder is the demo's, if the rest is not finished.
+    _write_table(root / "sample_submission.csv", ["fname", *SOUNDS], [(n, *[0] * len(SOUNDS)) for n, _ in test])
     for folder, rows in (("train_curated", curated), ("train_noisy", noisy), ("test", test)):
         for name, labels in rows:
             _write_wav(root / folder / name, _mix(labels, rng, dull=folder == "train_noisy"))
@@ -107,7 +110,6 @@ def write_demo(root: Path, seed: int = 0) -> Path:
     _write_table(root / "train_noisy.csv", ["fname", "labels"], [(n, join_labels(ls)) for n, ls in wrong])
     truth = [(n, join_labels(ls), "Public" if rng.random() < 0.25 else "Private") for n, ls in test]
     _write_table(root / "test_post_competition.csv", ["fname", "labels", "usage"], truth)
-    _write_table(root / "sample_submission.csv", ["fname", *SOUNDS], [(n, *[0] * len(SOUNDS)) for n, _ in test])
     write_text(root / _DONE, "A synthetic competition made by `melfold demo`: not real recordings.\n")
     return root
 
