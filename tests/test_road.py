@@ -285,6 +285,8 @@ def test_other_views_of_the_same_weights_are_another_prediction(road: Road) -> N
     assert [(row["low"], row["high"]) for row in compared["runs"]] == [(s["low"], s["high"]) for s in (own, other)]
     road("submission", "build", "road@tta", "--id", "views")
     assert json.loads((road.home / "submissions" / "views" / "manifest.json").read_text())["runs"][0]["prediction"] == "tta"
+    road("report")
+    assert "<td>road@tta</td>" in (road.home / "reports/index.html").read_text(), "the submission's row names the prediction"
     stamp = times(made.parent, "**/*")
     road("predict", "road@tta")
     assert times(made.parent, "**/*") == stamp

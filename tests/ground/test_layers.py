@@ -18,7 +18,8 @@ learn: fetch provenance runs start predictions devices augment losses normalise 
 learn: backbones weights model predict fold_data state train_log tracker train noisy jobs launch
 combine: oof search ensemble expect relabel check submission rebuild
 kernels: boot infer train copy_csv
-kaggle: command courier client ledger board standings download pack built build sandbox judge rehearsal push training submit
+kaggle: command courier client ledger board standings download pack built build sandbox judge rehearsal push training
+kaggle: reconcile submit
 report: pages charts pictures media diagnosis training clips ledger run_page review_page home_page
 : stages dry_run
 cli: output options recipes data scores training runs clean submissions ledger kernels weights report main
@@ -72,6 +73,14 @@ def test_a_module_imports_only_from_modules_listed_before_it(module: str) -> Non
     ours = {n for n in imported(tree) if n == "melfold" or n.startswith("melfold.")}
     lost = {n for n in ours if not module_of(n, ORDER)} - {f"melfold.{r}" for r in ORDER} - {"melfold.__version__"}
     assert not lost, "imports of modules that do not exist"
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_a_module_and_its_functions_are_short(module: str) -> None:
+    tree = modules()[module]
+    assert max((node.end_lineno for node in tree.body), default=0) <= 350
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    assert [node.name for node in functions if node.end_lineno - node.lineno >= 60] == []
 
 
 def test_packages_import_nothing() -> None:

@@ -79,8 +79,9 @@ def ship(
     from melfold.combine.submission import open_submission
     from melfold.kaggle.client import Kaggle
     from melfold.kaggle.push import check_output, push, wait_for_kernel
+    from melfold.kaggle.reconcile import wait_for_score
     from melfold.kaggle.standings import fetch_table
-    from melfold.kaggle.submit import Kernel, at_kaggle, check_file_form, competition_for, submit, wait_for_score
+    from melfold.kaggle.submit import Kernel, at_kaggle, check_file_form, competition_for, submit
 
     place, form = Home.find(home), None
     if file and copy:
@@ -88,8 +89,8 @@ def ship(
     client = Kaggle(competition_for(open_submission(place, id), competition))
     if file:
         check_file_form(id, client.competition)
-    row = None if again else at_kaggle(client, place, id)
-    if not row and not file:
+    row = None if file or again else at_kaggle(client, place, id)  # before a kernel is built; `submit` looks once more
+    if not (row or file):
         options: dict[str, Any] = {"gpu": gpu, "budget": budget, "weights_from": weights_from, "copy": copy}
         built = _build_infer(place, id, owner, client.competition, **options)
         typer.echo(f"1/5 built {built.folder}")

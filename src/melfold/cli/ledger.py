@@ -44,7 +44,8 @@ def submit(
     """Submit once. If an earlier try may have succeeded, it is looked up and never repeated."""
     from melfold.combine.submission import open_submission
     from melfold.kaggle.client import Kaggle
-    from melfold.kaggle.submit import check_file_form, competition_for, wait_for_score
+    from melfold.kaggle.reconcile import wait_for_score
+    from melfold.kaggle.submit import check_file_form, competition_for
     from melfold.kaggle.submit import submit as spend
 
     place = Home.find(home)
@@ -99,8 +100,8 @@ def ledger_sync(
     """Fetch states and scores from Kaggle, look again for what is unknown, and once fetch the final leaderboard."""
     from melfold.kaggle.client import Kaggle
     from melfold.kaggle.ledger import Ledger
+    from melfold.kaggle.reconcile import sync
     from melfold.kaggle.standings import fetch_table
-    from melfold.kaggle.submit import sync
 
     place, lines = Home.find(home), []
     known = sorted({row.competition for row in Ledger.of(place).rows()}) or [COMPETITION]

@@ -114,7 +114,7 @@ class Inference:
 
     device: Device
     budget: float
-    """Seconds."""
+    """Seconds; like the device, known after `pick_device`."""
 
     def __init__(self, session: boot.Session) -> None:
         self.session = session
@@ -132,7 +132,8 @@ class Inference:
         self.write_seconds = 0.0
 
     def pick_device(self) -> None:
-        """Find the device, and with it the budget."""
+        """Load PyTorch and timm, find the device, and with it the budget."""
+        import melfold.learn.predict  # noqa: F401  now, so that the time it takes counts as the start's
         from melfold.learn.devices import pick_device
 
         self.device, minutes = pick_device("auto", "off"), self.session.bundle["budget_minutes"]
@@ -253,11 +254,9 @@ class Inference:
         if SAFETY * expected > self.time_left():
             self.session.say(f"{name}: {expected:.0f} s do not fit into the {self.time_left():.0f} s left")
             return
-        from melfold.learn.predict import predict_logits
-
         began = self.session.elapsed()
         assert member.store  # `_passes` leaves the others out
-        member.add(fold, predict_logits(model, member.store, member.recipe, self.device, view))
+        member.add(fold, self._logits(model, member, member.store, view))
         seconds = self.session.elapsed() - began
         member.seconds_per_frame = seconds / frames
         entry |= {"done": True, "predict_s": round(seconds, 3)}
@@ -269,13 +268,16 @@ class Inference:
 
     def _measure(self, model: Tagger, member: Member, view: View) -> float:
         """Seconds per frame of windows, from a few clips. A first call warms up and is not counted."""
+        assert member.store
+        self._logits(model, member, member.store.head(1), view)
+        began = self.session.elapsed()
+        self._logits(model, member, member.store.head(SAMPLE_CLIPS), view)
+        return (self.session.elapsed() - began) / (member.windows(view, SAMPLE_CLIPS) * view.length)
+
+    def _logits(self, model: Tagger, member: Member, store: ClipStore, view: View) -> np.ndarray:
         from melfold.learn.predict import predict_logits
 
-        assert member.store
-        predict_logits(model, member.store.head(1), member.recipe, self.device, view)
-        began = self.session.elapsed()
-        predict_logits(model, member.store.head(SAMPLE_CLIPS), member.recipe, self.device, view)
-        return (self.session.elapsed() - began) / (member.windows(view, SAMPLE_CLIPS) * view.length)
+        return predict_logits(model, store, member.recipe, self.device, view)
 
 
 def find_members(session: boot.Session) -> list[Member]:

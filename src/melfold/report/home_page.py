@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from melfold.artefacts import Artefact
 from melfold.combine.oof import score
+from melfold.combine.rebuild import label_of
 from melfold.errors import MelfoldError
 from melfold.files import Home
 from melfold.kaggle.board import line_of, why_no_line
@@ -83,7 +84,7 @@ def submission_rows(home: Home, ledger: Sequence[Row]) -> list[Row]:
                 content = Artefact(path).read()
             except MelfoldError:
                 continue  # of another version: `melfold submission` tells what is wrong with it
-            runs = " ".join(str(run.get("name", "")) for run in content.get("runs", []))
+            runs = "+".join(map(label_of, content["runs"]))
             track, oof = content.get("track", ""), str(content.get("oof_lwlrap") or "")
             rows.append(Row("", path.parent.name, "", "", runs, "", "", "", track, oof, status="not submitted"))
     return rows
