@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, DRIVER, Browser, start_browser
-from report_world import HOSTILE_LABELS, made_competition, made_run
+from report_world import HOSTILE_LABELS, Pages, made_competition, made_run
 
 from melfold.compute import Compute
 from melfold.data.competition import Competition
 from melfold.files import Home
 from melfold.kaggle.ledger import Ledger, Row
 from melfold.learn.predictions import own_prediction
-from melfold.learn.runs import Run
 from melfold.report.home_page import write_home_page
 from melfold.report.review_page import write_review_page
 from melfold.report.run_page import write_run_page
@@ -31,23 +30,6 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     started = start_browser(tmp_path_factory.mktemp("browser"))
     yield started
     started.driver.quit()
-
-
-@dataclass(frozen=True)
-class Pages:
-    """A home with two runs and a ledger, and its pages."""
-
-    home: Home
-    competition: Competition
-    runs: tuple[Run, Run]
-    run: Path
-    two: Path
-    review: Path
-    index: Path
-
-    @property
-    def all(self) -> tuple[Path, ...]:
-        return self.run, self.two, self.review, self.index
 
 
 def make_pages(root: Path, competition: Competition) -> Pages:

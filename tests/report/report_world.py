@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -86,3 +87,20 @@ def _log(rng: np.random.Generator) -> list[dict[str, float]]:
         if step % 80 == 0:
             rows.append({"step": step, "epoch": step / 40, "seconds": step * 0.3, "lwlrap": 0.9 - 0.5 * np.exp(-step / 120)})
     return rows
+
+
+@dataclass(frozen=True)
+class Pages:
+    """A home with two runs and a ledger, and its pages."""
+
+    home: Home
+    competition: Competition
+    runs: tuple[Run, Run]
+    run: Path
+    two: Path
+    review: Path
+    index: Path
+
+    @property
+    def all(self) -> tuple[Path, ...]:
+        return self.run, self.two, self.review, self.index

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from browser import WIDTHS, Browser
-from conftest import Pages
+from report_world import Pages
 
 from melfold.recipes import load_recipe, read_corrections
 

@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from conftest import Pages
-from report_world import LABELS, made_competition, made_run
+from report_world import LABELS, Pages, made_competition, made_run
 
 from melfold.combine.oof import score
 from melfold.errors import MelfoldError
