@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -108,6 +109,14 @@ def test_a_gpu_gets_the_fused_optimizer_and_the_cpu_keeps_its_own() -> None:
     assert state.optimizer.param_groups[0]["fused"] is True
     recipe = tiny()
     assert not TrainState(trained_model(recipe, LABELS), recipe.train, CPU).optimizer.param_groups[0]["fused"]
+
+
+@pytest.mark.skipif(
+    not Path("/proc/cpuinfo").is_file() or platform.machine() != "x86_64", reason="reads Linux's list of what an x86 can do"
+)
+def test_an_x86_processor_trains_in_bf16_only_if_it_multiplies_matrices_of_it() -> None:
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    assert pick_device("cpu").amp == (torch.bfloat16 if "amx_bf16" in flags else None)
 
 
 def test_statistics_left_on_the_cpu_are_found() -> None:
