@@ -254,7 +254,7 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole_batch(loss: str) -> Non
     moved = [not torch.equal(a, b) for a, b in zip(before, whole, strict=True)]
     assert sum(moved) > len(moved) / 2
     for ours, theirs in zip(parts, whole, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_exact_sets_what_repeats_and_gives_back_what_was_set() -> None:
