@@ -16,11 +16,17 @@ def hashes(root: Path) -> dict[str, str]:
     return {str(path.relative_to(root)): sha256_file(path) for path in root.rglob("*") if path.is_file()}
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The bytes of a demo that nothing stopped."""
+    return hashes(demo.write_demo(tmp_path_factory.mktemp("demo") / "whole"))
+
+
 @pytest.mark.parametrize("after", [0, 1, 200])
 def test_stopped_at_any_clip_it_is_written_again_to_the_same_bytes(
-    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    after: int, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, write, left = hashes(demo.write_demo(tmp_path / "whole")), demo._write_wav, [after]
+    write, left = demo._write_wav, [after]
 
     def stopped(path: Path, samples: np.ndarray) -> None:
         if not left[0]:
