@@ -80,21 +80,27 @@ class Prediction:
         known = {"weights": weights, "logmel": recipe.logmel.fingerprint(), "predict": settings}
         return known | ({"clips": clips} if clips else {})
 
+    def _read(self, path: Path, inputs: dict[str, Any], kind: str) -> Probs:
+        if changes := Artefact.of(path).changes(inputs):
+            fix = f"Run `melfold predict {self.label} --data DATA`"
+            raise MelfoldError(f"{self.label} has no current {kind} predictions", f"{path}: {listed(changes)}", fix)
+        return read_probs(path)
+
     def read_fold_oof(self, fold: int | str) -> Probs:
         """A fold's held-out probabilities, checked against its weights and its recorded hash.
 
         Raises:
             MelfoldError: they are missing, were changed, or were made with other weights or settings.
         """
-        return _read(self.fold_oof(fold), self.inputs(fold), f"{self.label} has no current out-of-fold predictions", self)
+        return self._read(self.fold_oof(fold), self.inputs(fold), "out-of-fold")
 
     def read_fold_test(self, fold: int | str) -> Probs:
-        """A fold's test probabilities, checked as `read_fold_oof` does.
+        """A fold's test probabilities. Raises: as `read_fold_oof`."""
+        return self._read(self.fold_test(fold), self.inputs(fold), "test")
 
-        Raises:
-            MelfoldError: they are missing, were changed, or were made with other weights or settings.
-        """
-        return _read(self.fold_test(fold), self.inputs(fold), f"{self.label} has no current test predictions", self)
+    def read_test(self) -> Probs:
+        """The averaged test probabilities. Raises: as `read_fold_oof`."""
+        return self._read(self.test, self.test_inputs(), "test")
 
     def read_oof(self) -> Probs:
         """The pooled out-of-fold probabilities of the trained folds, sorted by clip.
@@ -111,24 +117,10 @@ class Prediction:
         tables = [align(t := self.read_fold_oof(fold), t.index, self.run.info.labels, str(self.fold_oof(fold))) for fold in folds]
         return pd.concat(tables).sort_index()
 
-    def read_test(self) -> Probs:
-        """The averaged test probabilities.
-
-        Raises:
-            MelfoldError: they are missing, were changed, or were made with other weights or settings.
-        """
-        return _read(self.test, self.test_inputs(), f"{self.label} has no current test predictions", self)
-
     def test_inputs(self) -> dict[str, Any]:
         """What the averaged test probabilities are made from, as far as it is known without the test clips."""
         folds = self.run.used_folds()
         return {"folds": {fold: self.inputs(fold) for fold in folds}, "fold_mean": self.config.fold_mean}
-
-
-def _read(path: Path, inputs: dict[str, Any], what: str, prediction: Prediction) -> Probs:
-    if changes := Artefact.of(path).changes(inputs):
-        raise MelfoldError(what, f"{path}: {listed(changes)}", f"Run `melfold predict {prediction.label} --data DATA`")
-    return read_probs(path)
 
 
 def write_current(path: Path, probs: Probs, inputs: dict[str, Any], **facts: Any) -> None:

@@ -85,11 +85,6 @@ def freesound_warning(recipe: Recipe) -> str:
     return f"{text}data sets {', '.join(doubtful)}. FAT2019's clips come from Freesound, as FSD50K's do"
 
 
-def join_licences(*licences: str) -> str:
-    """Several comma-separated lists of licences as one, without duplicates."""
-    return ", ".join(sorted({part for text in licences for part in text.split(", ") if part}))
-
-
 def current_commit(exclude: str = "") -> str:
     """The commit of the working folder, with `+` if anything outside the folder `exclude` is not committed.
 
