@@ -134,11 +134,7 @@ def _next_round(name: str) -> str:
 
 
 def train_folds(run: Run, competition: Competition, which: Sequence[int | str], folder: Path, compute: Compute) -> None:
-    """Train the folds that are not done, from log-mels that are there.
-
-    Args:
-        folder: of the log-mels.
-    """
+    """Train the folds that are not done, from log-mels that are there. Args: folder: of the log-mels."""
     if all(run.fold(fold).done for fold in which):
         return
     from melfold.learn import launch

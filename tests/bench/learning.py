@@ -228,7 +228,7 @@ def predict(work: Workspace) -> list[Result]:
 
 def _predict(work: Workspace, name: str, clips: int, device: Device) -> Result:
     recipe = load_recipe("scratch", [f"model.name={name}", "model.kwargs={}", "train.crop_seconds=2.56", "predict.batch_size=32"])
-    front, frames = recipe.logmel, recipe.window_frames
+    front, frames = recipe.logmel, recipe.views[0].length
     store = ClipStore(work.cache, list(work.competition.curated.index)[:clips], front.n_mels, front.top_db)
     model = build_model(recipe.model, len(work.competition.labels), front.n_mels, frames).to(device.torch).eval()
     batches = window_batches(

@@ -18,11 +18,11 @@ from melfold.files import Home
 from melfold.learn.batches import train_batches
 from melfold.learn.devices import pick_device
 from melfold.learn.losses import loss_named
-from melfold.learn.model import Tagger, build_model, try_model
+from melfold.learn.model import Tagger, build_model, load_model, try_model
 from melfold.learn.phases import Phase
 from melfold.learn.predict import predict_probs
 from melfold.learn.state import TrainState
-from melfold.learn.weights import load_weights, save_weights
+from melfold.learn.weights import save_weights
 
 N_MELS, FRAMES = 64, 100
 SWIN = {"depths": [1, 1], "num_heads": [1, 2], "embed_dim": 16}
@@ -128,6 +128,7 @@ def test_it_trains_an_epoch_and_predicts(
         logmel=LogMelConfig(sr=16_000, n_fft=512, hop_length=160, n_mels=64, fmax=8_000),
         model=ModelConfig(name=name, kwargs=kwargs, head="norm_linear"),
         train=TrainConfig(epochs=1, crop_seconds=0.5, layer_decay=0.8, ema_decay=0),
+        predict=PredictConfig(window_seconds=0.8),  # the weights are those of the crop's length
     )
     competition = load_competition(tiny_download())
     folder = build_cache(competition, recipe.logmel, Home(tmp_path), splits=["curated"], compute=Compute(jobs=1))
@@ -153,8 +154,7 @@ def test_it_trains_an_epoch_and_predicts(
     assert {"head.weight", "head.bias"} < moved
     assert any(key.startswith("backbone.") for key in moved)
     save_weights(tmp_path / "w.safetensors", model.kept())
-    again = build_model(recipe.model, len(labels), 64, recipe.crop_frames, initial=False)
-    load_weights(tmp_path / "w.safetensors", again)
+    again = load_model(recipe, len(labels), tmp_path / "w.safetensors", device)
     probs = predict_probs(again, store, labels, recipe, device)
     assert probs.shape == (8, len(labels))
     assert probs.equals(predict_probs(model, store, labels, recipe, device))

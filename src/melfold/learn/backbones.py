@@ -119,17 +119,11 @@ def make_backbone(config: ModelConfig, n_mels: int, frames: int) -> nn.Module:
     for size in _size_arguments(config.name, n_mels, frames):
         try:
             return timm.create_model(config.name, **size | kwargs)
-        except TypeError as error:
-            if size and any(f"'{key}'" in str(error) for key in size):
-                continue  # this family takes its size in another way
-            raise _refusal(config.name, error) from error
         except Exception as error:  # timm's models refuse arguments in many ways, assertions among them
-            raise _refusal(config.name, error) from error
+            if isinstance(error, TypeError) and any(f"'{key}'" in str(error) for key in size):
+                continue  # this family takes its size in another way
+            raise MelfoldError(f"timm refuses {config.name}", first_line(error), "Check model.name and model.kwargs") from error
     raise AssertionError("the last arguments are none")
-
-
-def _refusal(name: str, error: Exception) -> MelfoldError:
-    return MelfoldError(f"timm refuses {name}", first_line(error), "Check model.name and model.kwargs")
 
 
 def _has_fixed_size(name: str) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -100,37 +100,12 @@ def prefetch(items: Iterable[T], depth: int = 3) -> Iterator[T]:
 
     One thread is enough: a crop is one read of some tens of microseconds, against milliseconds of a training step.
     """
-    ahead: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def put(item: tuple[str, T | BaseException | None]) -> None:
-        while not stop.is_set():
-            try:
-                return ahead.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for item in items:
-                put(("item", item))
-                if stop.is_set():
-                    return
-            put(("end", None))
-        except BaseException as error:
-            put(("error", error))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
+    source, end = iter(items), object()
+    pool = ThreadPoolExecutor(1)
     try:
-        while True:
-            kind, item = ahead.get()
-            if kind == "item":
-                yield item  # type: ignore[misc]
-            elif kind == "error":
-                raise item  # type: ignore[misc]
-            else:
-                return
+        ahead = deque(pool.submit(next, source, end) for _ in range(depth))
+        while (item := ahead.popleft().result()) is not end:
+            ahead.append(pool.submit(next, source, end))
+            yield item  # type: ignore[misc]
     finally:
-        stop.set()
-        thread.join()
+        pool.shutdown(cancel_futures=True)

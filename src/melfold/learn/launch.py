@@ -20,7 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from melfold.compute import Compute, Progress, end_with_parent, remote, silent, spread
+from joblib import Parallel, delayed
+
+from melfold.compute import Compute, Progress, end_with_parent, remote, silent
 from melfold.data.clips import ClipStore
 from melfold.errors import MelfoldError, system_error
 from melfold.files import Home
@@ -84,13 +86,15 @@ def launch(jobs: Sequence[Job], compute: Compute, *, seconds: float = math.inf) 
     if not jobs:
         return
     if remote():
-        for number, name in enumerate(spread(do, [(job, compute.device) for job in jobs])):
-            compute.progress(number + 1, len(jobs), f"{name}: {jobs[0].task} done")
+        # A job whose worker is lost starts again on another one, and continues from the files that it left behind.
+        work = Parallel(return_as="generator_unordered", batch_size=1)(delayed(do)(job, compute.device) for job in jobs)
+        for number, name in enumerate(work, 1):
+            compute.progress(number, len(jobs), f"{name}: {jobs[0].task} done")
     elif len(compute.devices) == 1 and seconds == math.inf:
-        for number, job in enumerate(jobs):
+        for number, job in enumerate(jobs, 1):
             do(job, compute.device, compute.progress)
             if job.task == "predict":
-                compute.progress(number + 1, len(jobs), f"{job.label}: predicting")
+                compute.progress(number, len(jobs), f"{job.label}: predicting")
     else:
         for name in compute.devices:
             find_device(name)  # no more than that: this process must not take memory of a GPU that its children use

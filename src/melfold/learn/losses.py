@@ -62,11 +62,7 @@ LOSSES: dict[str, Callable[..., torch.Tensor]] = {"bce": bce, "focal": focal, "a
 
 
 def loss_named(name: str, kwargs: Mapping[str, float] | None = None) -> Loss:
-    """The loss of a recipe: `(logits, targets) -> scalar`.
-
-    Raises:
-        MelfoldError: an argument that the loss does not have.
-    """
+    """The loss of a recipe: `(logits, targets) -> scalar`. Raises: MelfoldError: an argument that the loss does not have."""
     loss = LOSSES[name]
     known = [p.name for p in inspect.signature(loss).parameters.values() if p.kind == p.KEYWORD_ONLY]
     if unknown := sorted(set(kwargs or {}) - set(known)):

@@ -153,11 +153,7 @@ def start_prediction(run: Run, name: str, config: PredictConfig) -> Prediction:
 
 
 def open_prediction(home: Home, label: str) -> Prediction:
-    """Open a prediction by `RUN` (a run's name or folder) or `RUN@NAME`.
-
-    Raises:
-        MelfoldError: no such run or prediction.
-    """
+    """Open a prediction by `RUN` (a run's name or folder) or `RUN@NAME`. Raises: MelfoldError: no such run or prediction."""
     run_name, _, name = label.rpartition("@") if "@" in label else (label, "", "")
     run = open_run(home, run_name)
     if not name:
@@ -179,11 +175,7 @@ def list_predictions(run: Run) -> list[Prediction]:
 
 
 def open_predictions(home: Home, labels: Iterable[str]) -> list[Prediction]:
-    """Several predictions, each once.
-
-    Raises:
-        MelfoldError: one that does not exist, or that is named twice.
-    """
+    """Several predictions, each once. Raises: MelfoldError: one that does not exist, or that is named twice."""
     found = [open_prediction(home, label) for label in labels]
     names = [prediction.label for prediction in found]
     if len(set(names)) < len(names):

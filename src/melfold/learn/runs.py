@@ -115,11 +115,7 @@ class FoldFolder:
         return content
 
     def lock(self) -> AbstractContextManager[Any]:
-        """Hold this fold for training.
-
-        Raises:
-            MelfoldError: another process holds it.
-        """
+        """Hold this fold for training. Raises: MelfoldError: another process holds it."""
 
         def busy() -> None:
             raise MelfoldError("another melfold is training this fold", str(self.path), "Wait for it, or stop it")

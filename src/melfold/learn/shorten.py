@@ -27,11 +27,7 @@ def few_clips(whole: Competition, n_folds: int, exclude: Collection[str] = ()) -
 
 
 def shorten(recipe: Recipe, few: Competition, names: Mapping[str, str] | None = None, *, batch_size: int, steps: int) -> Recipe:
-    """A recipe with a few steps in each phase.
-
-    Args:
-        names: of its teachers -> other names for them.
-    """
+    """A recipe with a few steps in each phase. Args: names: of its teachers -> other names for them."""
     curated, noisy = len(few.curated) * (recipe.folds.n_folds - 1) // recipe.folds.n_folds, len(few.noisy)
     # The end is validated in any case, outside the time measured.
     train = recipe.train.model_copy(update={"batch_size": batch_size, "validate_every": 0.0})

@@ -25,11 +25,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def parse_folds(text: str, recipe: Recipe) -> list[int | str]:
-    """`0,1`, `all` or `full` -> folds.
-
-    Raises:
-        MelfoldError: a fold the recipe does not have.
-    """
+    """`0,1`, `all` or `full` -> folds. Raises: MelfoldError: a fold the recipe does not have."""
     if text == "all":
         return list(range(recipe.folds.n_folds))
     which: list[int | str] = []
@@ -50,11 +46,7 @@ def default_run_name(recipe: Recipe, shipped: Recipe | None) -> str:
 
 
 def check_name(name: str) -> None:
-    """Refuse a name that no run can have.
-
-    Raises:
-        MelfoldError: parts of a path, or other characters.
-    """
+    """Refuse a name that no run can have. Raises: MelfoldError: parts of a path, or other characters."""
     if not NAME.fullmatch(name):
         raise MelfoldError("a run's name is letters, digits, dots, dashes", repr(name), "Use --run NAME")
 

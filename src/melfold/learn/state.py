@@ -100,11 +100,7 @@ class TrainState:
         write_bytes(path, hashlib.sha256(payload).digest() + payload)
 
     def load(self, path: Path, made_from: Mapping[str, str]) -> None:
-        """Read a checkpoint.
-
-        Raises:
-            MelfoldError: it is damaged, or was saved with other data, folds, settings or precision.
-        """
+        """Read a checkpoint. Raises: MelfoldError: it is damaged, or was saved with other data, folds, settings or precision."""
         content = path.read_bytes()
         payload = content[_HASH_BYTES:]
         if hashlib.sha256(payload).digest() != content[:_HASH_BYTES]:

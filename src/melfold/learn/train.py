@@ -23,7 +23,7 @@ from melfold.learn.batches import Batch, read_ahead
 from melfold.learn.devices import Device, explain_out_of_memory, repeatable
 from melfold.learn.fold_data import FoldData
 from melfold.learn.losses import bootstrapped
-from melfold.learn.model import Tagger, build_model
+from melfold.learn.model import Tagger, build_model, load_model
 from melfold.learn.phases import phase_at
 from melfold.learn.predict import predict_probs, speed_since
 from melfold.learn.predictions import own_prediction, write_current
@@ -216,7 +216,7 @@ def seed_for(data: FoldData, purpose: int, step: int = 0) -> int:
 
 
 def load_fold(run: Run, fold: str, device: Device) -> Tagger:
-    """A trained fold's model, built from what the run holds: no hub, no initial weights file.
+    """A trained fold's model, as `load_model`.
 
     Raises:
         MelfoldError: a fold that is not done, or weights that are damaged or do not fit.
@@ -225,10 +225,7 @@ def load_fold(run: Run, fold: str, device: Device) -> Tagger:
     if not folder.done:
         raise MelfoldError(f"fold {fold} of {run.name} is not trained", str(folder.path), f"Run `melfold train --folds {fold}`")
     folder.verify()
-    recipe = run.recipe
-    model = build_model(recipe.model, len(run.info.labels), recipe.logmel.n_mels, recipe.crop_frames, initial=False)
-    load_weights(folder.weights, model)
-    return model.to(device.torch).eval()
+    return load_model(run.recipe, len(run.info.labels), folder.weights, device)
 
 
 @contextmanager

@@ -79,13 +79,10 @@ def unwrap(content: Any) -> Any:
     for prefix in (f"{name}." for name in AVERAGED):
         if own := {key.removeprefix(prefix): value for key, value in content.items() if str(key).startswith(prefix)}:
             content = own
-    while prefix := next((f"{name}." for name in WRAPPERS if _all_start_with(content, f"{name}.")), ""):
+    prefixes = [f"{name}." for name in WRAPPERS]
+    while content and (prefix := next((p for p in prefixes if all(str(key).startswith(p) for key in content)), "")):
         content = {key.removeprefix(prefix): value for key, value in content.items()}
     return content
-
-
-def _all_start_with(content: State, prefix: str) -> bool:
-    return bool(content) and all(str(key).startswith(prefix) for key in content)
 
 
 def load_backbone(backbone: nn.Module, path: Path, config: ModelConfig, n_mels: int) -> dict[str, torch.Tensor] | None:
@@ -196,19 +193,19 @@ def check_fit(own: State, state: State, what: str, *, adapted_stem: bool = False
             return True
         return adapted_stem and a.ndim == b.ndim == 4 and (a.shape[1], b.shape[1]) == (1, 3) and a[:, 0].shape == b[:, 0].shape
 
-    missing = [key for key in own if key not in state]
-    extra = [key for key in state if key not in own]
-    shapes = [
-        f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
-        for key in own
-        if key in state and not fits(own[key], state[key])
+    found = {
+        "keys missing": [key for key in own if key not in state],
+        "unknown keys": [key for key in state if key not in own],
+        "shapes differ": [
+            f"{key} {tuple(state[key].shape)} for {tuple(value.shape)}"
+            for key, value in own.items()
+            if key in state and not fits(value, state[key])
+        ],
+    }
+    parts = [
+        f"{len(items)} {kind} ({', '.join(items[:3])}{', …' if len(items) > 3 else ''})" for kind, items in found.items() if items
     ]
-    if missing or extra or shapes:
-        parts = [
-            f"{len(items)} {kind} ({', '.join(items[:3])}{', …' if len(items) > 3 else ''})"
-            for kind, items in (("keys missing", missing), ("unknown keys", extra), ("shapes differ", shapes))
-            if items
-        ]
+    if parts:
         raise MelfoldError(what, "; ".join(parts), RENAME_FIX)
 
 
