@@ -48,11 +48,6 @@ class Compute:
     scheduler: str = ""
     progress: Progress = silent
 
-    @property
-    def device(self) -> str:
-        """The first device."""
-        return self.devices[0]
-
     @contextmanager
     def connected(self, home: Path) -> Iterator[None]:
         """Run joblib's jobs on the cluster within this context; without a cluster, change nothing.

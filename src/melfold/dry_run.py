@@ -133,7 +133,7 @@ def forecast(run: Run, cache: Path, whole: Competition, recipe: Recipe, devices:
         MelfoldError: the device has not enough memory.
     """
     device, config = pick_device(devices[0], recipe.train.amp), recipe.train
-    data = FoldData.read(run, "0", cache)
+    data = FoldData(run, "0", cache)
     threads = torch.get_num_threads()
     torch.set_num_threads(int(shared_threads(devices).get("OMP_NUM_THREADS", threads)))
     try:

@@ -155,20 +155,26 @@ def predict(prediction: Prediction, competition: Competition, home: Home, comput
     """
     run = prediction.run
     which = _folds_to_predict(run, competition)
-    work = _stale_oof(prediction, competition, home, compute)
+
+    def is_stale(fold: str, path: Path, fnames: Sequence[str], clips: str) -> bool:
+        return not Artefact.of(path).is_fresh(prediction.inputs(fold, clips))
+
+    held_out = {fold: run.held_out(fold) for fold in run.done_folds() if fold != FULL}
+    work = [(fold, prediction.fold_oof(fold), fnames, digest(fnames)) for fold, fnames in held_out.items()]
+    work = [each for each in work if is_stale(*each)]
+    if work:  # all folds of a new prediction, none of one that training left
+        run.training_audio(cache(competition, home, run.recipe, compute))
     folder = build_cache(competition, run.recipe.logmel, home, splits=["test"], compute=compute)
     manifest = read_manifest(folder).loc[list(competition.test.index)]
     silent = unreadable(manifest)
     readable = list(manifest.index.difference(silent, sort=False))
     clips = digest(manifest[["size", "mtime_ns"]].reset_index().to_numpy().tolist())
-    for fold in which:
-        path = prediction.fold_test(fold)
-        if not Artefact.of(path).is_fresh(prediction.inputs(fold, clips)):
-            work.append((fold, folder, path, readable, clips))
+    tests = [(fold, prediction.fold_test(fold), readable, clips) for fold in which]
+    work += [each for each in tests if is_stale(*each)]
     if work:
         from melfold.learn.launch import predict_folds
 
-        predict_folds(prediction, work, compute)
+        predict_folds(prediction, folder, work, compute)
     made_from = prediction.test_inputs() | {"clips": clips, "unreadable": silent}
     if not Artefact.of(prediction.test).is_fresh(made_from):
         probs = fold_mean(prediction, which)
@@ -191,20 +197,6 @@ def _folds_to_predict(run: Run, competition: Competition) -> list[str]:
     if competition.name != run.info.competition:
         log.warning("run %s was trained on %s, this is %s", run.name, run.info.competition, competition.name)
     return which
-
-
-def _stale_oof(
-    prediction: Prediction, competition: Competition, home: Home, compute: Compute
-) -> list[tuple[str, Path, Path, list[str], str]]:
-    """The folds whose out-of-fold probabilities are missing: all of a new prediction, none of one that training left."""
-    run = prediction.run
-    clips = {fold: digest(run.held_out(fold)) for fold in run.done_folds() if fold != FULL}
-    stale = [f for f in clips if not Artefact.of(prediction.fold_oof(f)).is_fresh(prediction.inputs(f, clips[f]))]
-    if not stale:
-        return []
-    folder = cache(competition, home, run.recipe, compute)
-    run.training_audio(folder)
-    return [(f, folder, prediction.fold_oof(f), run.held_out(f), clips[f]) for f in stale]
 
 
 def run(root: Path, home: Home, recipe: Recipe, name: str, compute: Compute) -> tuple[Prediction, OofScores, Path]:

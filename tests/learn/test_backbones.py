@@ -148,7 +148,7 @@ def test_it_trains_an_epoch_and_predicts(
         seeds=[0, 0],
     ):
         loss = loss_of(model(device.log_mels(batch.log_mels)), device.tensor(targets[batch.rows]))
-        state.backward(loss)
+        state.scaler.scale(loss).backward()
         assert torch.isfinite(state.update())
     moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     assert {"head.weight", "head.bias"} < moved

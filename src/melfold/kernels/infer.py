@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -292,6 +293,5 @@ def infer(session: boot.Session) -> None:
     job.predict()
 
 
-def main(bundle: dict[str, Any], root: Path, started: float) -> None:
-    """Run `infer` as a kernel. Arguments as in `boot.Session`."""
-    boot.start(infer, bundle, root, started)
+main = partial(boot.start, infer)
+"""Run it as a kernel. Arguments as in `boot.Session`."""

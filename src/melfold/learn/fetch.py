@@ -41,11 +41,6 @@ class HubFile:
         """Where a home keeps its copy."""
         return weights_folder(home) / self.repo.replace("/", "--") / self.file
 
-    def recorded_licence(self, home: Home) -> str:
-        """What the hub said when a home downloaded the file; empty if it did not."""
-        stamp = Artefact.of(self.path(home))
-        return stamp.read().get("licence", "") if stamp.exists else ""
-
 
 @dataclass(frozen=True)
 class Fetched:

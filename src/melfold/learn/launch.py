@@ -87,12 +87,12 @@ def launch(jobs: Sequence[Job], compute: Compute, *, seconds: float = math.inf) 
         return
     if remote():
         # A job whose worker is lost starts again on another one, and continues from the files that it left behind.
-        work = Parallel(return_as="generator_unordered", batch_size=1)(delayed(do)(job, compute.device) for job in jobs)
+        work = Parallel(return_as="generator_unordered", batch_size=1)(delayed(do)(job, compute.devices[0]) for job in jobs)
         for number, name in enumerate(work, 1):
             compute.progress(number, len(jobs), f"{name}: {jobs[0].task} done")
     elif len(compute.devices) == 1 and seconds == math.inf:
         for number, job in enumerate(jobs, 1):
-            do(job, compute.device, compute.progress)
+            do(job, compute.devices[0], compute.progress)
             if job.task == "predict":
                 compute.progress(number, len(jobs), f"{job.label}: predicting")
     else:
@@ -123,16 +123,19 @@ def train_folds(
     launch(jobs, compute, seconds=seconds)
 
 
-def predict_folds(prediction: Prediction, work: Sequence[tuple[str, Path, Path, Sequence[str], str]], compute: Compute) -> None:
+def predict_folds(
+    prediction: Prediction, cache: Path, work: Sequence[tuple[str, Path, Sequence[str], str]], compute: Compute
+) -> None:
     """Predict clips with folds of a run.
 
     Args:
-        work: fold, folder of the log-mels, the CSV to write, its clips, and the digest of their audio.
+        cache: the folder of the log-mels.
+        work: fold, the CSV to write, its clips, and the digest of their audio.
     """
     home, label = str(prediction.run.home.root), prediction.label
     jobs = [
-        Job("predict", home, label, fold, str(cache), output=str(output), fnames=fnames, clips=clips)
-        for fold, cache, output, fnames, clips in work
+        Job("predict", home, label, fold, str(cache), output=str(path), fnames=fnames, clips=clips)
+        for fold, path, fnames, clips in work
     ]
     launch(jobs, compute)
 

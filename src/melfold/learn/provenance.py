@@ -6,6 +6,7 @@ import importlib.metadata
 import re
 import subprocess
 
+from melfold.artefacts import Artefact
 from melfold.config import Recipe
 from melfold.files import Home
 from melfold.learn.fetch import hub_file
@@ -48,7 +49,8 @@ def licence_of(recipe: Recipe, home: Home | None = None) -> str:
     if recipe.model.licence:
         return recipe.model.licence
     file = hub_file(recipe.model)
-    return (file and (file.licence or (home and file.recorded_licence(home)))) or UNKNOWN
+    stamp = Artefact.of(file.path(home)) if file and home else None
+    return (file and file.licence) or (stamp and stamp.exists and stamp.read().get("licence")) or UNKNOWN
 
 
 def seen_data(recipe: Recipe) -> tuple[str, ...]:

@@ -64,7 +64,7 @@ def train_fold(
         return folder
     with folder.lock():
         remove_leftovers(folder.path)
-        data = FoldData.read(run, folder.fold, cache)
+        data = FoldData(run, folder.fold, cache)
         config = run.recipe.train
         with (
             repeatable(seed_for(data, _INITIAL), device, benchmark=config.benchmark),
@@ -168,7 +168,7 @@ def train_step(
         if noisy_config.bootstrap:
             aims = bootstrapped(aims, logits, own, noisy_config.bootstrap)
         loss = state.loss_of(logits, aims) * (len(part) / len(log_mels))  # every loss is a mean over clips
-        state.backward(loss)
+        state.scaler.scale(loss).backward()
         losses.append(loss.detach())
     return sum(losses[1:], losses[0]), state.update()
 

@@ -134,10 +134,9 @@ def _renamed(backbone: nn.Module, state: State, what: str) -> dict[str, torch.Te
         return dict(state)
     try:
         return dict(rename(dict(state), backbone))
-    except KeyError as error:
-        raise MelfoldError(what, f"unknown key {error.args[0]}", RENAME_FIX) from error
     except Exception as error:  # timm's filters assume a file of their family
-        raise MelfoldError(what, first_line(error), RENAME_FIX) from error
+        found = f"unknown key {error.args[0]}" if isinstance(error, KeyError) else first_line(error)
+        raise MelfoldError(what, found, RENAME_FIX) from error
 
 
 def _fresh_final_norm(backbone: nn.Module, own: State) -> dict[str, torch.Tensor]:
