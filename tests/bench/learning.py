@@ -231,9 +231,7 @@ def _predict(work: Workspace, name: str, clips: int, device: Device) -> Result:
     front, frames = recipe.logmel, recipe.views[0].length
     store = ClipStore(work.cache, list(work.competition.curated.index)[:clips], front.n_mels, front.top_db)
     model = build_model(recipe.model, len(work.competition.labels), front.n_mels, frames).to(device.torch).eval()
-    batches = window_batches(
-        store, length=frames, overlap=recipe.predict.overlap, shift=0, batch_size=recipe.predict.batch_size, pad=recipe.train.pad
-    )
+    batches = window_batches(store, recipe.views[0], overlap=recipe.predict.overlap, batch_size=recipe.predict.batch_size)
     sizes = [len(batch.rows) for batch in batches]
     log_mels = torch.randn(max(sizes), 1, front.n_mels, frames, device=device.torch)
     turns = take_turns(

@@ -125,9 +125,10 @@ class Inference:
 
     def pick_device(self) -> None:
         """Load PyTorch and timm, find the device, and with it the budget."""
-        import melfold.learn.predict  # noqa: F401  now, so that the time it takes counts as the start's
         from melfold.learn.devices import pick_device
+        from melfold.learn.predict import predict_logits
 
+        self.predict_logits = predict_logits
         self.device, minutes = pick_device("auto", "off"), self.session.bundle["budget_minutes"]
         lost = self.session.bundle["gpu"] and self.device.torch.type == "cpu"
         if lost:  # the session is as long as was asked for; only a rehearsal may take longer
@@ -251,7 +252,8 @@ class Inference:
             return
         began = self.session.elapsed()
         assert member.store  # `_passes` leaves the others out
-        member.logits[fold] = member.logits.get(fold, 0.0) + self._logits(model, member, member.store, view)
+        logits = self.predict_logits(model, member.store, member.recipe, self.device, view)
+        member.logits[fold] = member.logits.get(fold, 0.0) + logits
         member.views[fold] = member.views.get(fold, 0) + 1
         seconds = self.session.elapsed() - began
         member.seconds_per_frame = seconds / frames
@@ -265,15 +267,10 @@ class Inference:
     def _measure(self, model: Tagger, member: Member, view: View) -> float:
         """Seconds per frame of windows, from a few clips. A first call warms up and is not counted."""
         assert member.store
-        self._logits(model, member, member.store.head(1), view)
-        began = self.session.elapsed()
-        self._logits(model, member, member.store.head(SAMPLE_CLIPS), view)
+        for clips in (1, SAMPLE_CLIPS):
+            began = self.session.elapsed()
+            self.predict_logits(model, member.store.head(clips), member.recipe, self.device, view)
         return (self.session.elapsed() - began) / (member.windows(view, SAMPLE_CLIPS) * view.length)
-
-    def _logits(self, model: Tagger, member: Member, store: ClipStore, view: View) -> np.ndarray:
-        from melfold.learn.predict import predict_logits
-
-        return predict_logits(model, store, member.recipe, self.device, view)
 
 
 def infer(session: boot.Session) -> None:

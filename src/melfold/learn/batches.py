@@ -11,6 +11,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from melfold.config import View
 from melfold.data.clips import ClipStore, Pad, window_starts
 from melfold.learn.devices import Device
 from melfold.learn.phases import Phase
@@ -72,18 +73,18 @@ def train_batches(
             yield Batch(log_mels, rows, rows >= first_noisy)
 
 
-def window_batches(store: ClipStore, *, length: int, overlap: float, shift: int, batch_size: int, pad: Pad) -> Iterator[Batch]:
+def window_batches(store: ClipStore, view: View, *, overlap: float, batch_size: int) -> Iterator[Batch]:
     """Evaluation windows of all clips in order; every batch but the last is full, whatever the clips' lengths."""
     windows = [
         (row, start)
         for row, frames in enumerate(store.frames)
-        for start in window_starts(int(frames), length, overlap, shift, pad)
+        for start in window_starts(int(frames), view.length, overlap, view.shift, view.pad)
     ]
     for begin in range(0, len(windows), batch_size):
         part = windows[begin : begin + batch_size]
-        log_mels = np.empty((len(part), length, store.n_mels), np.float16)
+        log_mels = np.empty((len(part), view.length, store.n_mels), np.float16)
         for out, (row, start) in zip(log_mels, part, strict=True):
-            store.read(row, start, out, pad)
+            store.read(row, start, out, view.pad)
         yield Batch(log_mels, np.array([row for row, _ in part]), np.zeros(len(part), bool))
 
 

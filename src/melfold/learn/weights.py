@@ -110,11 +110,13 @@ def load_backbone(backbone: nn.Module, path: Path, config: ModelConfig, n_mels: 
         state = {key: value.transpose(2, 3).contiguous() if value.ndim == 4 else value for key, value in state.items()}
     known = backbone.pretrained_cfg
     classifier = known.get("classifier") or ()
-    heads = (classifier,) if isinstance(classifier, str) else classifier
-    state = {key: value for key, value in state.items() if not any(key.startswith(f"{head}.") for head in heads)}
+    heads = tuple(f"{head}." for head in ((classifier,) if isinstance(classifier, str) else classifier))
+    state = {key: value for key, value in state.items() if not key.startswith(heads)}
     own = backbone.state_dict()
     if not known.get("num_classes"):  # such files (self-supervised ones) have no classifier, and some have no norm before it
-        state = _fresh_final_norm(backbone, own) | state
+        norm = final_norm(backbone, backbone.num_features)
+        fresh = [name for name, module in backbone.named_modules() if module is norm]
+        state = {key: value for key, value in own.items() if key.rpartition(".")[0] in fresh} | state
     check_fit(own, state, what, adapted_stem=True)
     stem = state.get(f"{known.get('first_conv')}.weight") if isinstance(known.get("first_conv"), str) else None
     fits = stem is not None and stem.shape == own[f"{known['first_conv']}.weight"].shape
@@ -137,12 +139,6 @@ def _renamed(backbone: nn.Module, state: State, what: str) -> dict[str, torch.Te
     except Exception as error:  # timm's filters assume a file of their family
         found = f"unknown key {error.args[0]}" if isinstance(error, KeyError) else first_line(error)
         raise MelfoldError(what, found, RENAME_FIX) from error
-
-
-def _fresh_final_norm(backbone: nn.Module, own: State) -> dict[str, torch.Tensor]:
-    norm = final_norm(backbone, backbone.num_features)
-    names = {name for name, module in backbone.named_modules() if module is norm} if norm is not None else set()
-    return {key: value for key, value in own.items() if key.rpartition(".")[0] in names}
 
 
 def _input_norm(state: State, what: str, n_mels: int) -> dict[str, torch.Tensor]:
