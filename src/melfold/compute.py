@@ -83,9 +83,8 @@ class Compute:
                 with parallel_config("dask", client=client):
                     yield
             except KilledWorker as error:
-                raise MelfoldError(
-                    "a job killed one worker after another", str(error), "Give the workers more memory; see their logs"
-                ) from None
+                fix = "Give the workers more memory; see their logs"
+                raise MelfoldError("a job killed one worker after another", str(error), fix) from None
 
 
 def _check_workers(client: Any, home: Path) -> None:

@@ -115,7 +115,8 @@ def dry_run(root: Path, home: Home, recipe: Recipe, compute: Compute) -> DryRun:
     for name, each in recipes.items():
         short = shorten(each, few, names, batch_size=min(4, each.train.batch_size), steps=3)
         run = stages.train(few, place, short, names[name], range(recipe.folds.n_folds), compute)
-        score(prediction := own_prediction(run))
+        prediction = own_prediction(run)
+        score(prediction)
     stages.predict(prediction, few, place, compute)
     path = build_submission(place, [prediction], few, id=run.name, mean=recipe.predict.fold_mean)
     full = shorten(recipe, few, names, batch_size=recipe.train.batch_size, steps=10_000)

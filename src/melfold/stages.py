@@ -156,12 +156,15 @@ def predict(prediction: Prediction, competition: Competition, home: Home, comput
     run = prediction.run
     which = _folds_to_predict(run, competition)
 
-    def is_stale(fold: str, path: Path, fnames: Sequence[str], clips: str) -> bool:
-        return not Artefact.of(path).is_fresh(prediction.inputs(fold, clips))
+    def stale(work: list[tuple[str, Path, list[str], str]]) -> list[tuple[str, Path, list[str], str]]:
+        return [
+            (fold, path, fnames, clips)
+            for fold, path, fnames, clips in work
+            if not Artefact.of(path).is_fresh(prediction.inputs(fold, clips))
+        ]
 
     held_out = {fold: run.held_out(fold) for fold in run.done_folds() if fold != FULL}
-    work = [(fold, prediction.fold_oof(fold), fnames, digest(fnames)) for fold, fnames in held_out.items()]
-    work = [each for each in work if is_stale(*each)]
+    work = stale([(fold, prediction.fold_oof(fold), fnames, digest(fnames)) for fold, fnames in held_out.items()])
     if work:  # all folds of a new prediction, none of one that training left
         run.training_audio(cache(competition, home, run.recipe, compute))
     folder = build_cache(competition, run.recipe.logmel, home, splits=["test"], compute=compute)
@@ -169,8 +172,7 @@ def predict(prediction: Prediction, competition: Competition, home: Home, comput
     silent = unreadable(manifest)
     readable = list(manifest.index.difference(silent, sort=False))
     clips = digest(manifest[["size", "mtime_ns"]].reset_index().to_numpy().tolist())
-    tests = [(fold, prediction.fold_test(fold), readable, clips) for fold in which]
-    work += [each for each in tests if is_stale(*each)]
+    work += stale([(fold, prediction.fold_test(fold), readable, clips) for fold in which])
     if work:
         from melfold.learn.launch import predict_folds
 

@@ -127,7 +127,7 @@ def test_it_trains_an_epoch_and_predicts(
         name="tiny",
         logmel=LogMelConfig(sr=16_000, n_fft=512, hop_length=160, n_mels=64, fmax=8_000),
         model=ModelConfig(name=name, kwargs=kwargs, head="norm_linear"),
-        train=TrainConfig(epochs=1, crop_seconds=0.5, layer_decay=0.8, ema_decay=0),
+        train=TrainConfig(epochs=1, batch_size=2, crop_seconds=0.5, layer_decay=0.8, ema_decay=0),
         predict=PredictConfig(window_seconds=0.8),  # the weights are those of the crop's length
     )
     competition = load_competition(tiny_download())
@@ -139,14 +139,8 @@ def test_it_trains_an_epoch_and_predicts(
     state = TrainState(model, recipe.train, device)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     targets, loss_of = competition.targets().to_numpy(), loss_named("bce", {})
-    for batch in train_batches(
-        store,
-        [Phase(recipe.train, 0, 4, torch.arange(8).numpy())],
-        length=recipe.crop_frames,
-        batch_size=2,
-        pad="wrap",
-        seeds=[0, 0],
-    ):
+    phase = Phase(recipe.train, 0, 4, torch.arange(8).numpy())
+    for batch in train_batches(store, [phase], length=recipe.crop_frames, seeds=[0, 0]):
         loss = loss_of(model(device.log_mels(batch.log_mels)), device.tensor(targets[batch.rows]))
         state.scaler.scale(loss).backward()
         assert torch.isfinite(state.update())

@@ -77,9 +77,8 @@ class Session:
         found = {sha256: path for path in files if (sha256 := sha256_file(path)) in wanted}
         if missing := wanted - found.keys():
             seen = ", ".join(sorted(path.name for path in files)) or "none"
-            raise MelfoldError(
-                f"{len(missing)} files of weights are missing or damaged", f"found {seen}", "Push the dataset again"
-            )
+            what = f"{len(missing)} files of weights are missing or damaged"
+            raise MelfoldError(what, f"found {seen}", "Push the dataset again")
         return found
 
     def write_record(self, record: dict[str, Any]) -> None:

@@ -67,9 +67,8 @@ def fetch_earlier(session: boot.Session) -> None:
         raise MelfoldError("the session before left nothing here", f"no run {name} below {session.inputs}", fix)
     build_id = read_json(found[0].parents[1] / "melfold.json")["build_id"]
     if continues["build_id"] not in ("", build_id):
-        raise MelfoldError(
-            "the session before is of another build", f"{build_id[:12]}, not {continues['build_id'][:12]}", "Push it again"
-        )
+        found_build = f"{build_id[:12]}, not {continues['build_id'][:12]}"
+        raise MelfoldError("the session before is of another build", found_build, "Push it again")
     session.say(f"continuing from {found[0].relative_to(session.inputs)}")
     if not session.rehearsal:
         shutil.copytree(found[0], session.working / "runs" / name)

@@ -39,8 +39,6 @@ def train_batches(
     phases: Sequence[Phase],
     *,
     length: int,
-    batch_size: int,
-    pad: Pad,
     seeds: Sequence[int],
     first_step: int = 0,
     first_noisy: int | None = None,
@@ -56,7 +54,7 @@ def train_batches(
     """
     first_noisy = len(store.fnames) if first_noisy is None else first_noisy
     for number, phase in enumerate(phases):
-        n = len(phase.rows)
+        n, batch_size, pad = len(phase.rows), phase.config.batch_size, phase.config.pad
         orders: dict[int, np.ndarray] = {}
         for step in range(max(first_step, phase.begin), phase.until):
             positions = (step - phase.begin) * batch_size + np.arange(batch_size)

@@ -60,14 +60,5 @@ class FoldData:
 
     def batches(self, first_step: int) -> Iterator[Batch]:
         """The training batches from a step on."""
-        config = self.recipe.train
-        return train_batches(
-            self.train,
-            self.phases,
-            length=self.recipe.crop_frames,
-            batch_size=config.batch_size,
-            pad=config.pad,
-            seeds=self.seeds,
-            first_step=first_step,
-            first_noisy=self.curated,
-        )
+        length, seeds = self.recipe.crop_frames, self.seeds
+        return train_batches(self.train, self.phases, length=length, seeds=seeds, first_step=first_step, first_noisy=self.curated)

@@ -140,9 +140,8 @@ def check_recipe(recipe: Recipe, competition: Competition) -> None:
         MelfoldError: no noisy clips, or one line for each correction of an unknown clip or with an unknown label.
     """
     if recipe.uses_noisy and not len(competition.noisy):
-        raise MelfoldError(
-            "this download has no noisy clips", str(competition.root), "Use --set train.clips=curated --set phases=[]"
-        )
+        fix = "Use --set train.clips=curated --set phases=[]"
+        raise MelfoldError("this download has no noisy clips", str(competition.root), fix)
     problems = []
     for fname, correction in recipe.data.corrections.items():
         if fname not in competition.curated.index:
@@ -175,9 +174,8 @@ def refuse_changes(run: Run, recipe: Recipe, info: RunInfo | None = None) -> Non
     if info:
         before, after = before | run.info.made_from(), after | info.made_from()
     if changes := differences(before, after):
-        raise MelfoldError(
-            f"run {run.name} exists and was trained with different settings", listed(changes), "Use another name: --run NAME"
-        )
+        what = f"run {run.name} exists and was trained with different settings"
+        raise MelfoldError(what, listed(changes), "Use another name: --run NAME")
     if changes := differences({"predict": run.recipe.model_dump()["predict"]}, {"predict": recipe.model_dump()["predict"]}):
         fix = f"Its weights can be used again: melfold predict {run.name} --data DATA --set predict.… --name NAME"
         raise MelfoldError(f"run {run.name} exists and predicts with different settings", listed(changes), fix)

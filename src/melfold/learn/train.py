@@ -124,10 +124,8 @@ def start_state(run: Run, data: FoldData, device: Device, *, initial: bool = Tru
     Args:
         initial: start from the recipe's weights, else from random ones that are to be replaced.
     """
-    recipe = run.recipe
-    model = build_model(
-        recipe.model, len(run.info.labels), recipe.logmel.n_mels, recipe.crop_frames, initial=initial, home=run.home
-    )
+    recipe, n_labels, n_mels = run.recipe, len(run.info.labels), run.recipe.logmel.n_mels
+    model = build_model(recipe.model, n_labels, n_mels, recipe.crop_frames, initial=initial, home=run.home)
     if initial and (first := run.first_fold(data.fold)):
         first.verify()
         load_weights(first.weights, model, f"{run.name}'s")

@@ -86,11 +86,9 @@ class TrainLog:
         if not np.isfinite(values).all():
             first = int(np.argmin(np.isfinite(values)))
             names = " ".join(self.data.train.fnames[row] for row in self._pending[first][0].rows)
-            raise MelfoldError(
-                f"the {what} is not finite at step {self.state.step - len(values) + first}",
-                f"{values[first]} in the batch of {names}",
-                "Lower train.lr, or look at these clips with `melfold show`",
-            )
+            problem = f"the {what} is not finite at step {self.state.step - len(values) + first}"
+            fix = "Lower train.lr, or look at these clips with `melfold show`"
+            raise MelfoldError(problem, f"{values[first]} in the batch of {names}", fix)
 
     def write(self, **values: float) -> None:
         """Append a row to the log; values that are not finite become null."""

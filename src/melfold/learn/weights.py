@@ -59,9 +59,8 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise MelfoldError("broken weights file", f"{path} ({first_line(error)})", "Download it again") from None
     except Exception as error:  # pickle.UnpicklingError and what torch wraps around it
-        raise MelfoldError(
-            "a weights file must hold tensors only", f"{path} ({first_line(error)})", "Save it as safetensors"
-        ) from error
+        found = f"{path} ({first_line(error)})"
+        raise MelfoldError("a weights file must hold tensors only", found, "Save it as safetensors") from error
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise MelfoldError("a weights file must hold named tensors", str(path), "Save it as safetensors")
     return dict(state)
