@@ -8,11 +8,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from melfold.errors import MelfoldError
 
@@ -23,8 +23,6 @@ Progress = Callable[[int, int, str], None]
 
 ENGINES = ("joblib", "dask")
 WAIT_SECONDS = 60
-
-T = TypeVar("T")
 
 
 def silent(done: int, total: int, text: str) -> None:
@@ -50,14 +48,9 @@ class Compute:
     scheduler: str = ""
     progress: Progress = silent
 
-    @property
-    def device(self) -> str:
-        """The first device."""
-        return self.devices[0]
-
     @contextmanager
     def connected(self, home: Path) -> Iterator[None]:
-        """Run joblib's jobs, and those of `spread`, on the cluster within this context; without a cluster, change nothing.
+        """Run joblib's jobs on the cluster within this context; without a cluster, change nothing.
 
         Args:
             home: the home folder, which every worker must see under the same path.
@@ -90,9 +83,8 @@ class Compute:
                 with parallel_config("dask", client=client):
                     yield
             except KilledWorker as error:
-                raise MelfoldError(
-                    "a job killed one worker after another", str(error), "Give the workers more memory; see their logs"
-                ) from None
+                fix = "Give the workers more memory; see their logs"
+                raise MelfoldError("a job killed one worker after another", str(error), fix) from None
 
 
 def _check_workers(client: Any, home: Path) -> None:
@@ -122,17 +114,6 @@ def remote() -> bool:
     from joblib.parallel import get_active_backend
 
     return type(get_active_backend()[0]).__name__ == "DaskDistributedBackend"
-
-
-def spread(function: Callable[..., T], jobs: Iterable[tuple[Any, ...]]) -> Iterator[T]:
-    """Call a function with each tuple of arguments, on the cluster's workers. Results come in any order.
-
-    A job whose worker is lost starts again on another worker, so it must continue from the files it left behind. Keep the
-    arguments small: they go through the scheduler.
-    """
-    from joblib import Parallel, delayed
-
-    yield from Parallel(return_as="generator_unordered", batch_size=1)(delayed(function)(*arguments) for arguments in jobs)
 
 
 def end_with_parent() -> None:

@@ -285,11 +285,6 @@ class Recipe(Frozen):
         return tuple(View(self.frames(n), s, p) for s, n, p in itertools.product(shifts, lengths, pads))
 
     @property
-    def window_frames(self) -> int:
-        """Of the first view."""
-        return self.views[0].length
-
-    @property
     def track(self) -> Literal["scratch", "open"]:
         """`scratch`: the competition's data alone, as its rules ask. `open`: weights from elsewhere, also through corrections.
 

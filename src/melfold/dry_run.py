@@ -11,7 +11,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from melfold import stages
 from melfold.combine.oof import score
@@ -20,14 +21,17 @@ from melfold.compute import Compute
 from melfold.config import Recipe
 from melfold.data.competition import Competition, load_competition, with_bad_clips
 from melfold.files import Home
+from melfold.learn.batches import read_ahead
+from melfold.learn.devices import Device, explain_out_of_memory, pick_device, repeatable, shared_threads
+from melfold.learn.fetch import hub_file, share_weights
+from melfold.learn.fold_data import FoldData
 from melfold.learn.phases import phases_of
+from melfold.learn.predict import predict_probs
 from melfold.learn.predictions import own_prediction
 from melfold.learn.runs import Run, open_run
 from melfold.learn.shorten import few_clips, shorten
-
-if TYPE_CHECKING:
-    from melfold.learn.devices import Device
-    from melfold.learn.fold_data import FoldData
+from melfold.learn.train import augment_rng, less_memory, start_state, train_step
+from melfold.learn.train_log import duration
 
 _MEASURED_SECONDS = 60.0
 _WARM_UP = {"cpu": 1, "cuda": 10}
@@ -77,8 +81,6 @@ class Forecast:
 
     def lines(self) -> list[str]:
         """For people."""
-        from melfold.learn.train_log import duration
-
         places = f"{self.devices} devices" if self.devices > 1 else "1 device"
         return [
             f"{self.device}: {self.crops_per_second:.0f} crops/s, {self.peak_memory / 2**30:.1f} GiB",
@@ -101,8 +103,6 @@ def dry_run(root: Path, home: Home, recipe: Recipe, compute: Compute) -> DryRun:
 
     Model, crops, augmentation, losses and phases are the recipe's own.
     """
-    from melfold.learn.fetch import hub_file, share_weights
-
     whole = load_competition(root, recipe.data.exclude)
     recipe = with_bad_clips(recipe, whole)
     few = few_clips(whole, recipe.folds.n_folds, recipe.data.exclude)
@@ -133,14 +133,8 @@ def forecast(run: Run, cache: Path, whole: Competition, recipe: Recipe, devices:
     Raises:
         MelfoldError: the device has not enough memory.
     """
-    import torch
-
-    from melfold.learn.devices import explain_out_of_memory, pick_device, repeatable, shared_threads
-    from melfold.learn.fold_data import FoldData
-    from melfold.learn.train import less_memory
-
     device, config = pick_device(devices[0], recipe.train.amp), recipe.train
-    data = FoldData.read(run, "0", cache)
+    data = FoldData(run, "0", cache)
     threads = torch.get_num_threads()
     torch.set_num_threads(int(shared_threads(devices).get("OMP_NUM_THREADS", threads)))
     try:
@@ -149,35 +143,20 @@ def forecast(run: Run, cache: Path, whole: Competition, recipe: Recipe, devices:
     finally:
         torch.set_num_threads(threads)
     curated = len(whole.curated) * (recipe.folds.n_folds - 1) // recipe.folds.n_folds
-    noisy = len(whole.noisy)
-    teachers = recipe.noisy.teachers
+    noisy, teachers = len(whole.noisy), recipe.noisy.teachers
     if teachers:
-        most = recipe.noisy.per_label * len(whole.labels)
-        noisy = min(noisy, recipe.noisy.top or noisy, most or noisy)
+        noisy = min(noisy, recipe.noisy.top or noisy, recipe.noisy.per_label * len(whole.labels) or noisy)
     phases = phases_of(recipe, curated, noisy)
     steps = phases[-1].until
     looks = 1 + sum(look < steps for phase in phases for look in phase.looks())
     by_teachers = len(whole.noisy) + (curated if recipe.noisy.missing else 0)
     predicted = looks * (len(whole.curated) - curated) + len(teachers) * by_teachers
-    return Forecast(
-        device.describe(),
-        len(devices),
-        recipe.folds.n_folds,
-        steps,
-        config.batch_size,
-        per_step,
-        start,
-        predicted * per_clip,
-        peak,
-    )
+    sizes = (len(devices), recipe.folds.n_folds, steps, config.batch_size)
+    return Forecast(device.describe(), *sizes, per_step, start, predicted * per_clip, peak)
 
 
 def _measure(run: Run, data: FoldData, device: Device) -> tuple[float, float, float, int]:
     """Seconds of a step, seconds that the first steps took on top, seconds to predict a clip, and the peak memory."""
-    from melfold.learn.batches import read_ahead
-    from melfold.learn.predict import predict_probs
-    from melfold.learn.train import augment_rng, start_state, train_step
-
     kind = device.torch.type
     warm_up, block = _WARM_UP[kind], _BLOCK[kind]
     device.reset_peak_memory()

@@ -7,7 +7,6 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -26,11 +25,8 @@ from melfold.kaggle.ledger import Ledger
 from melfold.learn.predictions import Prediction, own_prediction, write_current
 from melfold.learn.runs import FULL, Run, open_run
 from melfold.learn.start import check_recipe, refuse_changes, start_run
-from melfold.probs import Probs, make_probs
+from melfold.probs import make_probs
 from melfold.recipes import change_recipe
-
-if TYPE_CHECKING:
-    from melfold.learn.jobs import Job
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +36,7 @@ def cache(competition: Competition, home: Home, recipe: Recipe, compute: Compute
     splits = SPLITS if recipe.uses_noisy else ("curated", "test")
     exclude = with_bad_clips(recipe, competition).data.exclude
     try:
-        options: dict[str, Any] = {"exclude": exclude, "compute": compute, "verify": verify}
-        return build_cache(competition, recipe.logmel, home, splits=splits, **options)
+        return build_cache(competition, recipe.logmel, home, splits=splits, exclude=exclude, compute=compute, verify=verify)
     finally:
         stop_workers()
 
@@ -139,11 +134,7 @@ def _next_round(name: str) -> str:
 
 
 def train_folds(run: Run, competition: Competition, which: Sequence[int | str], folder: Path, compute: Compute) -> None:
-    """Train the folds that are not done, from log-mels that are there.
-
-    Args:
-        folder: of the log-mels.
-    """
+    """Train the folds that are not done, from log-mels that are there. Args: folder: of the log-mels."""
     if all(run.fold(fold).done for fold in which):
         return
     from melfold.learn import launch
@@ -164,22 +155,34 @@ def predict(prediction: Prediction, competition: Competition, home: Home, comput
     """
     run = prediction.run
     which = _folds_to_predict(run, competition)
-    jobs = _oof_jobs(prediction, competition, home, compute)
+
+    def stale(work: list[tuple[str, Path, list[str], str]]) -> list[tuple[str, Path, list[str], str]]:
+        return [
+            (fold, path, fnames, clips)
+            for fold, path, fnames, clips in work
+            if not Artefact.of(path).is_fresh(prediction.inputs(fold, clips))
+        ]
+
+    held_out = {fold: run.held_out(fold) for fold in run.done_folds() if fold != FULL}
+    work = stale([(fold, prediction.fold_oof(fold), fnames, digest(fnames)) for fold, fnames in held_out.items()])
+    if work:  # all folds of a new prediction, none of one that training left
+        run.training_audio(cache(competition, home, run.recipe, compute))
     folder = build_cache(competition, run.recipe.logmel, home, splits=["test"], compute=compute)
     manifest = read_manifest(folder).loc[list(competition.test.index)]
     silent = unreadable(manifest)
-    readable = tuple(manifest.index.difference(silent, sort=False))
+    readable = list(manifest.index.difference(silent, sort=False))
     clips = digest(manifest[["size", "mtime_ns"]].reset_index().to_numpy().tolist())
-    for fold in which:
-        path = prediction.fold_test(fold)
-        if not Artefact.of(path).is_fresh(prediction.inputs(fold, clips)):
-            jobs.append(_job(prediction, fold, folder, path, readable, clips))
-    _launch_all(jobs, compute)
+    work += stale([(fold, prediction.fold_test(fold), readable, clips) for fold in which])
+    if work:
+        from melfold.learn.launch import predict_folds
+
+        predict_folds(prediction, folder, work, compute)
     made_from = prediction.test_inputs() | {"clips": clips, "unreadable": silent}
     if not Artefact.of(prediction.test).is_fresh(made_from):
         probs = fold_mean(prediction, which)
         if silent:
-            probs = pd.concat([probs, _prior_rows(prediction, silent)])
+            prior = prior_of(prediction).to_numpy()[None].repeat(len(silent), 0)
+            probs = pd.concat([probs, make_probs(prior, silent, run.info.labels)])
         write_current(prediction.test, probs.loc[list(competition.test.index)], made_from)
     return prediction
 
@@ -196,38 +199,6 @@ def _folds_to_predict(run: Run, competition: Competition) -> list[str]:
     if competition.name != run.info.competition:
         log.warning("run %s was trained on %s, this is %s", run.name, run.info.competition, competition.name)
     return which
-
-
-def _job(prediction: Prediction, fold: str, folder: Path, output: Path, fnames: Sequence[str], clips: str) -> Job:
-    from melfold.learn.jobs import Job
-
-    home, label = str(prediction.run.home.root), prediction.label
-    return Job("predict", home, label, fold, str(folder), output=str(output), fnames=tuple(fnames), clips=clips)
-
-
-def _oof_jobs(prediction: Prediction, competition: Competition, home: Home, compute: Compute) -> list[Job]:
-    """The folds whose out-of-fold probabilities are missing: all of a new prediction, none of one that training left."""
-    run = prediction.run
-    folds = [fold for fold in run.done_folds() if fold != FULL]
-    clips = {fold: digest(run.held_out(fold)) for fold in folds}
-    stale = [f for f in folds if not Artefact.of(prediction.fold_oof(f)).is_fresh(prediction.inputs(f, clips[f]))]
-    if not stale:
-        return []
-    folder = cache(competition, home, run.recipe, compute)
-    run.training_audio(folder)
-    return [_job(prediction, f, folder, prediction.fold_oof(f), run.held_out(f), clips[f]) for f in stale]
-
-
-def _launch_all(jobs: Sequence[Job], compute: Compute) -> None:
-    if jobs:
-        from melfold.learn.launch import launch
-
-        launch(jobs, compute)
-
-
-def _prior_rows(prediction: Prediction, fnames: list[str]) -> Probs:
-    prior = prior_of(prediction)
-    return make_probs(prior.to_numpy()[None].repeat(len(fnames), 0), fnames, prediction.run.info.labels)
 
 
 def run(root: Path, home: Home, recipe: Recipe, name: str, compute: Compute) -> tuple[Prediction, OofScores, Path]:

@@ -308,11 +308,12 @@ def crops(work: Workspace) -> list[Result]:
     fnames = list(work.competition.curated.index)
     store = ClipStore(work.cache, fnames, work.front.n_mels, work.front.top_db)
     batch, steps = 64, work.pick(40, 3)
-    phase = Phase(load_recipe("base").train, 0, steps, np.arange(len(fnames)))
+    config = load_recipe("base", [f"train.batch_size={batch}", "train.pad=wrap"]).train
+    phase = Phase(config, 0, steps, np.arange(len(fnames)))
     rng = np.random.default_rng(0)
 
     def ours() -> None:
-        for _ in train_batches(store, [phase], length=256, batch_size=batch, pad="wrap", first_step=0, seeds=(0, 0)):
+        for _ in train_batches(store, [phase], length=256, seeds=(0, 0)):
             pass
 
     def theirs() -> None:

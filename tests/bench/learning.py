@@ -35,9 +35,9 @@ def feed(work: Workspace) -> list[Result]:
     Against FAT2019's habit: all log-mels in memory, and two `DataLoader` workers that augment clip by clip with the same
     methods in NumPy. What is not measured is a GPU: there our augmentation runs on it, and the processor has only to read.
     """
-    recipe = load_recipe("scratch")
-    config, front = recipe.augment, recipe.logmel
     length, batch, steps = 256, 64, work.pick(60, 3)
+    recipe = load_recipe("scratch", [f"train.batch_size={batch}", "train.pad=wrap"])
+    config, front = recipe.augment, recipe.logmel
     fnames = list(work.competition.curated.index)
     store = ClipStore(work.cache, fnames, front.n_mels, front.top_db)
     device = pick_device("cpu")
@@ -46,7 +46,7 @@ def feed(work: Workspace) -> list[Result]:
 
     def batches() -> Iterator[Batch]:
         phase = Phase(recipe.train, 0, steps, np.arange(len(fnames)))
-        return train_batches(store, [phase], length=length, batch_size=batch, pad="wrap", first_step=0, seeds=(0, 0))
+        return train_batches(store, [phase], length=length, seeds=(0, 0))
 
     def ours() -> None:
         for step, read in enumerate(read_ahead(batches(), device)):
@@ -228,12 +228,10 @@ def predict(work: Workspace) -> list[Result]:
 
 def _predict(work: Workspace, name: str, clips: int, device: Device) -> Result:
     recipe = load_recipe("scratch", [f"model.name={name}", "model.kwargs={}", "train.crop_seconds=2.56", "predict.batch_size=32"])
-    front, frames = recipe.logmel, recipe.window_frames
+    front, frames = recipe.logmel, recipe.views[0].length
     store = ClipStore(work.cache, list(work.competition.curated.index)[:clips], front.n_mels, front.top_db)
     model = build_model(recipe.model, len(work.competition.labels), front.n_mels, frames).to(device.torch).eval()
-    batches = window_batches(
-        store, length=frames, overlap=recipe.predict.overlap, shift=0, batch_size=recipe.predict.batch_size, pad=recipe.train.pad
-    )
+    batches = window_batches(store, recipe.views[0], overlap=recipe.predict.overlap, batch_size=recipe.predict.batch_size)
     sizes = [len(batch.rows) for batch in batches]
     log_mels = torch.randn(max(sizes), 1, front.n_mels, frames, device=device.torch)
     turns = take_turns(

@@ -294,7 +294,7 @@ def test_seconds_become_the_nearest_frames_and_never_none() -> None:
     recipe = load_recipe("base", ["train.crop_seconds=1.28", "predict.window_seconds=2.0", "predict.shift_seconds=[0, 0.5]"])
     assert (recipe.crop_frames, recipe.views) == (128, (View(200, 0, "wrap"), View(200, 50, "wrap")))
     assert recipe.frames(1e-6) == 1
-    assert load_recipe("base", ["train.crop_seconds=1.28"]).window_frames == 128
+    assert load_recipe("base", ["train.crop_seconds=1.28"]).views[0].length == 128
 
 
 def test_views_are_every_length_with_every_padding_at_every_shift_the_first_of_each_first() -> None:

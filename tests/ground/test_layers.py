@@ -15,7 +15,7 @@ LAYERS = """
 : errors files artefacts train_config config facts recipe_text recipes compute probs metrics
 data: competition audio logmel arrays cache groups duplicates folds check clips demo
 learn: fetch provenance runs start predictions devices augment losses normalise phases shorten batches
-learn: backbones weights model predict fold_data state train_log tracker train noisy jobs launch
+learn: backbones weights model predict fold_data state train_log tracker train noisy launch
 combine: oof search ensemble expect relabel check submission rebuild
 kernels: boot infer train copy_csv
 kaggle: command courier client ledger board standings download pack built build sandbox judge rehearsal push training

@@ -18,11 +18,11 @@ from melfold.files import Home
 from melfold.learn.batches import train_batches
 from melfold.learn.devices import pick_device
 from melfold.learn.losses import loss_named
-from melfold.learn.model import Tagger, build_model, try_model
+from melfold.learn.model import Tagger, build_model, load_model, try_model
 from melfold.learn.phases import Phase
 from melfold.learn.predict import predict_probs
 from melfold.learn.state import TrainState
-from melfold.learn.weights import load_weights, save_weights
+from melfold.learn.weights import save_weights
 
 N_MELS, FRAMES = 64, 100
 SWIN = {"depths": [1, 1], "num_heads": [1, 2], "embed_dim": 16}
@@ -127,7 +127,8 @@ def test_it_trains_an_epoch_and_predicts(
         name="tiny",
         logmel=LogMelConfig(sr=16_000, n_fft=512, hop_length=160, n_mels=64, fmax=8_000),
         model=ModelConfig(name=name, kwargs=kwargs, head="norm_linear"),
-        train=TrainConfig(epochs=1, crop_seconds=0.5, layer_decay=0.8, ema_decay=0),
+        train=TrainConfig(epochs=1, batch_size=2, crop_seconds=0.5, layer_decay=0.8, ema_decay=0),
+        predict=PredictConfig(window_seconds=0.8),  # the weights are those of the crop's length
     )
     competition = load_competition(tiny_download())
     folder = build_cache(competition, recipe.logmel, Home(tmp_path), splits=["curated"], compute=Compute(jobs=1))
@@ -138,23 +139,16 @@ def test_it_trains_an_epoch_and_predicts(
     state = TrainState(model, recipe.train, device)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     targets, loss_of = competition.targets().to_numpy(), loss_named("bce", {})
-    for batch in train_batches(
-        store,
-        [Phase(recipe.train, 0, 4, torch.arange(8).numpy())],
-        length=recipe.crop_frames,
-        batch_size=2,
-        pad="wrap",
-        seeds=[0, 0],
-    ):
+    phase = Phase(recipe.train, 0, 4, torch.arange(8).numpy())
+    for batch in train_batches(store, [phase], length=recipe.crop_frames, seeds=[0, 0]):
         loss = loss_of(model(device.log_mels(batch.log_mels)), device.tensor(targets[batch.rows]))
-        state.backward(loss)
+        state.scaler.scale(loss).backward()
         assert torch.isfinite(state.update())
     moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     assert {"head.weight", "head.bias"} < moved
     assert any(key.startswith("backbone.") for key in moved)
     save_weights(tmp_path / "w.safetensors", model.kept())
-    again = build_model(recipe.model, len(labels), 64, recipe.crop_frames, initial=False)
-    load_weights(tmp_path / "w.safetensors", again)
+    again = load_model(recipe, len(labels), tmp_path / "w.safetensors", device)
     probs = predict_probs(again, store, labels, recipe, device)
     assert probs.shape == (8, len(labels))
     assert probs.equals(predict_probs(model, store, labels, recipe, device))

@@ -119,7 +119,7 @@ def test_a_band_that_hardly_varies_is_not_blown_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize("own_norm", [False, True])
 def test_a_fold_takes_the_statistics_of_its_training_clips(own_norm: bool, world: World, tmp_path: Path) -> None:
     run = world.start(tmp_path, 'model.normalise="band"', "train.clips=both", f"noisy.own_norm={str(own_norm).lower()}")
-    data = FoldData.read(run, "0", world.cache)
+    data = FoldData(run, "0", world.cache)
     own, noisy = data.statistics()
     np.testing.assert_array_equal(own, statistics(world.store(run.trained_on(0)), bands=True))
     assert (noisy is not None) == own_norm

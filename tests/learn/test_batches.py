@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from melfold.compute import Compute
-from melfold.config import LogMelConfig, TrainConfig
+from melfold.config import LogMelConfig, TrainConfig, View
 from melfold.data.arrays import npy_path
 from melfold.data.cache import build_cache
 from melfold.data.clips import ClipStore, Pad, window_starts
@@ -73,13 +73,15 @@ def test_every_possible_start_is_drawn(frames: int, length: int, pad: Pad) -> No
     assert drawn == (set(range(spare + 1)) if spare >= 0 else set(range(frames)) if pad == "wrap" else set(range(spare, 1)))
 
 
-def phase(begin: int, until: int, rows: Sequence[int]) -> Phase:
-    return Phase(TrainConfig(), begin, until, np.array(rows))
+def phase(begin: int, until: int, rows: Sequence[int], batch_size: int = 4, pad: Pad = "wrap") -> Phase:
+    return Phase(TrainConfig(batch_size=batch_size, pad=pad), begin, until, np.array(rows))
 
 
-def batches(store: ClipStore, **options: Any) -> list[tuple[np.ndarray, np.ndarray]]:
-    full = {"length": 24, "batch_size": 4, "pad": "wrap", "first_step": 0, "seeds": [1, 2], **options}
-    phases = full.pop("phases", [phase(0, full.pop("n_steps", 15), range(len(store.fnames)))])
+def batches(
+    store: ClipStore, n_steps: int = 15, batch_size: int = 4, pad: Pad = "wrap", **options: Any
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    full = {"length": 24, "first_step": 0, "seeds": [1, 2], **options}
+    phases = full.pop("phases", [phase(0, n_steps, range(len(store.fnames)), batch_size, pad)])
     return [(b.log_mels, b.rows) for b in train_batches(store, phases, **full)]
 
 
@@ -118,7 +120,7 @@ def test_training_crops_come_from_their_clips(store: ClipStore, arrays: list[np.
 
 @pytest.mark.parametrize("pad", PADS)
 def test_evaluation_windows_come_in_order_in_full_batches(store: ClipStore, arrays: list[np.ndarray], pad: Pad) -> None:
-    found = list(window_batches(store, length=20, overlap=0.5, shift=2, batch_size=7, pad=pad))
+    found = list(window_batches(store, View(20, 2, pad), overlap=0.5, batch_size=7))
     assert all(len(b.rows) == 7 for b in found[:-1])
     assert 1 <= len(found[-1].rows) <= 7
     expected = [(row, s) for row, a in enumerate(arrays) for s in window_starts(len(a), 20, 0.5, 2, pad)]
@@ -130,9 +132,9 @@ def test_evaluation_windows_come_in_order_in_full_batches(store: ClipStore, arra
 @pytest.mark.parametrize(("first_noisy", "expected"), [(None, 10), (6, 6), (0, 0)])
 def test_a_batch_says_which_of_its_clips_are_noisy(store: ClipStore, first_noisy: int | None, expected: int) -> None:
     phases = [phase(0, 15, range(10))]
-    for batch in train_batches(store, phases, length=24, batch_size=4, pad="wrap", seeds=[1, 2], first_noisy=first_noisy):
+    for batch in train_batches(store, phases, length=24, seeds=[1, 2], first_noisy=first_noisy):
         np.testing.assert_array_equal(batch.noisy, batch.rows >= expected)
-    for batch in window_batches(store, length=20, overlap=0.5, shift=0, batch_size=7, pad="wrap"):
+    for batch in window_batches(store, View(20, 0, "wrap"), overlap=0.5, batch_size=7):
         assert batch.noisy.dtype == bool
         assert not batch.noisy.any()
 

@@ -33,7 +33,7 @@ def test_each_fold_starts_from_the_same_fold(world: World, tmp_path: Path) -> No
     first = trained(world, tmp_path, 0, 1)
     second = world.start(tmp_path, *SECOND, name="second")
     for fold in ("0", "1"):
-        state = start_state(second, FoldData.read(second, fold, world.cache), world.device)
+        state = start_state(second, FoldData(second, fold, world.cache), world.device)
         ours, theirs = state.model.state_dict(), read_state(first.fold(fold).weights)
         assert set(ours) == set(theirs)
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), "the training clips are the same: so is their mean"

@@ -17,7 +17,7 @@ from melfold.learn.predict import predict_logits, predict_probs, sigmoid
 def tagger(world: World) -> Tagger:
     torch.manual_seed(0)
     recipe = world.recipe()
-    model = build_model(recipe.model, len(world.competition.labels), recipe.logmel.n_mels, recipe.window_frames)
+    model = build_model(recipe.model, len(world.competition.labels), recipe.logmel.n_mels, recipe.views[0].length)
     model.normalise.set(-40, 20)
     torch.nn.init.normal_(model.head.weight)  # timm's small initial head would make any two windows look alike
     return model
@@ -31,8 +31,8 @@ def by_hand(world: World, tagger: Tagger, fname: str, shift: int, overlap: float
     """The mean logits of a clip's windows, one at a time."""
     recipe, store = world.recipe(), world.store([fname])
     logits = []
-    for start in window_starts(int(store.frames[0]), recipe.window_frames, overlap, shift, recipe.train.pad):
-        out = np.empty((recipe.window_frames, store.n_mels), np.float16)
+    for start in window_starts(int(store.frames[0]), recipe.views[0].length, overlap, shift, recipe.train.pad):
+        out = np.empty((recipe.views[0].length, store.n_mels), np.float16)
         store.read(0, start, out, recipe.train.pad)
         with torch.inference_mode():
             logits.append(tagger.eval()(torch.from_numpy(out).float().T[None, None])[0].double().numpy())
@@ -56,7 +56,7 @@ def test_the_order_of_clips_does_not_matter(world: World, tagger: Tagger) -> Non
 
 def test_a_long_clip_is_the_mean_of_windows_that_cover_it(world: World, tagger: Tagger) -> None:
     store = world.store(list(world.competition.test.index))
-    length = world.recipe().window_frames
+    length = world.recipe().views[0].length
     row = int(store.frames.argmax())
     frames = int(store.frames[row])
     starts = window_starts(frames, length, 0.5, 0, "wrap")

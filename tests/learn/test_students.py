@@ -107,7 +107,7 @@ def test_teachers_are_averaged_each_in_its_own_way(world: World, tmp_path: Path)
     np.testing.assert_allclose(found.loc[noisy], wanted.loc[noisy], atol=1e-6)
 
     # The curated clips' targets are the table's, but for the labels that they probably lack.
-    data = FoldData.read(student, "0", world.cache)
+    data = FoldData(student, "0", world.cache)
     learned = pd.DataFrame(data.targets[: data.curated], own, labels)
     table = student.targets(own)
     lacking = missing_labels(table, wanted.loc[own], 0.05)

@@ -157,7 +157,7 @@ def test_the_recipe_is_shown_as_differences_with_reasons(pages: Pages) -> None:
 
 def test_windows_cover_the_clip_and_are_described_in_words(pages: Pages) -> None:
     recipe = pages.runs[0].recipe
-    frames = recipe.window_frames
+    frames = recipe.views[0].length
     assert window_shares(frames // 2, recipe) == [(0.0, 1.0)]
     assert describe_windows(frames // 2, recipe) == "1 window of 1.3 s: the clip is repeated to fill it"
     shares = window_shares(3 * frames, recipe)

@@ -66,28 +66,19 @@ class Session:
         return sorted(found, key=lambda path: (len(path.parts), path))
 
     def competition_folder(self, marker: str) -> Path:
-        """The mounted competition, known by one of its files.
-
-        Raises:
-            MelfoldError: no such file.
-        """
+        """The mounted competition, known by one of its files. Raises: MelfoldError: no such file."""
         if found := self.mounted(marker):
             return found[0].parent
         raise MelfoldError("no competition is mounted", f"no {marker} below {self.inputs}", "Add the competition's data")
 
     def weights(self, wanted: set[str]) -> dict[str, Path]:
-        """Mounted files of weights by their SHA-256.
-
-        Raises:
-            MelfoldError: some are missing or damaged.
-        """
+        """Mounted files of weights by their SHA-256. Raises: MelfoldError: some are missing or damaged."""
         files = self.mounted("*.safetensors") if wanted else []
         found = {sha256: path for path in files if (sha256 := sha256_file(path)) in wanted}
         if missing := wanted - found.keys():
             seen = ", ".join(sorted(path.name for path in files)) or "none"
-            raise MelfoldError(
-                f"{len(missing)} files of weights are missing or damaged", f"found {seen}", "Push the dataset again"
-            )
+            what = f"{len(missing)} files of weights are missing or damaged"
+            raise MelfoldError(what, f"found {seen}", "Push the dataset again")
         return found
 
     def write_record(self, record: dict[str, Any]) -> None:

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import csv
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 from melfold.errors import MelfoldError
 from melfold.files import sha256_file, write_text
 from melfold.kernels.boot import Session, start
-
-
-def main(bundle: dict[str, Any], root: Path, started: float) -> None:
-    """Run the kernel: see `build_copy` for the bundle."""
-    start(_copy, bundle, root, started)
 
 
 def _copy(session: Session) -> None:
@@ -47,3 +41,7 @@ def pick_rows(submission: str, sample: str) -> tuple[str, int]:
         raise MelfoldError(what, missing[0], "A hidden test set needs a kernel that predicts: `melfold ship` without --copy")
     picked = "\n".join([header, *(rows[name] for name in names)]) + "\n"
     return picked, len(rows) - len(names)
+
+
+main = partial(start, _copy)
+"""Run the kernel: see `build_copy` for the bundle."""

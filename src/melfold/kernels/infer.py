@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,21 +81,6 @@ class Member:
         overlap = self.recipe.predict.overlap
         return sum(len(window_starts(int(n), view.length, overlap, view.shift, view.pad)) for n in self.store.frames[:clips])
 
-    def model(self, fold: str, device: Device) -> Tagger:
-        """A fold's model, ready to predict."""
-        from melfold.learn.model import build_model
-        from melfold.learn.weights import load_weights
-
-        recipe = self.recipe
-        model = build_model(recipe.model, len(self.prior), recipe.logmel.n_mels, recipe.window_frames, initial=False)
-        load_weights(self.weights[fold], model)
-        return model.to(device.torch).eval()
-
-    def add(self, fold: str, logits: np.ndarray) -> None:
-        """Add the logits of another view."""
-        self.logits[fold] = self.logits.get(fold, 0.0) + logits
-        self.views[fold] = self.views.get(fold, 0) + 1
-
     def probs(self, fnames: list[str], labels: list[str]) -> Probs:
         """The mean of the folds so far; the prior for clips without a prediction."""
         values = pd.DataFrame(np.tile(self.prior.astype(np.float32), (len(fnames), 1)), index=fnames, columns=labels)
@@ -122,20 +108,27 @@ class Inference:
         labels, known = list(self.test.labels), session.bundle["labels"]
         if labels != known:
             raise MelfoldError("the mounted competition has other labels", f"{len(labels)} labels, the runs have {len(known)}")
-        self.members = find_members(session)
-        self.record: dict[str, Any] = {
-            "clips": len(self.test.test),
-            "late": 0,
-            "unreadable": 0,
-            "passes": [],
-        }
+        runs = session.bundle["runs"]
+        files = session.weights({sha256 for run in runs for sha256 in run["weights"].values()})
+        self.members = [
+            Member(
+                name=run["name"],
+                recipe=parse_recipe(run["recipe"], run["name"]),
+                weights={fold: files[sha256] for fold, sha256 in run["weights"].items()},
+                prior=np.array([run["prior"][label] for label in labels]),
+                share=run["share"],
+            )
+            for run in runs
+        ]
+        self.record: dict[str, Any] = {"clips": len(self.test.test), "late": 0, "unreadable": 0, "passes": []}
         self.write_seconds = 0.0
 
     def pick_device(self) -> None:
         """Load PyTorch and timm, find the device, and with it the budget."""
-        import melfold.learn.predict  # noqa: F401  now, so that the time it takes counts as the start's
         from melfold.learn.devices import pick_device
+        from melfold.learn.predict import predict_logits
 
+        self.predict_logits = predict_logits
         self.device, minutes = pick_device("auto", "off"), self.session.bundle["budget_minutes"]
         lost = self.session.bundle["gpu"] and self.device.torch.type == "cpu"
         if lost:  # the session is as long as was asked for; only a rehearsal may take longer
@@ -239,6 +232,8 @@ class Inference:
                         yield member, list(member.weights)[rank], number
 
     def _predict_pass(self, member: Member, fold: str, number: int) -> None:
+        from melfold.learn.model import load_model
+
         view, name = member.recipe.views[number], f"{member.name} fold {fold}, view {number}"
         entry: dict[str, Any] = {"run": member.name, "fold": fold, "view": number, "windows": member.windows(view), "done": False}
         self.record["passes"].append(entry)
@@ -247,7 +242,8 @@ class Inference:
             return
         if self.time_left() < 0.02 * self.budget:
             return
-        model, frames = member.model(fold, self.device), entry["windows"] * view.length
+        model = load_model(member.recipe, len(member.prior), member.weights[fold], self.device)
+        frames = entry["windows"] * view.length
         if member.seconds_per_frame is None:
             member.seconds_per_frame = self._measure(model, member, view)
         expected = member.seconds_per_frame * frames + self.write_seconds
@@ -256,7 +252,9 @@ class Inference:
             return
         began = self.session.elapsed()
         assert member.store  # `_passes` leaves the others out
-        member.add(fold, self._logits(model, member, member.store, view))
+        logits = self.predict_logits(model, member.store, member.recipe, self.device, view)
+        member.logits[fold] = member.logits.get(fold, 0.0) + logits
+        member.views[fold] = member.views.get(fold, 0) + 1
         seconds = self.session.elapsed() - began
         member.seconds_per_frame = seconds / frames
         entry |= {"done": True, "predict_s": round(seconds, 3)}
@@ -269,31 +267,10 @@ class Inference:
     def _measure(self, model: Tagger, member: Member, view: View) -> float:
         """Seconds per frame of windows, from a few clips. A first call warms up and is not counted."""
         assert member.store
-        self._logits(model, member, member.store.head(1), view)
-        began = self.session.elapsed()
-        self._logits(model, member, member.store.head(SAMPLE_CLIPS), view)
+        for clips in (1, SAMPLE_CLIPS):
+            began = self.session.elapsed()
+            self.predict_logits(model, member.store.head(clips), member.recipe, self.device, view)
         return (self.session.elapsed() - began) / (member.windows(view, SAMPLE_CLIPS) * view.length)
-
-    def _logits(self, model: Tagger, member: Member, store: ClipStore, view: View) -> np.ndarray:
-        from melfold.learn.predict import predict_logits
-
-        return predict_logits(model, store, member.recipe, self.device, view)
-
-
-def find_members(session: boot.Session) -> list[Member]:
-    """The runs of the bundle, with their weights wherever they are mounted. Raises: MelfoldError: missing or damaged weights."""
-    runs = session.bundle["runs"]
-    files = session.weights({sha256 for run in runs for sha256 in run["weights"].values()})
-    return [
-        Member(
-            name=run["name"],
-            recipe=parse_recipe(run["recipe"], run["name"]),
-            weights={fold: files[sha256] for fold, sha256 in run["weights"].items()},
-            prior=np.array([run["prior"][label] for label in session.bundle["labels"]]),
-            share=run["share"],
-        )
-        for run in runs
-    ]
 
 
 def infer(session: boot.Session) -> None:
@@ -313,6 +290,5 @@ def infer(session: boot.Session) -> None:
     job.predict()
 
 
-def main(bundle: dict[str, Any], root: Path, started: float) -> None:
-    """Run `infer` as a kernel. Arguments as in `boot.Session`."""
-    boot.start(infer, bundle, root, started)
+main = partial(boot.start, infer)
+"""Run it as a kernel. Arguments as in `boot.Session`."""

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import torch
 
@@ -16,14 +15,14 @@ from melfold.combine.oof import score
 from melfold.compute import Compute
 from melfold.config import Recipe
 from melfold.data.cache import build_cache, stop_workers
-from melfold.data.competition import Competition, Split, load_competition, with_bad_clips
+from melfold.data.competition import Split, load_competition, with_bad_clips
 from melfold.errors import MelfoldError
 from melfold.files import Home, read_json, write_text
 from melfold.kernels import boot
 from melfold.learn.fetch import share_weights
 from melfold.learn.launch import train_folds
 from melfold.learn.predictions import own_prediction
-from melfold.learn.runs import FULL, Run
+from melfold.learn.runs import FULL
 from melfold.learn.shorten import shorten
 from melfold.learn.start import start_run
 from melfold.recipes import parse_recipe
@@ -68,28 +67,11 @@ def fetch_earlier(session: boot.Session) -> None:
         raise MelfoldError("the session before left nothing here", f"no run {name} below {session.inputs}", fix)
     build_id = read_json(found[0].parents[1] / "melfold.json")["build_id"]
     if continues["build_id"] not in ("", build_id):
-        raise MelfoldError(
-            "the session before is of another build", f"{build_id[:12]}, not {continues['build_id'][:12]}", "Push it again"
-        )
+        found_build = f"{build_id[:12]}, not {continues['build_id'][:12]}"
+        raise MelfoldError("the session before is of another build", found_build, "Push it again")
     session.say(f"continuing from {found[0].relative_to(session.inputs)}")
     if not session.rehearsal:
         shutil.copytree(found[0], session.working / "runs" / name)
-
-
-def make_log_mels(session: boot.Session, competition: Competition, recipe: Recipe) -> Path:
-    """Cache the clips that the recipe trains on. Returns: the cache's folder."""
-    splits: list[Split] = ["curated", "noisy"] if recipe.uses_noisy else ["curated"]
-    cache = build_cache(competition, recipe.logmel, Home(session.scratch), splits=splits, exclude=recipe.data.exclude)
-    stop_workers()
-    session.say("log-mels are made")
-    return cache
-
-
-def state_of(run: Run, fold: str) -> str:
-    """How far a fold is, in words."""
-    if run.fold(fold).done:
-        return "done"
-    return "saved, not finished" if run.fold(fold).checkpoint.exists() else boot.NOT_STARTED
 
 
 def train(session: boot.Session) -> None:
@@ -115,7 +97,10 @@ def train(session: boot.Session) -> None:
     write_text(table, folds_table)
     home, scratch = Home(session.working), Home(session.scratch)
     share_weights(scratch, home)  # what the hub gives is no output
-    cache = make_log_mels(session, competition, recipe)
+    splits: list[Split] = ["curated", "noisy"] if recipe.uses_noisy else ["curated"]
+    cache = build_cache(competition, recipe.logmel, scratch, splits=splits, exclude=recipe.data.exclude)
+    stop_workers()
+    session.say("log-mels are made")
     run = start_run(home, bundle["name"], recipe, competition, table)
     left = 60 * minutes * (1 - SAVE_SHARE) - session.elapsed()
     failure = ""
@@ -128,12 +113,14 @@ def train(session: boot.Session) -> None:
     if any(fold != FULL for fold in run.done_folds()):
         scores = score(own_prediction(run))
         session.say(f"OOF lwlrap {scores.oof_lwlrap:.5f} of {scores.clips} clips, folds missing: {scores.missing or 'none'}")
-    states = {fold: state_of(run, fold) for fold in folds}
+    states = {}
+    for fold in folds:
+        saved = "saved, not finished" if run.fold(fold).checkpoint.exists() else boot.NOT_STARTED
+        states[fold] = "done" if run.fold(fold).done else saved
     session.write_record({"folds": states, "failure": failure})
     done = all(state == "done" for state in states.values())
     session.say(f"{states}; {'all done' if done else 'the next session continues'}")
 
 
-def main(bundle: dict[str, Any], root: Path, started: float) -> None:
-    """Run `train` as a kernel. Arguments as in `boot.Session`."""
-    boot.start(train, bundle, root, started)
+main = partial(boot.start, train)
+"""Run it as a kernel. Arguments as in `boot.Session`."""

@@ -53,39 +53,34 @@ def draw_augment(
     Args:
         groups: `(clips,)`; only clips of one group are mixed with each other. None: all are one.
     """
-    gain = rng.uniform(-config.gain_db, config.gain_db, clips).astype(np.float32) if config.gain_db else None
-    partner = weight = partner_gain = boxes = end = steepness = None
+    draw: dict[str, np.ndarray] = {}
     groups = np.zeros(clips, bool) if groups is None else groups
+    if config.gain_db:
+        draw["gain_db"] = rng.uniform(-config.gain_db, config.gain_db, clips).astype(np.float32)
     if config.resize_prob:
         sizes = rng.uniform(config.resize_scale, 1, (clips, 2))
         sizes[rng.random(clips) >= config.resize_prob] = 1
         firsts = rng.random((clips, 2)) * (1 - sizes)
-        boxes = np.stack([firsts, sizes], axis=-1).reshape(clips, 4).astype(np.float32)
+        draw["boxes"] = np.stack([firsts, sizes], axis=-1).reshape(clips, 4).astype(np.float32)
     if config.concat_prob and clips > 1:
         joined = rng.random(clips) < config.concat_prob
-        end = np.where(joined, _draw_partners(groups, rng), np.arange(clips))
-        steepness = rng.uniform(*CONCAT_STEEPNESS, clips).astype(np.float32)
+        draw["end"] = np.where(joined, _draw_partners(groups, rng), np.arange(clips))
+        draw["steepness"] = rng.uniform(*CONCAT_STEEPNESS, clips).astype(np.float32)
     if config.mixup_prob and clips > 1:
         partner = _draw_partners(groups, rng)
         mixed = (rng.random(clips) < config.mixup_prob) & (partner != np.arange(clips))
+        draw["partner"] = np.where(mixed, partner, np.arange(clips))
         if config.mixup == "db":
             share = rng.beta(config.mixup_alpha, config.mixup_alpha, clips)
-            weight = np.where(mixed, np.maximum(share, 1 - share), 1).astype(np.float32)
+            draw["weight"] = np.where(mixed, np.maximum(share, 1 - share), 1).astype(np.float32)
         else:
             level = rng.uniform(-config.mixup_gain_db, config.mixup_gain_db, clips)
-            partner_gain = np.where(mixed, level, -np.inf).astype(np.float32)
-        partner = np.where(mixed, partner, np.arange(clips))
-    return AugmentDraw(
-        gain,
-        partner,
-        weight,
-        partner_gain,
-        _draw_masks(config.freq_masks, config.freq_mask_width, clips, n_mels, rng),
-        _draw_masks(config.time_masks, config.time_mask_width, clips, frames, rng),
-        boxes,
-        end,
-        steepness,
-    )
+            draw["partner_gain_db"] = np.where(mixed, level, -np.inf).astype(np.float32)
+    if config.freq_masks:
+        draw["freq_masks"] = _draw_masks((clips, config.freq_masks), config.freq_mask_width, n_mels, rng)
+    if config.time_masks:
+        draw["time_masks"] = _draw_masks((clips, config.time_masks), config.time_mask_width, frames, rng)
+    return AugmentDraw(**draw)
 
 
 def _draw_partners(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -98,10 +93,8 @@ def _draw_partners(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return partner
 
 
-def _draw_masks(masks: int, width: float, clips: int, size: int, rng: np.random.Generator) -> np.ndarray | None:
-    if not masks:
-        return None
-    widths = rng.integers(0, int(width * size) + 1, (clips, masks))
+def _draw_masks(shape: tuple[int, int], width: float, size: int, rng: np.random.Generator) -> np.ndarray:
+    widths = rng.integers(0, int(width * size) + 1, shape)
     begins = rng.integers(0, size - widths + 1)
     return np.stack([begins, begins + widths], axis=-1)
 
@@ -148,12 +141,11 @@ def apply_augment(
             louder = (other + column(draw.partner_gain_db)) * _DB_TO_NEPER
             log_mels = torch.logaddexp(log_mels * _DB_TO_NEPER, louder) / _DB_TO_NEPER
             targets = torch.maximum(targets, other_targets)
-    for masks, shape in ((draw.freq_masks, (1, 1, -1, 1)), (draw.time_masks, (1, 1, 1, -1))):
+    for masks, shape in ((draw.freq_masks, (1, -1, 1)), (draw.time_masks, (1, 1, -1))):
         if masks is not None:
-            size = log_mels.shape[2 if shape[2] == -1 else 3]
-            at = np.arange(size)[None, None]
+            at = np.arange(log_mels.shape[1 + shape.index(-1)])
             hidden = ((at >= masks[..., :1]) & (at < masks[..., 1:])).any(axis=1)
-            log_mels = torch.where(device.tensor(hidden).view(len(masks), *shape[1:]), fill, log_mels)
+            log_mels = torch.where(device.tensor(hidden).view(len(masks), *shape), fill, log_mels)
     return log_mels, targets
 
 

@@ -59,29 +59,21 @@ def find_layout(backbone: nn.Module, name: str, n_mels: int, frames: int) -> Lay
     try:
         with torch.inference_mode():
             x = torch.zeros(1, 1, n_mels, frames)
-            shape = tuple(feature_map(backbone, x, Layout("NCHW", step=step)).shape)
+            features = feature_map(backbone, x, Layout("NCHW", step=step))
+            shape = tuple(features.shape)
             kind: Kind = getattr(backbone, "output_fmt", "NCHW") if len(shape) == 4 else "tokens"
-            layout = Layout(kind, step=step)
-            if kind == "tokens" and not hasattr(backbone, "forward_intermediates"):
-                raise _no_map(name, shape)
-            features = feature_map(backbone, x, layout)
+            if kind != "tokens" or hasattr(backbone, "forward_intermediates"):
+                features = feature_map(backbone, x, Layout(kind, step=step))
     except (AssertionError, RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise MelfoldError(
-            f"{name} refuses an input of 1 x {n_mels} x {frames}",
-            first_line(error),
-            "Use another model, other crops, or give its input size in model.kwargs",
-        ) from error
+        fix = "Use another model, other crops, or give its input size in model.kwargs"
+        raise MelfoldError(f"{name} refuses an input of 1 x {n_mels} x {frames}", first_line(error), fix) from error
     finally:
         backbone.train(was_training)
     whole = (-(-n_mels // step) * step, -(-frames // step) * step)
     if features.ndim != 4 or features.shape[2] > whole[0] or features.shape[3] > whole[1]:
-        raise _no_map(name, shape)
+        fix = "Use a model with maps or with a grid of tokens, such as convnext_tiny or vit_small_patch16_224"
+        raise MelfoldError(f"{name} gives no feature map", f"an output of shape {shape}", fix)
     return Layout(kind, features.shape[1], step)
-
-
-def _no_map(name: str, shape: tuple[int, ...]) -> MelfoldError:
-    fix = "Use a model with maps or with a grid of tokens, such as convnext_tiny or vit_small_patch16_224"
-    return MelfoldError(f"{name} gives no feature map", f"an output of shape {shape}", fix)
 
 
 def final_norm(backbone: nn.Module, channels: int) -> nn.LayerNorm | None:
@@ -119,17 +111,11 @@ def make_backbone(config: ModelConfig, n_mels: int, frames: int) -> nn.Module:
     for size in _size_arguments(config.name, n_mels, frames):
         try:
             return timm.create_model(config.name, **size | kwargs)
-        except TypeError as error:
-            if size and any(f"'{key}'" in str(error) for key in size):
-                continue  # this family takes its size in another way
-            raise _refusal(config.name, error) from error
         except Exception as error:  # timm's models refuse arguments in many ways, assertions among them
-            raise _refusal(config.name, error) from error
+            if isinstance(error, TypeError) and any(f"'{key}'" in str(error) for key in size):
+                continue  # this family takes its size in another way
+            raise MelfoldError(f"timm refuses {config.name}", first_line(error), "Check model.name and model.kwargs") from error
     raise AssertionError("the last arguments are none")
-
-
-def _refusal(name: str, error: Exception) -> MelfoldError:
-    return MelfoldError(f"timm refuses {name}", first_line(error), "Check model.name and model.kwargs")
 
 
 def _has_fixed_size(name: str) -> bool:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
 import torch
 
+from melfold.config import View
 from melfold.data.clips import ClipStore, Pad, window_starts
 from melfold.learn.devices import Device
 from melfold.learn.phases import Phase
@@ -38,8 +39,6 @@ def train_batches(
     phases: Sequence[Phase],
     *,
     length: int,
-    batch_size: int,
-    pad: Pad,
     seeds: Sequence[int],
     first_step: int = 0,
     first_noisy: int | None = None,
@@ -55,7 +54,7 @@ def train_batches(
     """
     first_noisy = len(store.fnames) if first_noisy is None else first_noisy
     for number, phase in enumerate(phases):
-        n = len(phase.rows)
+        n, batch_size, pad = len(phase.rows), phase.config.batch_size, phase.config.pad
         orders: dict[int, np.ndarray] = {}
         for step in range(max(first_step, phase.begin), phase.until):
             positions = (step - phase.begin) * batch_size + np.arange(batch_size)
@@ -72,18 +71,18 @@ def train_batches(
             yield Batch(log_mels, rows, rows >= first_noisy)
 
 
-def window_batches(store: ClipStore, *, length: int, overlap: float, shift: int, batch_size: int, pad: Pad) -> Iterator[Batch]:
+def window_batches(store: ClipStore, view: View, *, overlap: float, batch_size: int) -> Iterator[Batch]:
     """Evaluation windows of all clips in order; every batch but the last is full, whatever the clips' lengths."""
     windows = [
         (row, start)
         for row, frames in enumerate(store.frames)
-        for start in window_starts(int(frames), length, overlap, shift, pad)
+        for start in window_starts(int(frames), view.length, overlap, view.shift, view.pad)
     ]
     for begin in range(0, len(windows), batch_size):
         part = windows[begin : begin + batch_size]
-        log_mels = np.empty((len(part), length, store.n_mels), np.float16)
+        log_mels = np.empty((len(part), view.length, store.n_mels), np.float16)
         for out, (row, start) in zip(log_mels, part, strict=True):
-            store.read(row, start, out, pad)
+            store.read(row, start, out, view.pad)
         yield Batch(log_mels, np.array([row for row, _ in part]), np.zeros(len(part), bool))
 
 
@@ -100,37 +99,12 @@ def prefetch(items: Iterable[T], depth: int = 3) -> Iterator[T]:
 
     One thread is enough: a crop is one read of some tens of microseconds, against milliseconds of a training step.
     """
-    ahead: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def put(item: tuple[str, T | BaseException | None]) -> None:
-        while not stop.is_set():
-            try:
-                return ahead.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for item in items:
-                put(("item", item))
-                if stop.is_set():
-                    return
-            put(("end", None))
-        except BaseException as error:
-            put(("error", error))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
+    source, end = iter(items), object()
+    pool = ThreadPoolExecutor(1)
     try:
-        while True:
-            kind, item = ahead.get()
-            if kind == "item":
-                yield item  # type: ignore[misc]
-            elif kind == "error":
-                raise item  # type: ignore[misc]
-            else:
-                return
+        ahead = deque(pool.submit(next, source, end) for _ in range(depth))
+        while (item := ahead.popleft().result()) is not end:
+            ahead.append(pool.submit(next, source, end))
+            yield item  # type: ignore[misc]
     finally:
-        stop.set()
-        thread.join()
+        pool.shutdown(cancel_futures=True)

@@ -107,12 +107,13 @@ def find_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    unknown = MelfoldError("unknown device", repr(name), "Use auto, cpu, cuda or cuda:N")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise MelfoldError("unknown device", repr(name), "Use auto, cpu, cuda or cuda:N") from None
+        raise unknown from None
     if device.type not in ("cpu", "cuda"):
-        raise MelfoldError("unknown device", repr(name), "Use auto, cpu, cuda or cuda:N")
+        raise unknown
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise MelfoldError("no such device", f"{name}; CUDA devices here: {torch.cuda.device_count()}", "Use --device cpu")
     return device

@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,11 +40,6 @@ class HubFile:
     def path(self, home: Home) -> Path:
         """Where a home keeps its copy."""
         return weights_folder(home) / self.repo.replace("/", "--") / self.file
-
-    def recorded_licence(self, home: Home) -> str:
-        """What the hub said when a home downloaded the file; empty if it did not."""
-        stamp = Artefact.of(self.path(home))
-        return stamp.read().get("licence", "") if stamp.exists else ""
 
 
 @dataclass(frozen=True)
@@ -128,11 +124,7 @@ def first_weights(config: ModelConfig, home: Home) -> Path | None:
 
 
 def first_weights_sha256(config: ModelConfig, home: Home) -> str:
-    """The hash of the file that a model starts from; empty for random weights.
-
-    Raises:
-        MelfoldError: as `first_weights`.
-    """
+    """The hash of the file that a model starts from; empty for random weights. Raises: MelfoldError: as `first_weights`."""
     path = first_weights(config, home)
     return sha256_file(path) if path else ""
 
@@ -187,23 +179,19 @@ def _look_up(file: HubFile) -> tuple[str, str]:
 
 def _in_time(ask: Callable[[], T]) -> T:
     """The answer of a question, which may hang in more ways than its own timeout covers (names, proxies)."""
-    answer: list[T] = []
-    errors: list[BaseException] = []
+    answer: Future[T] = Future()
 
     def work() -> None:
         try:
-            answer.append(ask())
+            answer.set_result(ask())
         except BaseException as error:
-            errors.append(error)
+            answer.set_exception(error)
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(ANSWER_SECONDS)
-    if errors:
-        raise errors[0]
-    if not answer:
+    threading.Thread(target=work, daemon=True).start()
+    wait([answer], ANSWER_SECONDS)
+    if not answer.done():
         raise TimeoutError(f"no answer within {ANSWER_SECONDS:.0f} s")
-    return answer[0]
+    return answer.result()
 
 
 def _download(file: HubFile, path: Path, revision: str, sha256: str, progress: Progress) -> None:
@@ -211,14 +199,9 @@ def _download(file: HubFile, path: Path, revision: str, sha256: str, progress: P
 
     partial = path.with_name(f".{path.name}.partial")
     try:
-        got = hf_hub_download(
-            file.repo,
-            file.file,
-            revision=revision or None,
-            local_dir=partial,
-            endpoint=_endpoint(),
-            tqdm_class=_bar(progress, f"downloading {file.repo} (MB)"),
-        )
+        bar = _bar(progress, f"downloading {file.repo} (MB)")
+        options = {"revision": revision or None, "local_dir": partial, "endpoint": _endpoint(), "tqdm_class": bar}
+        got = hf_hub_download(file.repo, file.file, **options)
         if sha256 and sha256_file(Path(got)) != sha256:
             raise MelfoldError("the download was damaged on its way", str(file), "Try again")
         os.replace(got, path)

@@ -1,4 +1,8 @@
-"""The one launcher of folds: on one device, on several, on the workers of a cluster, or until a deadline."""
+"""The one launcher of folds: on one device, on several, on the workers of a cluster, or until a deadline.
+
+A fold's work is a `Job`, small enough to send to another process or machine, and done wherever it arrives. Run as a module, this
+reads a job from standard input and does it on a device.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +13,62 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from melfold.compute import Compute, remote, spread
-from melfold.errors import MelfoldError
-from melfold.learn.devices import find_device, shared_threads
-from melfold.learn.jobs import STOPPED, Job, as_dict, device_for, do, do_remote
-from melfold.learn.runs import Run
+from joblib import Parallel, delayed
+
+from melfold.compute import Compute, Progress, end_with_parent, remote, silent
+from melfold.data.clips import ClipStore
+from melfold.errors import MelfoldError, system_error
+from melfold.files import Home
+from melfold.learn.devices import find_device, pick_device, shared_threads
+from melfold.learn.noisy import make_pseudo_labels
+from melfold.learn.predict import predict_probs, speed_since
+from melfold.learn.predictions import Prediction, open_prediction, write_current
+from melfold.learn.runs import Run, open_run
+from melfold.learn.train import load_fold, train_fold
 
 log = logging.getLogger(__name__)
+
+TELL_SECONDS = 30
+STOPPED = 130
+"""Exit code of a process that saved its state and stopped."""
+
+_ONE_AT_A_TIME = threading.Lock()
+"""A cluster's worker may run jobs in several threads, but PyTorch's random generator belongs to the whole process."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Train one fold, or predict some clips with it.
+
+    Args:
+        home, label, fold: which home, `RUN` or `RUN@NAME`, and which fold.
+        cache: the folder of the log-mels.
+        number, count: this is job `number` of `count`.
+        teacher_caches: `train`: for each teacher the folder of log-mels with its front-end.
+        output, fnames, clips: `predict`: the CSV to write, its clips, and the digest of their audio.
+    """
+
+    task: Literal["train", "predict"]
+    home: str
+    label: str
+    fold: str
+    cache: str
+    number: int = 1
+    count: int = 1
+    teacher_caches: Sequence[str] = ()
+    output: str = ""
+    fnames: Sequence[str] = ()
+    clips: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.label} fold {self.fold}"
 
 
 def launch(jobs: Sequence[Job], compute: Compute, *, seconds: float = math.inf) -> None:
@@ -38,14 +86,15 @@ def launch(jobs: Sequence[Job], compute: Compute, *, seconds: float = math.inf) 
     if not jobs:
         return
     if remote():
-        for number, name in enumerate(spread(do_remote, [(as_dict(job), compute.device) for job in jobs])):
-            compute.progress(number + 1, len(jobs), f"{name}: {jobs[0].task} done")
+        # A job whose worker is lost starts again on another one, and continues from the files that it left behind.
+        work = Parallel(return_as="generator_unordered", batch_size=1)(delayed(do)(job, compute.devices[0]) for job in jobs)
+        for number, name in enumerate(work, 1):
+            compute.progress(number, len(jobs), f"{name}: {jobs[0].task} done")
     elif len(compute.devices) == 1 and seconds == math.inf:
-        device = device_for(jobs[0], compute.device)
-        for number, job in enumerate(jobs):
-            do(job, device, compute.progress)
+        for number, job in enumerate(jobs, 1):
+            do(job, compute.devices[0], compute.progress)
             if job.task == "predict":
-                compute.progress(number + 1, len(jobs), f"{job.label}: predicting")
+                compute.progress(number, len(jobs), f"{job.label}: predicting")
     else:
         for name in compute.devices:
             find_device(name)  # no more than that: this process must not take memory of a GPU that its children use
@@ -69,53 +118,86 @@ def train_folds(
         seconds: as in `launch`.
     """
     left = [str(fold) for fold in which if not run.fold(fold).done]
-    more: dict[str, Any] = {"count": len(left), "teacher_caches": tuple(map(str, teacher_caches))}
-    home = str(run.home.root)
-    jobs = [Job("train", home, run.name, fold, str(cache), number + 1, **more) for number, fold in enumerate(left)]
+    home, caches = str(run.home.root), tuple(map(str, teacher_caches))
+    jobs = [Job("train", home, run.name, fold, str(cache), i, len(left), caches) for i, fold in enumerate(left, 1)]
     launch(jobs, compute, seconds=seconds)
 
 
+def predict_folds(
+    prediction: Prediction, cache: Path, work: Sequence[tuple[str, Path, Sequence[str], str]], compute: Compute
+) -> None:
+    """Predict clips with folds of a run.
+
+    Args:
+        cache: the folder of the log-mels.
+        work: fold, the CSV to write, its clips, and the digest of their audio.
+    """
+    home, label = str(prediction.run.home.root), prediction.label
+    jobs = [
+        Job("predict", home, label, fold, str(cache), output=str(path), fnames=fnames, clips=clips)
+        for fold, path, fnames, clips in work
+    ]
+    launch(jobs, compute)
+
+
+def do(job: Job, device_name: str, progress: Progress = silent) -> str:
+    """Do a job here. What an earlier try left behind is used. Returns: its name."""
+    home, cache = Home(Path(job.home)), Path(job.cache)
+    with _ONE_AT_A_TIME:
+        if job.task == "train":
+            run = open_run(home, job.label)
+            device = pick_device(device_name, run.recipe.train.amp)
+            if job.teacher_caches:
+                make_pseudo_labels(run, job.fold, [Path(own) for own in job.teacher_caches], device)
+            train_fold(run, job.fold, cache, device, progress=progress, place=(job.number, job.count))
+        else:
+            prediction, device = open_prediction(home, job.label), pick_device(device_name, "off")
+            recipe, labels = prediction.recipe, prediction.run.info.labels
+            store = ClipStore(cache, list(job.fnames), recipe.logmel.n_mels, recipe.logmel.top_db)
+            model, began = load_fold(prediction.run, job.fold, device), time.monotonic()
+            probs = predict_probs(model, store, labels, recipe, device)
+            inputs = prediction.inputs(job.fold, job.clips)
+            write_current(Path(job.output), probs, inputs, **speed_since(began, store, recipe))
+    return str(job)
+
+
 def _processes(jobs: Sequence[Job], devices: Sequence[str], seconds: float) -> None:
-    started = time.monotonic()
-    waiting, free = [job for job in jobs if not job.done], list(devices)
-    environment = os.environ | shared_threads(devices)
-    running: list[tuple[Job, str, subprocess.Popen[bytes]]] = []
+    limit, environment = time.monotonic() + seconds, os.environ | shared_threads(devices)
+    waiting, free = list(jobs), list(devices)
+    running: dict[subprocess.Popen[bytes], tuple[Job, str]] = {}
     failed: list[str] = []
     try:
         while waiting or running:
-            late = time.monotonic() - started > seconds
-            while waiting and free and not late:
-                job, device = waiting.pop(0), free.pop(0)
-                running.append((job, device, _start(job, device, environment)))
-            if late:
+            if time.monotonic() > limit:
                 waiting = []
-                _stop(process for _, _, process in running)
-            for entry in list(running):
-                job, device, process = entry
-                if process.poll() is not None:
-                    running.remove(entry)
-                    free.append(device)
-                    if process.returncode not in (0, STOPPED, -signal.SIGTERM):
-                        failed.append(f"{job} (exit code {process.returncode})")
+                _stop(running)
+            while waiting and free:
+                job, device = waiting.pop(0), free.pop(0)
+                running[_start(job, device, environment)] = job, device
+            for process in [process for process in running if process.poll() is not None]:
+                job, device = running.pop(process)
+                free.append(device)
+                if process.returncode not in (0, STOPPED, -signal.SIGTERM):
+                    failed.append(f"{job} (exit code {process.returncode})")
             time.sleep(0.1)
     finally:
-        _stop(process for _, _, process in running)
+        _stop(running)
     if failed:
         raise MelfoldError(f"{len(failed)} of {len(jobs)} folds failed", ", ".join(failed), "Their messages are above")
 
 
 def _start(job: Job, device: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     log.info("%s: %s on %s", job, job.task, device)
-    process = subprocess.Popen([sys.executable, "-m", "melfold.learn.jobs", device], stdin=subprocess.PIPE, env=environment)
+    process = subprocess.Popen([sys.executable, "-m", "melfold.learn.launch", device], stdin=subprocess.PIPE, env=environment)
     assert process.stdin
     with process.stdin:
-        process.stdin.write(json.dumps(as_dict(job)).encode())
+        process.stdin.write(json.dumps(asdict(job)).encode())
     return process
 
 
 def _stop(processes: Iterable[subprocess.Popen[bytes]], grace: float = 120) -> None:
     """Ask processes to save and stop; after `grace` seconds kill them: their last checkpoint stays."""
-    alive = [p for p in processes if p.poll() is None]
+    alive = [process for process in processes if process.poll() is None]
     for process in alive:
         process.send_signal(signal.SIGTERM)
     limit = time.monotonic() + grace
@@ -125,3 +207,31 @@ def _stop(processes: Iterable[subprocess.Popen[bytes]], grace: float = 120) -> N
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _do_given(device: str) -> int:
+    """Do the job on standard input. Returns: the exit code."""
+    end_with_parent()
+    job, told = Job(**json.load(sys.stdin)), 0.0
+
+    def progress(done: int, total: int, text: str) -> None:
+        nonlocal told
+        if done == total or time.monotonic() - told > TELL_SECONDS:
+            told = time.monotonic()
+            log.info("%s: %d/%d", text, done, total)
+
+    try:
+        do(job, device, progress)
+    except KeyboardInterrupt:
+        log.info("%s: stopped, its state is saved", job)
+        return STOPPED
+    except (MelfoldError, OSError) as error:
+        for line in error.lines if isinstance(error, MelfoldError) else [system_error(error)]:
+            log.error("%s", line)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="melfold: %(message)s")
+    sys.exit(_do_given(sys.argv[1]))

@@ -30,9 +30,8 @@ def asl(
 
     # Older versions of timm know nothing but the sum.
     summed = {"reduction": "sum"} if "reduction" in inspect.signature(AsymmetricLossMultiLabel).parameters else {}
-    return (
-        AsymmetricLossMultiLabel(gamma_neg=gamma_neg, gamma_pos=gamma_pos, clip=clip, **summed)(logits, targets) / targets.numel()
-    )
+    loss = AsymmetricLossMultiLabel(gamma_neg=gamma_neg, gamma_pos=gamma_pos, clip=clip, **summed)
+    return loss(logits, targets) / targets.numel()
 
 
 def focal(logits: torch.Tensor, targets: torch.Tensor, *, gamma: float = 2) -> torch.Tensor:
@@ -62,17 +61,12 @@ LOSSES: dict[str, Callable[..., torch.Tensor]] = {"bce": bce, "focal": focal, "a
 
 
 def loss_named(name: str, kwargs: Mapping[str, float] | None = None) -> Loss:
-    """The loss of a recipe: `(logits, targets) -> scalar`.
-
-    Raises:
-        MelfoldError: an argument that the loss does not have.
-    """
+    """The loss of a recipe: `(logits, targets) -> scalar`. Raises: MelfoldError: an argument that the loss does not have."""
     loss = LOSSES[name]
     known = [p.name for p in inspect.signature(loss).parameters.values() if p.kind == p.KEYWORD_ONLY]
     if unknown := sorted(set(kwargs or {}) - set(known)):
-        raise MelfoldError(
-            f"loss {name} has no argument {', '.join(unknown)}", f"it takes {', '.join(known) or 'none'}", "Fix train.loss_kwargs"
-        )
+        what, found = f"loss {name} has no argument {', '.join(unknown)}", f"it takes {', '.join(known) or 'none'}"
+        raise MelfoldError(what, found, "Fix train.loss_kwargs")
     return functools.partial(loss, **(kwargs or {}))
 
 

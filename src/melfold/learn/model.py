@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from torch.nn import functional
 from melfold.config import ModelConfig, Recipe
 from melfold.files import Home
 from melfold.learn.backbones import Layout, feature_map, final_norm, find_layout, make_backbone
+from melfold.learn.devices import Device
 from melfold.learn.fetch import first_weights
 from melfold.learn.normalise import Normalisation
-from melfold.learn.weights import load_backbone
+from melfold.learn.weights import load_backbone, load_weights
 
 
 class Tagger(nn.Module):
@@ -121,12 +123,19 @@ def build_model(
     return model.to(memory_format=torch.channels_last)
 
 
-def try_model(recipe: Recipe, n_labels: int, home: Home | None = None) -> None:
-    """Make a recipe's model once, and try the length of each of its views.
+def load_model(recipe: Recipe, n_labels: int, path: Path, device: Device) -> Tagger:
+    """A trained model, ready to predict: no hub, no initial weights file.
 
     Raises:
-        MelfoldError: as `build_model`.
+        MelfoldError: weights that are damaged or do not fit.
     """
+    model = build_model(recipe.model, n_labels, recipe.logmel.n_mels, recipe.crop_frames, initial=False)
+    load_weights(path, model)
+    return model.to(device.torch).eval()
+
+
+def try_model(recipe: Recipe, n_labels: int, home: Home | None = None) -> None:
+    """Make a recipe's model once, and try the length of each of its views. Raises: MelfoldError: as `build_model`."""
     config, n_mels = recipe.model, recipe.logmel.n_mels
     model = build_model(config, n_labels, n_mels, recipe.crop_frames, home=home)
     for length in {view.length for view in recipe.views} - {recipe.crop_frames}:

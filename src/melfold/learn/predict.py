@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from melfold.compute import Progress, silent
 from melfold.config import Recipe, View
 from melfold.data.clips import ClipStore
 from melfold.learn.batches import read_ahead, window_batches
@@ -17,14 +16,9 @@ from melfold.learn.model import Tagger
 from melfold.probs import Probs, make_probs, sigmoid
 
 
-def predict_probs(
-    model: Tagger, store: ClipStore, labels: Sequence[str], recipe: Recipe, device: Device, *, progress: Progress = silent
-) -> Probs:
+def predict_probs(model: Tagger, store: ClipStore, labels: Sequence[str], recipe: Recipe, device: Device) -> Probs:
     """Probabilities `(clips, labels)` of every clip of a store, from windows over the whole clip in all of the recipe's views."""
-    total = np.zeros((len(store.fnames), len(labels)))
-    for number, view in enumerate(recipe.views):
-        total += predict_logits(model, store, recipe, device, view)
-        progress(number + 1, len(recipe.views), "predicting")
+    total = sum(predict_logits(model, store, recipe, device, view) for view in recipe.views)
     return make_probs(sigmoid(total / len(recipe.views)), store.fnames, labels)
 
 
@@ -39,17 +33,8 @@ def predict_logits(model: Tagger, store: ClipStore, recipe: Recipe, device: Devi
 
     In float32 without mixed precision: the numbers must not depend on which clips share a batch.
     """
-    n_labels = model.head.out_features
-    sums = np.zeros((len(store.fnames), n_labels))
-    counts = np.zeros(len(store.fnames))
-    batches = window_batches(
-        store,
-        length=view.length,
-        overlap=recipe.predict.overlap,
-        shift=view.shift,
-        batch_size=recipe.predict.batch_size,
-        pad=view.pad,
-    )
+    sums, counts = np.zeros((len(store.fnames), model.head.out_features)), np.zeros(len(store.fnames))
+    batches = window_batches(store, view, overlap=recipe.predict.overlap, batch_size=recipe.predict.batch_size)
     was_training = model.training
     model.eval()
     done: list[tuple[np.ndarray, torch.Tensor]] = []

@@ -80,21 +80,27 @@ class Prediction:
         known = {"weights": weights, "logmel": recipe.logmel.fingerprint(), "predict": settings}
         return known | ({"clips": clips} if clips else {})
 
+    def _read(self, path: Path, inputs: dict[str, Any], kind: str) -> Probs:
+        if changes := Artefact.of(path).changes(inputs):
+            fix = f"Run `melfold predict {self.label} --data DATA`"
+            raise MelfoldError(f"{self.label} has no current {kind} predictions", f"{path}: {listed(changes)}", fix)
+        return read_probs(path)
+
     def read_fold_oof(self, fold: int | str) -> Probs:
         """A fold's held-out probabilities, checked against its weights and its recorded hash.
 
         Raises:
             MelfoldError: they are missing, were changed, or were made with other weights or settings.
         """
-        return _read(self.fold_oof(fold), self.inputs(fold), f"{self.label} has no current out-of-fold predictions", self)
+        return self._read(self.fold_oof(fold), self.inputs(fold), "out-of-fold")
 
     def read_fold_test(self, fold: int | str) -> Probs:
-        """A fold's test probabilities, checked as `read_fold_oof` does.
+        """A fold's test probabilities. Raises: as `read_fold_oof`."""
+        return self._read(self.fold_test(fold), self.inputs(fold), "test")
 
-        Raises:
-            MelfoldError: they are missing, were changed, or were made with other weights or settings.
-        """
-        return _read(self.fold_test(fold), self.inputs(fold), f"{self.label} has no current test predictions", self)
+    def read_test(self) -> Probs:
+        """The averaged test probabilities. Raises: as `read_fold_oof`."""
+        return self._read(self.test, self.test_inputs(), "test")
 
     def read_oof(self) -> Probs:
         """The pooled out-of-fold probabilities of the trained folds, sorted by clip.
@@ -111,24 +117,10 @@ class Prediction:
         tables = [align(t := self.read_fold_oof(fold), t.index, self.run.info.labels, str(self.fold_oof(fold))) for fold in folds]
         return pd.concat(tables).sort_index()
 
-    def read_test(self) -> Probs:
-        """The averaged test probabilities.
-
-        Raises:
-            MelfoldError: they are missing, were changed, or were made with other weights or settings.
-        """
-        return _read(self.test, self.test_inputs(), f"{self.label} has no current test predictions", self)
-
     def test_inputs(self) -> dict[str, Any]:
         """What the averaged test probabilities are made from, as far as it is known without the test clips."""
         folds = self.run.used_folds()
         return {"folds": {fold: self.inputs(fold) for fold in folds}, "fold_mean": self.config.fold_mean}
-
-
-def _read(path: Path, inputs: dict[str, Any], what: str, prediction: Prediction) -> Probs:
-    if changes := Artefact.of(path).changes(inputs):
-        raise MelfoldError(what, f"{path}: {listed(changes)}", f"Run `melfold predict {prediction.label} --data DATA`")
-    return read_probs(path)
 
 
 def write_current(path: Path, probs: Probs, inputs: dict[str, Any], **facts: Any) -> None:
@@ -161,11 +153,7 @@ def start_prediction(run: Run, name: str, config: PredictConfig) -> Prediction:
 
 
 def open_prediction(home: Home, label: str) -> Prediction:
-    """Open a prediction by `RUN` (a run's name or folder) or `RUN@NAME`.
-
-    Raises:
-        MelfoldError: no such run or prediction.
-    """
+    """Open a prediction by `RUN` (a run's name or folder) or `RUN@NAME`. Raises: MelfoldError: no such run or prediction."""
     run_name, _, name = label.rpartition("@") if "@" in label else (label, "", "")
     run = open_run(home, run_name)
     if not name:
@@ -187,11 +175,7 @@ def list_predictions(run: Run) -> list[Prediction]:
 
 
 def open_predictions(home: Home, labels: Iterable[str]) -> list[Prediction]:
-    """Several predictions, each once.
-
-    Raises:
-        MelfoldError: one that does not exist, or that is named twice.
-    """
+    """Several predictions, each once. Raises: MelfoldError: one that does not exist, or that is named twice."""
     found = [open_prediction(home, label) for label in labels]
     names = [prediction.label for prediction in found]
     if len(set(names)) < len(names):

@@ -6,6 +6,7 @@ import importlib.metadata
 import re
 import subprocess
 
+from melfold.artefacts import Artefact
 from melfold.config import Recipe
 from melfold.files import Home
 from melfold.learn.fetch import hub_file
@@ -48,7 +49,8 @@ def licence_of(recipe: Recipe, home: Home | None = None) -> str:
     if recipe.model.licence:
         return recipe.model.licence
     file = hub_file(recipe.model)
-    return (file and (file.licence or (home and file.recorded_licence(home)))) or UNKNOWN
+    stamp = Artefact.of(file.path(home)) if file and home else None
+    return (file and file.licence) or (stamp and stamp.exists and stamp.read().get("licence")) or UNKNOWN
 
 
 def seen_data(recipe: Recipe) -> tuple[str, ...]:
@@ -83,11 +85,6 @@ def freesound_warning(recipe: Recipe) -> str:
     if doubtful == [UNKNOWN]:
         return f"{text}their data sets are not known. Name them with --set model.seen=…"
     return f"{text}data sets {', '.join(doubtful)}. FAT2019's clips come from Freesound, as FSD50K's do"
-
-
-def join_licences(*licences: str) -> str:
-    """Several comma-separated lists of licences as one, without duplicates."""
-    return ", ".join(sorted({part for text in licences for part in text.split(", ") if part}))
 
 
 def current_commit(exclude: str = "") -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,6 @@ class RunInfo:
         }
 
 
-@dataclass(frozen=True)
 class FoldFolder:
     """The files of one fold's model.
 
@@ -75,41 +74,18 @@ class FoldFolder:
         made_from: the run's part of what its weights must have been made from; not checked if not given.
     """
 
-    path: Path
-    fold: str
-    made_from: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def weights(self) -> Path:
-        return self.path / "weights.safetensors"
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.path / "checkpoint.pt"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "log.jsonl"
-
-    @property
-    def teacher_probs(self) -> Path:
+    def __init__(self, path: Path, fold: str, made_from: Mapping[str, str] | None = None) -> None:
+        self.path, self.fold, self.made_from = path, fold, made_from or {}
+        self.weights = path / "weights.safetensors"
+        self.checkpoint = path / "checkpoint.pt"
+        self.log = path / "log.jsonl"
+        self.teacher_probs = path / "teacher_probs.csv"
         """This fold's predictions for a student's clips, once it has been a teacher."""
-        return self.path / "teacher_probs.csv"
-
-    @property
-    def pseudo_labels(self) -> Path:
+        self.pseudo_labels = path / "pseudo_labels.csv"
         """The clips that have targets from the teachers' models of this fold: the noisy ones they chose, and curated ones."""
-        return self.path / "pseudo_labels.csv"
-
-    @property
-    def result(self) -> Path:
+        self.result = path / "result.json"
         """Written last: if it exists, the fold is done."""
-        return self.path / "result.json"
-
-    @property
-    def artefact(self) -> Artefact:
-        """The trained weights and their stamp."""
-        return Artefact(self.result, (self.weights,))
+        self.artefact = Artefact(self.result, (self.weights,))
 
     @property
     def done(self) -> bool:
@@ -121,7 +97,7 @@ class FoldFolder:
         Raises:
             MelfoldError: a result that cannot be read, or that belongs to another fold or run.
         """
-        return self._checked(self.artefact.read())
+        return self._checked(self.artefact.read())["files"][self.weights.name]
 
     def verify(self) -> dict[str, Any]:
         """The result, after checking the weights against it.
@@ -129,23 +105,17 @@ class FoldFolder:
         Raises:
             MelfoldError: weights that are missing, damaged, or of another fold or run.
         """
-        content = self.artefact.verify()
-        self._checked(content)
-        return content
+        return self._checked(self.artefact.verify())
 
-    def _checked(self, content: dict[str, Any]) -> str:
+    def _checked(self, content: dict[str, Any]) -> dict[str, Any]:
         wanted = {"fold": self.fold, **self.made_from}
         if changes := differences({key: content["made_from"].get(key) for key in wanted}, wanted):
             fix = f"Delete {self.path} and train it again"
             raise MelfoldError(f"{self.result} belongs to another fold or recipe", listed(changes), fix)
-        return content["files"][self.weights.name]
+        return content
 
     def lock(self) -> AbstractContextManager[Any]:
-        """Hold this fold for training.
-
-        Raises:
-            MelfoldError: another process holds it.
-        """
+        """Hold this fold for training. Raises: MelfoldError: another process holds it."""
 
         def busy() -> None:
             raise MelfoldError("another melfold is training this fold", str(self.path), "Wait for it, or stop it")
@@ -173,6 +143,20 @@ class Run:
         """The folder of a fold by its number, or of `full`."""
         return FoldFolder(self.folder / (FULL if fold == FULL else f"fold{fold}"), str(fold), self.made_from)
 
+    def first_fold(self, fold: int | str) -> FoldFolder | None:
+        """The same fold of the run that this one starts from, if it starts from one.
+
+        Raises:
+            MelfoldError: that fold is not trained.
+        """
+        if not self.recipe.model.first_run:
+            return None
+        first = open_run(self.home, self.recipe.model.first_run)
+        if not first.fold(fold).done:
+            fix = f"melfold train ... --run {first.name} --folds {fold}"
+            raise MelfoldError(f"{self.name} starts from {first.name}, where fold {fold} is not trained", str(first.folder), fix)
+        return first.fold(fold)
+
     @cached_property
     def made_from(self) -> dict[str, str]:
         """What the weights of all folds are made from, and each fold's result must say."""
@@ -199,12 +183,9 @@ class Run:
 
     def train_targets(self, fnames: Sequence[str]) -> pd.DataFrame:
         """As `targets`, to learn from: with the recipe's corrections."""
-        labels = self.clips["labels"].loc[list(fnames)]
-        corrections = self.recipe.data.corrections
-        labels = pd.Series(
-            [corrections[f].labels if f in corrections else own for f, own in labels.items()], index=labels.index, dtype=object
-        )
-        return multi_hot(labels, self.info.labels)
+        own, corrections = self.clips["labels"].loc[list(fnames)], self.recipe.data.corrections
+        labels = [corrections[fname].labels if fname in corrections else old for fname, old in own.items()]
+        return multi_hot(pd.Series(labels, own.index, dtype=object), self.info.labels)
 
     def fold_targets(self, fold: int | str) -> tuple[pd.DataFrame, pd.DataFrame]:
         """`(clips, labels)` in 0..1 of the curated and the noisy clips that a fold learns from: the tables' labels, with

@@ -16,22 +16,13 @@ CLIPS_PER_FOLD = 8
 
 def few_clips(whole: Competition, n_folds: int, exclude: Collection[str] = ()) -> Competition:
     """The first clips of each split, those left out that `exclude` names."""
-    curated = whole.curated.loc[~whole.curated.index.isin(list(exclude))]
-    noisy = whole.noisy.loc[~whole.noisy.index.isin(list(exclude))]
-    return replace(
-        whole,
-        curated=curated.head(CLIPS_PER_FOLD * n_folds),
-        noisy=noisy.head(2 * CLIPS_PER_FOLD),
-        test=whole.test.head(CLIPS_PER_FOLD),
-    )
+    curated = whole.curated.loc[~whole.curated.index.isin(list(exclude))].head(CLIPS_PER_FOLD * n_folds)
+    noisy = whole.noisy.loc[~whole.noisy.index.isin(list(exclude))].head(2 * CLIPS_PER_FOLD)
+    return replace(whole, curated=curated, noisy=noisy, test=whole.test.head(CLIPS_PER_FOLD))
 
 
 def shorten(recipe: Recipe, few: Competition, names: Mapping[str, str] | None = None, *, batch_size: int, steps: int) -> Recipe:
-    """A recipe with a few steps in each phase.
-
-    Args:
-        names: of its teachers -> other names for them.
-    """
+    """A recipe with a few steps in each phase. Args: names: of its teachers -> other names for them."""
     curated, noisy = len(few.curated) * (recipe.folds.n_folds - 1) // recipe.folds.n_folds, len(few.noisy)
     # The end is validated in any case, outside the time measured.
     train = recipe.train.model_copy(update={"batch_size": batch_size, "validate_every": 0.0})

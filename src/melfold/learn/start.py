@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -19,18 +18,14 @@ from melfold.errors import MelfoldError
 from melfold.facts import join_labels
 from melfold.files import Home, sha256_file, write_json, write_text
 from melfold.learn.fetch import first_weights_sha256, hub_file, local_copy
-from melfold.learn.provenance import current_commit, freesound_warning, join_licences, licence_of, seen_data
+from melfold.learn.provenance import current_commit, freesound_warning, licence_of, seen_data
 from melfold.learn.runs import FULL, Run, RunInfo, open_run, run_stamp
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def parse_folds(text: str, recipe: Recipe) -> list[int | str]:
-    """`0,1`, `all` or `full` -> folds.
-
-    Raises:
-        MelfoldError: a fold the recipe does not have.
-    """
+    """`0,1`, `all` or `full` -> folds. Raises: MelfoldError: a fold the recipe does not have."""
     if text == "all":
         return list(range(recipe.folds.n_folds))
     which: list[int | str] = []
@@ -51,11 +46,7 @@ def default_run_name(recipe: Recipe, shipped: Recipe | None) -> str:
 
 
 def check_name(name: str) -> None:
-    """Refuse a name that no run can have.
-
-    Raises:
-        MelfoldError: parts of a path, or other characters.
-    """
+    """Refuse a name that no run can have. Raises: MelfoldError: parts of a path, or other characters."""
     if not NAME.fullmatch(name):
         raise MelfoldError("a run's name is letters, digits, dots, dashes", repr(name), "Use --run NAME")
 
@@ -76,23 +67,22 @@ def start_run(
     folder = home.runs / name
     folds = read_folds(folds_path, competition).sort_index()
     _check_exclude(recipe, folds["fold"])
-    clips = folds.assign(labels=[join_labels(competition.curated.at[f, "labels"]) for f in folds.index]).to_csv(
-        lineterminator="\n"
-    )
-    noisy = ""
+    labels = [join_labels(competition.curated.at[fname, "labels"]) for fname in folds.index]
+    clips, noisy = folds.assign(labels=labels).to_csv(lineterminator="\n"), ""
     if recipe.uses_noisy:
         noisy = competition.noisy[["labels"]].sort_index()["labels"].map(join_labels).to_csv(lineterminator="\n")
     run = open_run(home, name) if (folder / "run.json").exists() else None
     run = run if run and run.has_data() else None
-    trained = run is not None and which is not None and all(run.fold(fold).done for fold in which)
-    known = run.info.first_weights if run and trained and _only_at_hub(recipe, home) else ""
+    known = ""
+    if run and which is not None and all(run.fold(fold).done for fold in which):
+        file = hub_file(recipe.model)
+        known = run.info.first_weights if file and not local_copy(file, home) else ""
     info = _info(home, recipe, competition, folds_path, clips, noisy, known)
     if run:
         refuse_changes(run, recipe, info)
         if run.recipe != recipe:  # settings that change no weight take their new values
             write_json(folder / "recipe.json", recipe.model_dump(mode="json"))
         return Run(folder, recipe, run.info)
-    info = replace(info, commit=current_commit(), **_sources(home, recipe))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.json").unlink(missing_ok=True)
     write_text(folder / "clips.csv", clips)
@@ -103,11 +93,6 @@ def start_run(
     return Run(folder, recipe, info)
 
 
-def _only_at_hub(recipe: Recipe, home: Home) -> bool:
-    file = hub_file(recipe.model)
-    return file is not None and local_copy(file, home) is None
-
-
 def _check_exclude(recipe: Recipe, folds: pd.Series) -> None:
     left = folds[~folds.index.isin(recipe.data.exclude)]
     if empty := sorted(set(folds) - set(left)):
@@ -115,27 +100,20 @@ def _check_exclude(recipe: Recipe, folds: pd.Series) -> None:
         raise MelfoldError("data.exclude leaves a fold without clips", found, "Exclude fewer clips, or use fewer folds")
 
 
-def _sources(home: Home, recipe: Recipe) -> dict[str, Any]:
-    """What a new run's own first weights, and the runs that it learns from, were made of: licence, data sets, warnings."""
-    parents = [open_run(home, name).info for name in (recipe.model.first_run, *recipe.noisy.teachers) if name]
-    warning = freesound_warning(recipe)
-    return {
-        "licence": join_licences(licence_of(recipe, home), *(parent.licence for parent in parents)),
-        "seen": sorted({*seen_data(recipe), *(name for parent in parents for name in parent.seen)}),
-        "warnings": sorted({*([warning] if warning else []), *(text for parent in parents for text in parent.warnings)}),
-    }
-
-
 def _info(home: Home, recipe: Recipe, competition: Competition, folds_path: Path, clips: str, noisy: str, known: str) -> RunInfo:
-    """The facts of a new run, without commit and sources, which an existing run does not compare.
+    """The facts of a new run: its own, and what the runs that it learns from pass on to it.
 
     Args:
+        clips, noisy: the text of its tables.
         known: the hash of its first weights, if they are not here.
     """
     clips_sha256 = hashlib.sha256(clips.encode()).hexdigest()
     first = _with_folds(home, recipe.model.first_run, clips_sha256, "the run that another one starts from")
     teachers = [_with_folds(home, name, clips_sha256, "a teacher") for name in recipe.noisy.teachers]
     parents = [run.info for run in (first, *teachers) if run]
+    weights = f"{first.name} {first.recipe.fingerprint()}" if first else known or first_weights_sha256(recipe.model, home)
+    licences = [licence_of(recipe, home), *(parent.licence for parent in parents)]
+    warnings = [freesound_warning(recipe), *(text for parent in parents for text in parent.warnings)]
     return RunInfo(
         competition=competition.name,
         labels=list(competition.labels),
@@ -143,16 +121,14 @@ def _info(home: Home, recipe: Recipe, competition: Competition, folds_path: Path
         folds_sha256=sha256_file(folds_path),
         clips_sha256=clips_sha256,
         noisy_sha256=hashlib.sha256(noisy.encode()).hexdigest() if noisy else "",
-        first_weights=f"{first.name} {first.recipe.fingerprint()}"
-        if first
-        else known or first_weights_sha256(recipe.model, home),
+        first_weights=weights,
         teachers=[f"{teacher.name} {teacher.recipe.fingerprint()}" for teacher in teachers if teacher],
         track="open" if any(parent.track == "open" for parent in parents) else recipe.track,
         data="curated and noisy" if noisy or any(parent.data != "curated" for parent in parents) else "curated",
-        licence="",
-        seen=[],
-        warnings=[],
-        commit="",
+        licence=", ".join(sorted({part for text in licences for part in text.split(", ") if part})),
+        seen=sorted({*seen_data(recipe), *(name for parent in parents for name in parent.seen)}),
+        warnings=sorted({text for text in warnings if text}),
+        commit=current_commit(),
         data_folder=str(competition.root.resolve()),
     )
 
@@ -164,9 +140,8 @@ def check_recipe(recipe: Recipe, competition: Competition) -> None:
         MelfoldError: no noisy clips, or one line for each correction of an unknown clip or with an unknown label.
     """
     if recipe.uses_noisy and not len(competition.noisy):
-        raise MelfoldError(
-            "this download has no noisy clips", str(competition.root), "Use --set train.clips=curated --set phases=[]"
-        )
+        fix = "Use --set train.clips=curated --set phases=[]"
+        raise MelfoldError("this download has no noisy clips", str(competition.root), fix)
     problems = []
     for fname, correction in recipe.data.corrections.items():
         if fname not in competition.curated.index:
@@ -199,9 +174,8 @@ def refuse_changes(run: Run, recipe: Recipe, info: RunInfo | None = None) -> Non
     if info:
         before, after = before | run.info.made_from(), after | info.made_from()
     if changes := differences(before, after):
-        raise MelfoldError(
-            f"run {run.name} exists and was trained with different settings", listed(changes), "Use another name: --run NAME"
-        )
+        what = f"run {run.name} exists and was trained with different settings"
+        raise MelfoldError(what, listed(changes), "Use another name: --run NAME")
     if changes := differences({"predict": run.recipe.model_dump()["predict"]}, {"predict": recipe.model_dump()["predict"]}):
         fix = f"Its weights can be used again: melfold predict {run.name} --data DATA --set predict.… --name NAME"
         raise MelfoldError(f"run {run.name} exists and predicts with different settings", listed(changes), fix)

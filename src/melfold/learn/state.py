@@ -50,14 +50,13 @@ class TrainState:
             raise MelfoldError(f"timm refuses optimizer {config.optimizer}", str(error), "Check train.optimizer") from error
         self.scaler = device.scaler()
         self.ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
+        self.averaged: Tagger = self.ema.module if self.ema else self.model
+        """The model that is scored and kept."""
+        self._parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
+        self._parts |= {"ema": self.ema.module} if self.ema else {}
         self.step, self.seconds = 0, 0.0
         self.rows: list[dict[str, Any]] = []
         """The rows of the log."""
-
-    @property
-    def averaged(self) -> Tagger:
-        """The model that is scored and kept."""
-        return self.ema.module if self.ema else self.model
 
     @property
     def lr(self) -> float:
@@ -69,10 +68,6 @@ class TrainState:
         self.loss_of = loss_named(config.loss, config.loss_kwargs)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1)
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add a loss's gradient to those since the last `update`."""
-        self.scaler.scale(loss).backward()
 
     def update(self) -> torch.Tensor:
         """One step down the gradient. Returns: its norm before clipping."""
@@ -86,13 +81,9 @@ class TrainState:
         self.step += 1
         return norm
 
-    def _parts(self) -> dict[str, Any]:
-        parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
-        return parts | ({"ema": self.ema.module} if self.ema else {})
-
     def save(self, path: Path, made_from: Mapping[str, str]) -> None:
         """Write a checkpoint, with a hash of its content in front of it."""
-        state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts().items()}
+        state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts.items()}
         state |= {"made_from": dict(made_from), "step": self.step, "seconds": self.seconds, "rows": json.dumps(self.rows)}
         content = io.BytesIO()
         torch.save(state, content)
@@ -100,11 +91,7 @@ class TrainState:
         write_bytes(path, hashlib.sha256(payload).digest() + payload)
 
     def load(self, path: Path, made_from: Mapping[str, str]) -> None:
-        """Read a checkpoint.
-
-        Raises:
-            MelfoldError: it is damaged, or was saved with other data, folds, settings or precision.
-        """
+        """Read a checkpoint. Raises: MelfoldError: it is damaged, or was saved with other data, folds, settings or precision."""
         content = path.read_bytes()
         payload = content[_HASH_BYTES:]
         if hashlib.sha256(payload).digest() != content[:_HASH_BYTES]:
@@ -117,7 +104,7 @@ class TrainState:
         # Fused or not is this device's own choice; where PyTorch keeps the step counters depends on it.
         for saved, own in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
             saved.update({key: own[key] for key in ("fused", "foreach") if key in own})
-        for name, part in self._parts().items():
+        for name, part in self._parts.items():
             part.load_state_dict(state[name])
         self.step, self.seconds, self.rows = state["step"], state["seconds"], json.loads(state["rows"])
 

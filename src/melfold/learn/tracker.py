@@ -6,6 +6,7 @@ other processes, or on other machines that share the home folder, are followed i
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import threading
@@ -95,7 +96,7 @@ def _opener(kind: str, folder: Path, settings: dict[str, Any]) -> Callable[[str]
     if kind not in TRACKERS:
         raise MelfoldError("unknown tracker", repr(kind), f"Use {', '.join(TRACKERS)}")
     try:
-        return {"trackio": _trackio, "wandb": _wandb, "tensorboard": _tensorboard}[kind](folder, settings)
+        return _tensorboard(folder, settings) if kind == "tensorboard" else _logged(kind, folder, settings)
     except ImportError:
         raise MelfoldError(f"{kind} is not installed", "", f"pip install 'melfold[{kind}]'") from None
 
@@ -116,22 +117,12 @@ def _tensorboard(folder: Path, settings: dict[str, Any]) -> Callable[[str], Open
     return opener
 
 
-def _wandb(folder: Path, settings: dict[str, Any]) -> Callable[[str], Opened]:
-    import wandb
+def _logged(kind: str, folder: Path, settings: dict[str, Any]) -> Callable[[str], Opened]:
+    library = importlib.import_module(kind)  # trackio has the functions of wandb
+    more = {"reinit": "create_new"} if kind == "wandb" else {}
 
     def opener(fold: str) -> Opened:
-        name = f"{folder.name}-{fold}"
-        run = wandb.init(project="melfold", group=folder.name, name=name, config=settings, reinit="create_new")
-        return lambda step, values: run.log(values, step=step), run.finish
-
-    return opener
-
-
-def _trackio(folder: Path, settings: dict[str, Any]) -> Callable[[str], Opened]:
-    import trackio
-
-    def opener(fold: str) -> Opened:
-        run = trackio.init(project="melfold", group=folder.name, name=f"{folder.name}-{fold}", config=settings)
+        run = library.init(project="melfold", group=folder.name, name=f"{folder.name}-{fold}", config=settings, **more)
         return lambda step, values: run.log(values, step=step), run.finish
 
     return opener

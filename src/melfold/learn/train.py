@@ -6,7 +6,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,12 @@ from melfold.learn.batches import Batch, read_ahead
 from melfold.learn.devices import Device, explain_out_of_memory, repeatable
 from melfold.learn.fold_data import FoldData
 from melfold.learn.losses import bootstrapped
-from melfold.learn.model import Tagger, build_model
+from melfold.learn.model import Tagger, build_model, load_model
 from melfold.learn.phases import phase_at
 from melfold.learn.predict import predict_probs, speed_since
 from melfold.learn.predictions import own_prediction, write_current
 from melfold.learn.provenance import versions
-from melfold.learn.runs import FULL, FoldFolder, Run, open_run
+from melfold.learn.runs import FULL, FoldFolder, Run
 from melfold.learn.state import TrainState
 from melfold.learn.train_log import TrainLog, duration
 from melfold.learn.weights import load_weights, save_weights
@@ -64,7 +64,7 @@ def train_fold(
         return folder
     with folder.lock():
         remove_leftovers(folder.path)
-        data = FoldData.read(run, folder.fold, cache)
+        data = FoldData(run, folder.fold, cache)
         config = run.recipe.train
         with (
             repeatable(seed_for(data, _INITIAL), device, benchmark=config.benchmark),
@@ -80,9 +80,9 @@ def less_memory(config: TrainConfig) -> str:
 
 
 def _train(run: Run, folder: FoldFolder, data: FoldData, device: Device, progress: Progress, place: tuple[int, int]) -> None:
-    config, steps = run.recipe.train, data.steps
+    config, steps, inputs = run.recipe.train, data.steps, _inputs(run, folder, data)
     title = f"{run.name} fold {folder.fold}, {place[0]} of {place[1]}"
-    made_from = {**_inputs(run, folder, data), "precision": device.precision}
+    made_from = inputs | {"precision": device.precision}
     # A checkpoint replaces the initial weights, so they need not be there.
     state = start_state(run, data, device, initial=not folder.checkpoint.exists())
     if folder.checkpoint.exists():
@@ -97,45 +97,25 @@ def _train(run: Run, folder: FoldFolder, data: FoldData, device: Device, progres
             state.set_phase(phase.config, phase.learning_rate(state.step))
             torch.manual_seed(seed_for(data, _DROPOUT, state.step))
             loss, norm = train_step(state, batch, data.targets[batch.rows], run.recipe, augment_rng(data, state.step))
-            watch.add(batch, loss, norm)
 
-            last, looked = state.step == steps, False
-            if watch.is_due() or stop.is_set():
-                watch.look()
-                looked = True
-            if state.step in phase.looks() and not last and len(data.held_out.fnames):
-                watch.lwlrap, _ = _validate(run, data, state)
-                watch.write(lwlrap=watch.lwlrap)
-            if stop.is_set() or last or (looked and time.monotonic() - saved > 60 * config.checkpoint_minutes):
+            stopping, last = stop.is_set(), state.step == steps
+            checked = watch.add(batch, loss, norm, look=stopping)
+            if state.step in phase.looks() and not last and data.held_out.fnames:
+                _validate(run, data, state, watch)
+            if checked and (stopping or last or time.monotonic() - saved > 60 * config.checkpoint_minutes):
                 state.save(folder.checkpoint, made_from)
                 saved = time.monotonic()
-            if stop.is_set():
-                raise KeyboardInterrupt
-    _finish(run, folder, data, state, watch)
+            if stopping:
+                break
+    _finish(run, folder, data, state, watch, inputs)
 
 
 def _inputs(run: Run, folder: FoldFolder, data: FoldData) -> dict[str, str]:
     """What a fold's weights are made from."""
     pseudo = sha256_file(folder.pseudo_labels) if run.recipe.noisy.teachers and folder.pseudo_labels.exists() else ""
-    first = _first_fold(run, folder.fold)
+    first = run.first_fold(folder.fold)
     weights = {"first_weights": first.weights_sha256()} if first else {}
-    audio = {"training_audio": data.training_audio}
-    return {"fold": folder.fold, **run.made_from, "pseudo_labels": pseudo, **weights, **audio}
-
-
-def _first_fold(run: Run, fold: str) -> FoldFolder | None:
-    """The same fold of the run that a run starts from, if it starts from one.
-
-    Raises:
-        MelfoldError: that fold is not trained.
-    """
-    if not run.recipe.model.first_run:
-        return None
-    first = open_run(run.home, run.recipe.model.first_run)
-    if not first.fold(fold).done:
-        fix = f"melfold train ... --run {first.name} --folds {fold}"
-        raise MelfoldError(f"{run.name} starts from {first.name}, where fold {fold} is not trained", str(first.folder), fix)
-    return first.fold(fold)
+    return {"fold": folder.fold, **run.made_from, "pseudo_labels": pseudo, **weights, "training_audio": data.training_audio}
 
 
 def start_state(run: Run, data: FoldData, device: Device, *, initial: bool = True) -> TrainState:
@@ -144,11 +124,9 @@ def start_state(run: Run, data: FoldData, device: Device, *, initial: bool = Tru
     Args:
         initial: start from the recipe's weights, else from random ones that are to be replaced.
     """
-    recipe = run.recipe
-    model = build_model(
-        recipe.model, len(run.info.labels), recipe.logmel.n_mels, recipe.crop_frames, initial=initial, home=run.home
-    )
-    if initial and (first := _first_fold(run, data.fold)):
+    recipe, n_labels, n_mels = run.recipe, len(run.info.labels), run.recipe.logmel.n_mels
+    model = build_model(recipe.model, n_labels, n_mels, recipe.crop_frames, initial=initial, home=run.home)
+    if initial and (first := run.first_fold(data.fold)):
         first.verify()
         load_weights(first.weights, model, f"{run.name}'s")
     own, noisy = data.statistics()
@@ -187,10 +165,8 @@ def train_step(
         logits = logits.float()
         if noisy_config.bootstrap:
             aims = bootstrapped(aims, logits, own, noisy_config.bootstrap)
-        loss = state.loss_of(logits, aims)
-        if len(part) < len(log_mels):
-            loss = loss * (len(part) / len(log_mels))  # every loss is a mean over clips
-        state.backward(loss)
+        loss = state.loss_of(logits, aims) * (len(part) / len(log_mels))  # every loss is a mean over clips
+        state.scaler.scale(loss).backward()
         losses.append(loss.detach())
     return sum(losses[1:], losses[0]), state.update()
 
@@ -201,34 +177,33 @@ def augment_rng(data: FoldData, step: int) -> np.random.Generator | None:
     return np.random.default_rng([*data.seeds, _AUGMENT, step]) if augmented else None
 
 
-def _validate(run: Run, data: FoldData, state: TrainState) -> tuple[float, Probs]:
-    """The score and the probabilities of the held-out clips by the averaged model."""
+def _validate(run: Run, data: FoldData, state: TrainState, watch: TrainLog) -> Probs:
+    """The probabilities of the held-out clips by the averaged model; their score is logged."""
     probs = predict_probs(state.averaged, data.held_out, run.info.labels, data.recipe, state.device)
-    return lwlrap(data.held_out_targets, probs), probs
+    watch.lwlrap = lwlrap(data.held_out_targets, probs)
+    watch.write(lwlrap=watch.lwlrap)
+    return probs
 
 
-def _finish(run: Run, folder: FoldFolder, data: FoldData, state: TrainState, watch: TrainLog) -> None:
+def _finish(run: Run, folder: FoldFolder, data: FoldData, state: TrainState, watch: TrainLog, inputs: Mapping[str, str]) -> None:
     if not all(torch.isfinite(value).all() for value in state.averaged.state_dict().values()):
-        raise MelfoldError(
-            "the weights are not finite at the end", str(folder.path), "Lower train.lr, delete the fold's folder, train again"
-        )
+        fix = "Lower train.lr, delete the fold's folder, train again"
+        raise MelfoldError("the weights are not finite at the end", str(folder.path), fix)
     save_weights(folder.weights, state.averaged.kept())
     facts: dict[str, Any] = {"clips": data.curated, "noisy_clips": data.noisy, "steps": data.steps}
-    score = ""
-    if len(data.held_out.fnames):
+    score, held_out = "", data.held_out.fnames
+    if held_out:
         began = time.monotonic()
-        watch.lwlrap, probs = _validate(run, data, state)
-        speed = speed_since(began, data.held_out, run.recipe)
-        watch.write(lwlrap=watch.lwlrap)
-        facts |= {"held_out_clips": len(data.held_out.fnames), "lwlrap": watch.lwlrap}
-        score = f"lwlrap {watch.lwlrap:.5f} on {len(data.held_out.fnames)} clips, "
+        probs = _validate(run, data, state, watch)
+        facts |= {"held_out_clips": len(held_out), "lwlrap": watch.lwlrap}
+        score = f"lwlrap {watch.lwlrap:.5f} on {len(held_out)} clips, "
         own = own_prediction(run)
-        inputs = own.inputs(folder.fold, digest(data.held_out.fnames), sha256_file(folder.weights))
-        write_current(own.fold_oof(folder.fold), probs, inputs, **speed)
+        clips = own.inputs(folder.fold, digest(held_out), sha256_file(folder.weights))
+        write_current(own.fold_oof(folder.fold), probs, clips, **speed_since(began, data.held_out, run.recipe))
     facts |= {"seconds": round(state.seconds, 1), "device": state.device.describe(), "versions": versions()}
     facts |= {"cudnn_benchmark": state.device.torch.type == "cuda" and run.recipe.train.benchmark}
     facts |= {"peak_memory_mib": state.device.peak_memory() >> 20}
-    folder.artefact.commit(_inputs(run, folder, data), **facts)
+    folder.artefact.commit(inputs, **facts)
     folder.checkpoint.unlink(missing_ok=True)
     log.info("%s: %s%s", watch.title, score, duration(state.seconds))
 
@@ -239,7 +214,7 @@ def seed_for(data: FoldData, purpose: int, step: int = 0) -> int:
 
 
 def load_fold(run: Run, fold: str, device: Device) -> Tagger:
-    """A trained fold's model, built from what the run holds: no hub, no initial weights file.
+    """A trained fold's model, as `load_model`.
 
     Raises:
         MelfoldError: a fold that is not done, or weights that are damaged or do not fit.
@@ -248,28 +223,29 @@ def load_fold(run: Run, fold: str, device: Device) -> Tagger:
     if not folder.done:
         raise MelfoldError(f"fold {fold} of {run.name} is not trained", str(folder.path), f"Run `melfold train --folds {fold}`")
     folder.verify()
-    recipe = run.recipe
-    model = build_model(recipe.model, len(run.info.labels), recipe.logmel.n_mels, recipe.crop_frames, initial=False)
-    load_weights(folder.weights, model)
-    return model.to(device.torch).eval()
+    return load_model(run.recipe, len(run.info.labels), folder.weights, device)
 
 
 @contextmanager
 def _stop_signal() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets, so that a step is never cut in two; a second Ctrl-C ends at once."""
+    """An event that Ctrl-C or SIGTERM sets, so that a step is never cut in two. A second one ends at once.
+
+    Raises:
+        KeyboardInterrupt: at the end, if it was set.
+    """
     stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
 
     def handler(number: int, frame: object) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
 
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield stop
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+    if stop.is_set():
+        raise KeyboardInterrupt

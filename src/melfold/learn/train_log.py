@@ -41,31 +41,32 @@ class TrainLog:
         # Rows that a killed process wrote after its last checkpoint will be written again.
         write_text(path, "".join(json.dumps(row) + "\n" for row in state.rows))
 
-    def add(self, batch: Batch, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        """Take note of a step, without waiting for the device."""
-        self._pending.append((batch, loss.detach(), norm))
+    def add(self, batch: Batch, loss: torch.Tensor, norm: torch.Tensor, *, look: bool = False) -> bool:
+        """Take note of a step. Every `LOG_STEPS` steps, at the end, on a CPU and if asked to `look`, read the losses since the
+        last look, check them, and tell them; else this does not wait for the device.
 
-    def is_due(self) -> bool:
-        """Whether it is time for a `look`."""
-        return self.state.step % LOG_STEPS == 0 or self.state.step == self.data.steps or self.state.device.torch.type == "cpu"
-
-    def look(self) -> None:
-        """Read the losses since the last look, check them, and tell them.
+        Returns:
+            Whether all losses so far are checked.
 
         Raises:
             MelfoldError: a loss or gradient that is not finite; the batch's clips are named.
         """
         state = self.state
+        self._pending.append((batch, loss.detach(), norm))
+        due = state.step % LOG_STEPS == 0 or state.step == self.data.steps
+        if not (due or look or state.device.torch.type == "cpu"):
+            return False
         losses = torch.stack([loss for _, loss, _ in self._pending]).float().cpu().numpy()
         norms = torch.stack([norm for _, _, norm in self._pending]).float().cpu().numpy()
         self._check_finite("loss", losses)
         if not state.scaler.is_enabled():  # with fp16, the scaler skips such a step
             self._check_finite("gradient", norms)
         state.seconds = self._seconds_before + time.monotonic() - self._started
-        if state.step % LOG_STEPS == 0 or state.step == self.data.steps:
+        if due:
             self.write(loss=float(losses[-1]), grad_norm=float(norms[-1]), lr=state.lr)
         self._pending = []
         self.progress(state.step, self.data.steps, f"{self.title}: {self._rate(float(losses[-1]))}")
+        return True
 
     def _rate(self, loss: float) -> str:
         config, done = self.state.config, self.state.step - self._first_step
@@ -85,11 +86,9 @@ class TrainLog:
         if not np.isfinite(values).all():
             first = int(np.argmin(np.isfinite(values)))
             names = " ".join(self.data.train.fnames[row] for row in self._pending[first][0].rows)
-            raise MelfoldError(
-                f"the {what} is not finite at step {self.state.step - len(values) + first}",
-                f"{values[first]} in the batch of {names}",
-                "Lower train.lr, or look at these clips with `melfold show`",
-            )
+            problem = f"the {what} is not finite at step {self.state.step - len(values) + first}"
+            fix = "Lower train.lr, or look at these clips with `melfold show`"
+            raise MelfoldError(problem, f"{values[first]} in the batch of {names}", fix)
 
     def write(self, **values: float) -> None:
         """Append a row to the log; values that are not finite become null."""

@@ -59,9 +59,8 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise MelfoldError("broken weights file", f"{path} ({first_line(error)})", "Download it again") from None
     except Exception as error:  # pickle.UnpicklingError and what torch wraps around it
-        raise MelfoldError(
-            "a weights file must hold tensors only", f"{path} ({first_line(error)})", "Save it as safetensors"
-        ) from error
+        found = f"{path} ({first_line(error)})"
+        raise MelfoldError("a weights file must hold tensors only", found, "Save it as safetensors") from error
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise MelfoldError("a weights file must hold named tensors", str(path), "Save it as safetensors")
     return dict(state)
@@ -79,13 +78,10 @@ def unwrap(content: Any) -> Any:
     for prefix in (f"{name}." for name in AVERAGED):
         if own := {key.removeprefix(prefix): value for key, value in content.items() if str(key).startswith(prefix)}:
             content = own
-    while prefix := next((f"{name}." for name in WRAPPERS if _all_start_with(content, f"{name}.")), ""):
+    prefixes = [f"{name}." for name in WRAPPERS]
+    while content and (prefix := next((p for p in prefixes if all(str(key).startswith(p) for key in content)), "")):
         content = {key.removeprefix(prefix): value for key, value in content.items()}
     return content
-
-
-def _all_start_with(content: State, prefix: str) -> bool:
-    return bool(content) and all(str(key).startswith(prefix) for key in content)
 
 
 def load_backbone(backbone: nn.Module, path: Path, config: ModelConfig, n_mels: int) -> dict[str, torch.Tensor] | None:
@@ -113,11 +109,13 @@ def load_backbone(backbone: nn.Module, path: Path, config: ModelConfig, n_mels: 
         state = {key: value.transpose(2, 3).contiguous() if value.ndim == 4 else value for key, value in state.items()}
     known = backbone.pretrained_cfg
     classifier = known.get("classifier") or ()
-    heads = (classifier,) if isinstance(classifier, str) else classifier
-    state = {key: value for key, value in state.items() if not any(key.startswith(f"{head}.") for head in heads)}
+    heads = tuple(f"{head}." for head in ((classifier,) if isinstance(classifier, str) else classifier))
+    state = {key: value for key, value in state.items() if not key.startswith(heads)}
     own = backbone.state_dict()
     if not known.get("num_classes"):  # such files (self-supervised ones) have no classifier, and some have no norm before it
-        state = _fresh_final_norm(backbone, own) | state
+        norm = final_norm(backbone, backbone.num_features)
+        fresh = [name for name, module in backbone.named_modules() if module is norm]
+        state = {key: value for key, value in own.items() if key.rpartition(".")[0] in fresh} | state
     check_fit(own, state, what, adapted_stem=True)
     stem = state.get(f"{known.get('first_conv')}.weight") if isinstance(known.get("first_conv"), str) else None
     fits = stem is not None and stem.shape == own[f"{known['first_conv']}.weight"].shape
@@ -137,16 +135,9 @@ def _renamed(backbone: nn.Module, state: State, what: str) -> dict[str, torch.Te
         return dict(state)
     try:
         return dict(rename(dict(state), backbone))
-    except KeyError as error:
-        raise MelfoldError(what, f"unknown key {error.args[0]}", RENAME_FIX) from error
     except Exception as error:  # timm's filters assume a file of their family
-        raise MelfoldError(what, first_line(error), RENAME_FIX) from error
-
-
-def _fresh_final_norm(backbone: nn.Module, own: State) -> dict[str, torch.Tensor]:
-    norm = final_norm(backbone, backbone.num_features)
-    names = {name for name, module in backbone.named_modules() if module is norm} if norm is not None else set()
-    return {key: value for key, value in own.items() if key.rpartition(".")[0] in names}
+        found = f"unknown key {error.args[0]}" if isinstance(error, KeyError) else first_line(error)
+        raise MelfoldError(what, found, RENAME_FIX) from error
 
 
 def _input_norm(state: State, what: str, n_mels: int) -> dict[str, torch.Tensor]:
@@ -196,19 +187,19 @@ def check_fit(own: State, state: State, what: str, *, adapted_stem: bool = False
             return True
         return adapted_stem and a.ndim == b.ndim == 4 and (a.shape[1], b.shape[1]) == (1, 3) and a[:, 0].shape == b[:, 0].shape
 
-    missing = [key for key in own if key not in state]
-    extra = [key for key in state if key not in own]
-    shapes = [
-        f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
-        for key in own
-        if key in state and not fits(own[key], state[key])
+    found = {
+        "keys missing": [key for key in own if key not in state],
+        "unknown keys": [key for key in state if key not in own],
+        "shapes differ": [
+            f"{key} {tuple(state[key].shape)} for {tuple(value.shape)}"
+            for key, value in own.items()
+            if key in state and not fits(value, state[key])
+        ],
+    }
+    parts = [
+        f"{len(items)} {kind} ({', '.join(items[:3])}{', …' if len(items) > 3 else ''})" for kind, items in found.items() if items
     ]
-    if missing or extra or shapes:
-        parts = [
-            f"{len(items)} {kind} ({', '.join(items[:3])}{', …' if len(items) > 3 else ''})"
-            for kind, items in (("keys missing", missing), ("unknown keys", extra), ("shapes differ", shapes))
-            if items
-        ]
+    if parts:
         raise MelfoldError(what, "; ".join(parts), RENAME_FIX)
 
 
