@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from melfold.compute import Progress, silent
 from melfold.errors import MelfoldError, first_line
-from melfold.files import atomic_path, locked, remove_leftovers
+from melfold.files import atomic_path, locked, remove_leftovers, write_bytes
 from melfold.kaggle.client import Kaggle
 
 log = logging.getLogger(__name__)
@@ -67,8 +67,7 @@ def download_tables(client: Kaggle, target: Path) -> Path:
     """
     for name in TABLES:
         if not (target / name).exists():
-            with atomic_path(target / name) as temporary:
-                client.download_file(name, temporary)
+            write_bytes(target / name, client.download_file(name))
     return target
 
 

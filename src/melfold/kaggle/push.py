@@ -90,7 +90,7 @@ def publish_dataset(client: Kaggle, folder: Path, dataset: str, progress: Progre
         try:
             if status is None:
                 log.info("uploading %d files (%.0f MB) to %s", len(wanted), sum(wanted.values()) / 1e6, dataset)
-                client.create_dataset(folder, upload)
+                client.publish_dataset(folder, upload)
             elif status == "ready":
                 if _is_complete(client, dataset, wanted):
                     shutil.rmtree(upload.folder, ignore_errors=True)
@@ -98,7 +98,7 @@ def publish_dataset(client: Kaggle, folder: Path, dataset: str, progress: Progre
                 # One refused file leaves a dataset without it. A new version replaces all files.
                 log.warning("dataset %s is incomplete: uploading it again", dataset)
                 shutil.rmtree(upload.folder, ignore_errors=True)  # what it says may be the reason
-                client.version_dataset(folder, "complete", upload)
+                client.publish_dataset(folder, upload, new=False)
             elif status != "pending":
                 raise KaggleError(f"dataset {dataset} is in a bad state", status, "Delete it on kaggle.com, then push again")
         except KaggleError as error:
