@@ -12,7 +12,7 @@ import re
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,10 +108,6 @@ class Kaggle:
             )
             for row in rows
         ]
-
-    def find(self, tag: str) -> Submission | None:
-        """The submission whose message carries a tag."""
-        return next((s for s in self.submissions() if tag in s.description), None)
 
     def why_failed(self, ref: str) -> str:
         """Kaggle's own words about a submission that it could not score; empty if it has none, or before kaggle 2.2.5."""
@@ -273,18 +269,14 @@ class Kaggle:
         raise AssertionError("unreachable")
 
 
-def wait_until(
-    client: Kaggle, look: Callable[[], bool], *, minutes: float, first: float = 5, most: float = 60, tell: Callable[[], None]
-) -> bool:
-    """Call `look` until it returns true, less and less often. Returns: whether it did so in time."""
-    started, pause = time.monotonic(), first
-    while not look():
-        if time.monotonic() - started > 60 * minutes:
-            return False
-        tell()
+def looks(client: Kaggle, *, minutes: float) -> Iterator[None]:
+    """Times to look whether something has happened: now, then less and less often, until the minutes are over."""
+    started, pause = time.monotonic(), 5.0
+    yield
+    while time.monotonic() - started <= 60 * minutes:
         client.wait(pause)
-        pause = min(most, 1.3 * pause)
-    return True
+        pause = min(60, 1.3 * pause)
+        yield
 
 
 def _table(out: str, start: str) -> list[dict[str, str]] | None:

@@ -9,12 +9,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from melfold.errors import MelfoldError, first_line
 from melfold.facts import DEFAULT, facts_of
 from melfold.files import Home, locked, write_text
-from melfold.kaggle.client import Submission
 
 STATUSES = ("pending", "submitted", "complete", "error", "refused", "unknown")
 """`pending`: Kaggle is being called. `submitted`: accepted, no score yet. `complete`: scored. `error`: could not be scored.
@@ -82,6 +80,10 @@ class Ledger:
         """The ledger of a home."""
         return cls(home.submissions / "ledger.csv")
 
+    @property
+    def _lock(self) -> Path:
+        return self.path.with_name(".ledger.lock")
+
     def rows(self) -> list[Row]:
         """All rows, oldest first.
 
@@ -115,24 +117,15 @@ class Ledger:
 
     def add(self, row: Row) -> None:
         """Append a row."""
-        with self._lock():
+        with locked(self._lock):
             self._write([*self.rows(), row])
 
     def update(self, tag: str, **changes: str) -> Row:
         """Change the row of a tag. Returns: the row."""
-        with self._lock():
+        with locked(self._lock):
             rows = [replace(row, **changes) if row.tag == tag else row for row in self.rows()]
             self._write(rows)
         return next(row for row in rows if row.tag == tag)
-
-    def settle(self, tag: str, found: Submission, note: str = "") -> Row:
-        """Record what Kaggle says about a submission, and nothing that was written before it was known."""
-        status = {"COMPLETE": "complete", "ERROR": "error"}.get(found.status, "submitted")
-        scores = {"public_score": _text(found.public_score), "private_score": _text(found.private_score)}
-        return self.update(tag, ref=found.ref, status=status, note=note, **scores)
-
-    def _lock(self) -> Any:
-        return locked(self.path.with_name(".ledger.lock"))
 
     def _write(self, rows: Sequence[Row]) -> None:
         text = io.StringIO()
@@ -173,7 +166,3 @@ def choose_two(rows: Sequence[Row]) -> list[Choice]:
         second, _, public = max(others, key=lambda entry: (entry[2], entry[1]))
         choices.append(Choice(second, f"the best Public score of the others, {public:.5f}: a hedge"))
     return choices
-
-
-def _text(score: float | None) -> str:
-    return "" if score is None else f"{score:.5f}"

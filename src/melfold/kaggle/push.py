@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from melfold.artefacts import differences, listed
 from melfold.combine.check import check_submission
@@ -16,7 +16,7 @@ from melfold.data.competition import Competition
 from melfold.errors import MelfoldError
 from melfold.files import Home, read_json, sha256_file
 from melfold.kaggle.built import Built
-from melfold.kaggle.client import Kaggle, wait_until
+from melfold.kaggle.client import Kaggle, looks
 from melfold.kaggle.command import KaggleError, Upload
 from melfold.kernels.boot import RECORD
 from melfold.learn.runs import FoldFolder, open_run
@@ -108,12 +108,11 @@ def publish_dataset(client: Kaggle, folder: Path, dataset: str, progress: Progre
             client.wait(10)
             if client.dataset_status(dataset) is None:  # it did not
                 continue
-        if not wait_until(
-            client,
-            lambda: client.dataset_status(dataset) == "ready",
-            minutes=DATASET_MINUTES,
-            tell=lambda: log.info("waiting until dataset %s is ready", dataset),
-        ):
+        for _ in looks(client, minutes=DATASET_MINUTES):
+            if client.dataset_status(dataset) == "ready":
+                break
+            log.info("waiting until dataset %s is ready", dataset)
+        else:
             raise MelfoldError(f"dataset {dataset} is not ready", f"after {DATASET_MINUTES} minutes", "Push again later")
     if not _is_complete(client, dataset, wanted):
         raise MelfoldError(
@@ -183,29 +182,19 @@ def _damaged(output: Path) -> list[str]:
 
 def _wait_until_ended(client: Kaggle, kernel: str, version: int, minutes: float) -> tuple[str, str]:
     """The status a kernel ended with, and Kaggle's message. Meanwhile its log is shown."""
-    seen = [("", "")]
-    followers: list[Any] = []
-
-    def tell_line(line: str) -> None:
-        log.info("%s | %s", kernel.split("/")[1], line)
-
-    def ended() -> bool:
-        seen[0] = client.kernel_status(kernel, version)
-        if seen[0][0] == "RUNNING" and not followers:
-            followers.append(client.follow_log(kernel, version, tell_line))
-        return seen[0][0] not in RUNNING
-
-    def tell() -> None:
-        log.info("waiting for kernel %s: %s", kernel, seen[0][0].lower())
-
+    stop: Callable[[float], None] | None = None
     try:
-        in_time = wait_until(client, ended, minutes=minutes, tell=tell)
+        for _ in looks(client, minutes=minutes):
+            status, message = client.kernel_status(kernel, version)
+            if status not in RUNNING:
+                return status, message
+            if status == "RUNNING" and not stop:
+                stop = client.follow_log(kernel, version, lambda line: log.info("%s | %s", kernel.split("/")[1], line))
+            log.info("waiting for kernel %s: %s", kernel, status.lower())
     finally:
-        for stop in followers:
+        if stop:
             stop(5 * client.pace)
-    if not in_time:
-        raise MelfoldError(f"kernel {kernel} has not ended", f"after {minutes:.0f} minutes", "Look at it on kaggle.com")
-    return seen[0]
+    raise MelfoldError(f"kernel {kernel} has not ended", f"after {minutes:.0f} minutes", "Look at it on kaggle.com")
 
 
 def _log_text(output: Path) -> str:
@@ -243,13 +232,10 @@ def fetch_run(built: Built, output: Path, home: Home) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir(), key=lambda path: path.name == "run.json"):  # last: it makes the folder a run
         own, temporary = target / path.name, target / f".{path.name}.tmp"
-        if path.is_dir() and not FoldFolder(own, path.name).done:
+        if not (FoldFolder(own, path.name).done if path.is_dir() else own.exists()):
             shutil.rmtree(temporary, ignore_errors=True)
-            shutil.copytree(path, temporary)
+            (shutil.copytree if path.is_dir() else shutil.copy2)(path, temporary)
             shutil.rmtree(own, ignore_errors=True)
-            temporary.rename(own)
-        elif path.is_file() and not own.exists():
-            shutil.copy2(path, temporary)
             temporary.rename(own)
     return target
 

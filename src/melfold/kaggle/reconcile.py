@@ -12,7 +12,7 @@ from typing import IO, Any
 from melfold.combine.rebuild import label_of
 from melfold.errors import MelfoldError
 from melfold.files import Home, digest, locked, read_json
-from melfold.kaggle.client import Kaggle, Submission, wait_until
+from melfold.kaggle.client import Kaggle, Submission, looks
 from melfold.kaggle.command import KaggleError, Said, failure, status_of
 from melfold.kaggle.courier import read_record
 from melfold.kaggle.ledger import SPENT, Ledger, Row
@@ -41,7 +41,7 @@ def find_row(client: Kaggle, home: Home, manifest: dict[str, Any], *, again: boo
     ledger, id = Ledger.of(home), manifest["id"]
     _restore(home)
     listed = client.submissions()
-    rows = [_review(client, home, row, listed) for row in ledger.rows() if row.id == id and _is_here(row, client)]
+    rows = [_review(client, home, row, listed) for row in ledger.rows() if row.id == id and row.competition == client.competition]
     if again:
         return None
     for row in reversed(rows):
@@ -49,15 +49,11 @@ def find_row(client: Kaggle, home: Home, manifest: dict[str, Any], *, again: boo
             log.info("%s is at Kaggle already: %s, %s", id, row.ref or row.tag, row.status)
             return row
     if theirs := _elsewhere(listed, ledger.rows(), manifest):
-        return _adopt(client, ledger, manifest, theirs)
+        return _adopt(client, home, manifest, theirs)
     for row in rows:
         if row.status == "unknown":
             raise unknown_outcome(row)
     return None
-
-
-def _is_here(row: Row, client: Kaggle) -> bool:
-    return row.competition == client.competition
 
 
 def file_mark(manifest: dict[str, Any]) -> str:
@@ -113,8 +109,15 @@ def conclude(client: Kaggle, home: Home, row: Row, said: Said) -> Row:
 
 
 def _settle(client: Kaggle, home: Home, tag: str, found: Submission) -> Row:
-    note = client.why_failed(found.ref) if found.status == "ERROR" else ""
-    row = Ledger.of(home).settle(tag, found, note)
+    """Record what Kaggle says about a submission, and nothing that was written before it was known."""
+    row = Ledger.of(home).update(
+        tag,
+        ref=found.ref,
+        status={"COMPLETE": "complete", "ERROR": "error"}.get(found.status, "submitted"),
+        note=client.why_failed(found.ref) if found.status == "ERROR" else "",
+        public_score="" if found.public_score is None else f"{found.public_score:.5f}",
+        private_score="" if found.private_score is None else f"{found.private_score:.5f}",
+    )
     record_of(home, tag).unlink(missing_ok=True)
     return row
 
@@ -127,7 +130,7 @@ def _look(client: Kaggle, tag: str, pauses: Sequence[float] = LOOKS) -> Submissi
     for pause in pauses:
         client.wait(pause)
         try:
-            if found := client.find(f"melfold:{tag}"):
+            if found := _tagged(client.submissions(), tag):
                 return found
         except KaggleError as error:
             log.warning("%s", error)
@@ -145,15 +148,15 @@ def _elsewhere(listed: Sequence[Submission], rows: Sequence[Row], manifest: dict
     return None
 
 
-def _adopt(client: Kaggle, ledger: Ledger, manifest: dict[str, Any], theirs: Submission) -> Row:
+def _adopt(client: Kaggle, home: Home, manifest: dict[str, Any], theirs: Submission) -> Row:
     """Give a submission that the ledger lacks a row."""
     tag = re.search(r"melfold:(\w+)", theirs.description)
     assert tag
     log.warning("%s is at Kaggle already, from another ledger: %s", manifest["id"], theirs.ref)
     time = f"{theirs.date[:19].replace(' ', 'T')}Z"
     account = {"account": client.username(), "competition": client.competition}
-    ledger.add(Row(tag=tag[1], id=manifest["id"], time=time, commit="", **account, **provenance_of(manifest)))
-    return ledger.settle(tag[1], theirs, client.why_failed(theirs.ref) if theirs.status == "ERROR" else "")
+    Ledger.of(home).add(Row(tag=tag[1], id=manifest["id"], time=time, commit="", **account, **provenance_of(manifest)))
+    return _settle(client, home, tag[1], theirs)
 
 
 def unknown_outcome(row: Row) -> MelfoldError:
@@ -171,17 +174,13 @@ def wait_for_score(client: Kaggle, home: Home, row: Row, *, minutes: float = 240
         MelfoldError: Kaggle could not score it, with its words; or no score in time.
     """
     if row.status == "submitted":
-        seen: list[Submission] = []
-
-        def look() -> bool:
-            if found := client.find(f"melfold:{row.tag}"):
-                seen.append(found)
-                return found.status != "PENDING"
-            return False
-
-        wait_until(client, look, minutes=minutes, tell=lambda: log.info("waiting for the score of %s", row.id))
-        if seen:
-            row = _settle(client, home, row.tag, seen[-1])
+        for _ in looks(client, minutes=minutes):
+            found = _tagged(client.submissions(), row.tag)
+            if found and found.status != "PENDING":
+                break
+            log.info("waiting for the score of %s", row.id)
+        if found:
+            row = _settle(client, home, row.tag, found)
     if row.status == "error":
         reason = f"submission {row.ref}" + (f": {row.note}" if row.note else "")
         raise MelfoldError(f"Kaggle could not score {row.id}", reason, "" if row.note else "Its page on kaggle.com says why")
@@ -202,7 +201,7 @@ def sync(client: Kaggle, home: Home) -> list[str]:
         listed = client.submissions()
         rows = ledger.rows()
         for row in rows:
-            if not _is_here(row, client):
+            if row.competition != client.competition:
                 continue
             found = _tagged(listed, row.tag)
             after = row if found and _same(row, found) else _review(client, home, row, listed)
