@@ -98,8 +98,7 @@ def ship(
         if not built.passed:
             _print_rehearsal(_rehearse(built, download, place), built)
         typer.echo("2/5 rehearsed")
-        pushed = built.pushed
-        version = pushed["version"] if pushed else push(client, built, progress=bar())
+        version = built.pushed or push(client, built, progress=bar())
         typer.echo(f"3/5 pushed {built.facts['kernel']} version {version}")
         check_output(wait_for_kernel(client, built), download)
         typer.echo("4/5 the kernel is complete and its output is a valid submission")
@@ -277,8 +276,7 @@ def kernel_push(
     from melfold.kaggle.push import fetch_run, push, wait_for_kernel
 
     client, built = Kaggle(competition), Built(folder.resolve())
-    pushed = built.pushed
-    version = pushed["version"] if pushed and wait else push(client, built, unrehearsed=unrehearsed, progress=bar())
+    version = (wait and built.pushed) or push(client, built, unrehearsed=unrehearsed, progress=bar())
     typer.echo(f"{built.facts['kernel']} version {version}")
     if wait:
         output = wait_for_kernel(client, built)

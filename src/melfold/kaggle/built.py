@@ -18,10 +18,9 @@ class Built:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.kernel, self.dataset = folder / "kernel", folder / "dataset"
-        self.rehearsal_stamp, self.push_stamp = Artefact(folder / "rehearsal.json"), Artefact(folder / "pushed.json")
-        self.fetch_stamp = Artefact(folder / "fetched.json")
+        self.folder, self.kernel, self.dataset = folder, folder / "kernel", folder / "dataset"
+        stamps = ("rehearsal.json", "pushed.json", "fetched.json")
+        self.rehearsal_stamp, self.push_stamp, self.fetch_stamp = (Artefact(folder / name) for name in stamps)
 
     @property
     def artefact(self) -> Artefact:
@@ -66,9 +65,9 @@ class Built:
         return self.rehearsal_stamp.is_fresh(self.inputs) and bool(self.rehearsal_stamp.read().get("passed"))
 
     @property
-    def pushed(self) -> dict[str, Any] | None:
-        """`kernel` and `version`, if this build was pushed."""
-        return self.push_stamp.read() if self.asked and self.push_stamp.read()["version"] else None
+    def pushed(self) -> int | None:
+        """Its version at Kaggle, if this build was pushed."""
+        return self.push_stamp.read()["version"] or None if self.asked else None
 
     @property
     def asked(self) -> bool:

@@ -20,12 +20,6 @@ MAX_DIFFERENCE = 1e-5
 """Between a kernel's probabilities and those predicted at home."""
 
 
-def record_of(working: Path) -> dict[str, Any]:
-    """What a kernel's `melfold.json` says; nothing if it left none."""
-    path = working / RECORD
-    return read_json(path) if path.exists() else {}
-
-
 def judge_infer(
     working: Path, facts: dict[str, Any], competition: Competition, home: Home
 ) -> tuple[list[str], str, dict[str, float]]:

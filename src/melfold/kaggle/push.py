@@ -37,8 +37,11 @@ def push(client: Kaggle, built: Built, *, unrehearsed: bool = False, progress: P
         MelfoldError: changed or not rehearsed since it was built, or refused by Kaggle.
     """
     facts = built.verify()
-    if not unrehearsed:
-        _check_rehearsed(built)
+    fix = "Run `melfold kernel rehearse`, or push with --unrehearsed"
+    if not unrehearsed and (changes := built.rehearsal_stamp.changes(built.inputs)):
+        raise MelfoldError("this kernel was not rehearsed since it was built", listed(changes), fix)
+    if not (unrehearsed or built.passed):
+        raise MelfoldError("this kernel did not pass its rehearsal", built.rehearsal_stamp.read()["failures"][0], fix)
     if facts["dataset"]:
         publish_dataset(client, built.dataset, facts["dataset"], progress)
     if facts["gpu"] and (hours := client.gpu_hours()) is not None:
@@ -63,14 +66,6 @@ def is_there(client: Kaggle, built: Built) -> bool:
             return False
         raise
     return status in RUNNING or status == "COMPLETE"
-
-
-def _check_rehearsed(built: Built) -> None:
-    fix = "Run `melfold kernel rehearse`, or push with --unrehearsed"
-    if changes := built.rehearsal_stamp.changes(built.inputs):
-        raise MelfoldError("this kernel was not rehearsed since it was built", listed(changes), fix)
-    if not built.passed:
-        raise MelfoldError("this kernel did not pass its rehearsal", built.rehearsal_stamp.read()["failures"][0], fix)
 
 
 def publish_dataset(client: Kaggle, folder: Path, dataset: str, progress: Progress = silent) -> None:

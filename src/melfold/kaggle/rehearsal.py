@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import shutil
 import signal
@@ -13,16 +12,18 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+import pandas as pd
 
 from melfold.data.competition import Competition, load_competition
 from melfold.facts import facts_of, join_labels
-from melfold.files import Home, read_json, write_json, write_text
+from melfold.files import Home, read_json, write_text
 from melfold.kaggle import sandbox
 from melfold.kaggle.built import Built
-from melfold.kaggle.judge import judge_infer, judge_train, record_of
+from melfold.kaggle.judge import judge_infer, judge_train
+from melfold.kernels.boot import RECORD
 from melfold.learn.shorten import few_clips
 
 Layout = Literal["nested", "flat"]
@@ -35,9 +36,9 @@ TRAIN_MINUTES = 10
 """A rehearsed training kernel must end within this time."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rehearsal:
-    """What a rehearsal found."""
+    """What a rehearsal found. `note`: what it cannot tell."""
 
     isolation: str
     failures: list[str]
@@ -45,7 +46,6 @@ class Rehearsal:
     peak_mib: float
     equality: str = ""
     note: str = ""
-    """What the rehearsal cannot tell."""
     predicted_seconds: dict[str, float] = field(default_factory=dict)
     log: str = ""
 
@@ -88,44 +88,34 @@ def rehearse(
     settings |= {} if facts["gpu"] else {"CUDA_VISIBLE_DEVICES": ""}
     if isolation == "auto":
         isolation = "namespaces" if sandbox.available() else "prefix"
-    equality, note = "", ""
-    predicted: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="melfold-rehearsal-") as folder:
         if training:
             competition = write_few(competition, facts["n_folds"], Path(folder) / "few")
         stages = (_Stage(built, competition, home, Path(folder) / layout, layout, isolation, python) for layout in LAYOUTS)
         stage = next(stages)
-        run = stage.run(limit, settings)
-        failures = run.failures
-        if not failures and training:
-            failures = judge_train(stage.working)
-        elif not failures:
-            failures, equality, predicted = judge_infer(stage.working, facts, competition, home)
-            failures += _try_set_up(next(stages), limit) if not failures else []
-            if facts["gpu"] and record_of(stage.working).get("device") == "cpu":
-                note = "This machine has no GPU: nothing is known of the time that the kernel takes on Kaggle's."
+        found = stage.run(limit, settings)
+        if not found.failures and training:
+            found.failures = judge_train(stage.working)
+        elif not found.failures:
+            found.failures, found.equality, found.predicted_seconds = judge_infer(stage.working, facts, competition, home)
+            found.failures = found.failures or _try_set_up(next(stages), limit)
+            record = stage.working / RECORD
+            if facts["gpu"] and record.exists() and read_json(record).get("device") == "cpu":
+                found.note = "This machine has no GPU: nothing is known of the time that the kernel takes on Kaggle's."
         if keep:
             shutil.rmtree(keep, ignore_errors=True)
             shutil.copytree(stage.working, keep, symlinks=True)
-            write_text(keep / "log.txt", run.log)
-    found = Rehearsal(isolation, failures, round(run.seconds, 1), round(run.peak_mib), equality, note, predicted, run.log)
+            write_text(keep / "log.txt", found.log)
     built.rehearsal_stamp.commit(built.inputs, passed=found.passed, **asdict(found))
     return found
 
 
 def _try_set_up(stage: _Stage, limit: float) -> list[str]:
     """Failures of a kernel that runs up to its first submission."""
-    run = stage.run(limit, {"MELFOLD_STOP_AFTER_SETUP": "1"})
-    failures = run.failures or ([] if (stage.working / "submission.csv").exists() else ["no submission.csv"])
+    failures = stage.run(limit, {"MELFOLD_STOP_AFTER_SETUP": "1"}).failures
+    if not failures and not (stage.working / "submission.csv").exists():
+        failures = ["no submission.csv"]
     return [f"in the {stage.layout} layout: {failure}" for failure in failures]
-
-
-@dataclass(frozen=True)
-class _Run:
-    failures: list[str]
-    seconds: float
-    peak_mib: float
-    log: str
 
 
 class _Stage:
@@ -137,14 +127,14 @@ class _Stage:
         self.python = python or Path(sys.executable)
         self.built, self.root, self.layout, self.isolation = built, root, layout, isolation
         self.working, self.tmp, self.watch = root / "kaggle/working", root / "tmp", root / "watch"
-        for path in (self.working, self.tmp, self.watch, root / "kaggle/src", root / "kaggle/input", root / "new"):
+        for path in (self.working, self.tmp, self.watch, root / "kaggle/src", root / "kaggle/input"):
             path.mkdir(parents=True)
         write_text(self.watch / "sitecustomize.py", sandbox.WATCH)
         shutil.copy2(built.kernel / "kernel.py", root / "kaggle/src/script.py")
         self.record = self.watch / "record.txt"
         self.inputs = mounts(built, competition, home, root, layout)
 
-    def run(self, limit: float, extra: dict[str, str]) -> _Run:
+    def run(self, limit: float, extra: dict[str, str]) -> Rehearsal:
         """Run the script; kill it when it exceeds its limit."""
         before = _state(self.inputs.values())
         command, environment = self._command(extra)
@@ -174,21 +164,21 @@ class _Stage:
         elif process.returncode:
             tail = [line for line in text.splitlines() if line.strip()][-1:] or ["no output"]
             failures.append(f"it fails with exit code {process.returncode}: {tail[0][:300]}")
-        return _Run(failures + self._violations(before), seconds, peak, text)
+        failures += self._violations(before)
+        return Rehearsal(self.isolation, failures, round(seconds, 1), round(peak), log=text)
 
     def _violations(self, before: list[tuple[str, int, int]]) -> list[str]:
         """Uses of the network and writes to the inputs, whose state was `before`."""
-        lines = sorted(set(self.record.read_text().splitlines())) if self.record.exists() else []
-        network = [line.removeprefix("network: ") for line in lines if line.startswith("network: ")]
+        seen: dict[str, str] = {}
+        for line in sorted(self.record.read_text().splitlines()) if self.record.exists() else ():
+            seen.setdefault(*line.split(": ", 1))
         counters = self.root / "counters"
-        if not network and counters.exists() and int(counters.read_text() or 0):
-            network = ["packets for which there was no route"]
-        outside = [line.removeprefix("outside: ") for line in lines if line.startswith("outside: ")]
-        writes = [line.removeprefix("inputs: ") for line in lines if line.startswith("inputs: ")]
-        if not writes and _state(self.inputs.values()) != before:
-            writes = ["files have changed"]
-        found = {"it uses the network": network, "it writes to its inputs": writes, "it writes outside its folders": outside}
-        return [f"{what}: {where[0]}" for what, where in found.items() if where]
+        if counters.exists() and int(counters.read_text() or 0):
+            seen.setdefault("network", "packets for which there was no route")
+        if _state(self.inputs.values()) != before:
+            seen.setdefault("inputs", "files have changed")
+        told = {"network": "uses the network", "inputs": "writes to its inputs", "outside": "writes outside its folders"}
+        return [f"it {what}: {seen[kind]}" for kind, what in told.items() if kind in seen]
 
     def _command(self, extra: dict[str, str]) -> tuple[list[str], dict[str, str]]:
         """The command, and its environment."""
@@ -221,17 +211,9 @@ class _Stage:
             [str(self.watch), "/watch", False],
             *([str(source), f"/{target}", True] for target, source in self.inputs.items()),
         ]
-        spec = {
-            "root": str(self.root / "new"),
-            "binds": binds,
-            "argv": [str(self.python), "/kaggle/src/script.py"],
-            "env": environment,
-            "cwd": "/kaggle/working",
-            "counters": str(self.root / "counters"),
-        }
-        write_json(self.root / "spec.json", spec)
-        command = [*sandbox.UNSHARE, sys.executable, sandbox.__file__, str(self.root / "spec.json")]
-        return command, {name: value for name, value in environment.items() if name in kept}
+        argv = [str(self.python), "/kaggle/src/script.py"]
+        spec = {"binds": binds, "argv": argv, "env": environment, "cwd": "/kaggle/working"}
+        return sandbox.command(spec, self.root), {name: value for name, value in environment.items() if name in kept}
 
 
 def link_inputs(inputs: dict[str, Path], root: Path) -> None:
@@ -256,16 +238,16 @@ def mounts(built: Built, competition: Competition, home: Home, root: Path, layou
     found: dict[str, Path] = {}
     sample = (competition.root / "sample_submission.csv").resolve()
     if not sample.exists():
-        sample = root / "sample_submission.csv"
-        rows = "".join(f"{fname},{','.join('0' for _ in competition.labels)}\n" for fname in competition.test.index)
-        write_text(sample, f"{','.join(['fname', *competition.labels])}\n{rows}")
+        sample = write_sample(competition, root)
     found[f"{base}/sample_submission.csv"] = sample
     for split, name in (("curated", "train_curated"), ("noisy", "train_noisy"), ("test", "test")):
         table = competition.split(split)  # type: ignore[arg-type]
-        if len(table) and (folder := Path(table["path"].iloc[0]).parent.resolve()).is_dir():
+        if not len(table):
+            continue
+        if (folder := Path(table["path"].iloc[0]).parent.resolve()).is_dir():
             found[f"{base}/{name}"] = folder
         for rows in (f"{name}.csv", f"FSDKaggle2019.meta/{name}_post_competition.csv"):
-            if split != "test" and len(table) and (competition.root / rows).exists():
+            if split != "test" and (competition.root / rows).exists():
                 found[f"{base}/{name}.csv"] = (competition.root / rows).resolve()
     if dataset := built.facts["dataset"]:
         name = f"datasets/{dataset}" if layout == "nested" else dataset.split("/")[1]
@@ -288,26 +270,26 @@ def write_few(whole: Competition, n_folds: int, folder: Path) -> Competition:
     import soundfile
 
     few = few_clips(whole, n_folds)
-    tables = {"train_curated": few.curated, "train_noisy": few.noisy, "sample_submission": few.test}
     noise = np.random.default_rng(0).uniform(-0.1, 0.1, 2 * NOISE_RATE)
-    for name, table in tables.items():
-        audio = folder / ("test" if table is few.test else name)
-        audio.mkdir(parents=True)
+    for name, table in (("train_curated", few.curated), ("train_noisy", few.noisy), ("test", few.test)):
+        if not len(table):
+            continue
+        (folder / name).mkdir(parents=True)
         for fname, path in table["path"].items():
             if path.is_file():
-                shutil.copyfile(path, audio / fname)
+                shutil.copyfile(path, folder / name / fname)
             else:
-                soundfile.write(audio / fname, noise, NOISE_RATE)
-        rows = [["fname", *(whole.labels if table is few.test else ["labels"])]]
-        rows += [
-            [f, *([0] * len(whole.labels) if table is few.test else [join_labels(table.at[f, "labels"])])] for f in table.index
-        ]
-        with (folder / f"{name}.csv").open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
-    if not len(few.noisy):
-        (folder / "train_noisy.csv").unlink()
-        (folder / "train_noisy").rmdir()
+                soundfile.write(folder / name / fname, noise, NOISE_RATE)
+        if name != "test":
+            table["labels"].map(join_labels).to_csv(folder / f"{name}.csv")
+    write_sample(few, folder)
     return load_competition(folder)
+
+
+def write_sample(competition: Competition, folder: Path) -> Path:
+    """Write the `sample_submission.csv` of a competition."""
+    pd.DataFrame(0, competition.test.index, competition.labels).to_csv(folder / "sample_submission.csv")
+    return folder / "sample_submission.csv"
 
 
 def _state(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
