@@ -19,7 +19,7 @@ from melfold.config import Recipe
 from melfold.errors import MelfoldError
 from melfold.facts import facts_of
 from melfold.files import Home, digest, sha256_file, write_json, write_text
-from melfold.kaggle.built import Built, built_for, kernel_id, title_for
+from melfold.kaggle.built import Built, built_for, title_for
 from melfold.kaggle.pack import make_script, read_source
 from melfold.learn.predictions import open_prediction
 
@@ -170,9 +170,10 @@ def build(home: Home, plan: Plan) -> Built:
     # A dataset is named by its content: one that was uploaded completely is never replaced.
     content = "submission" if plan.kind == "copy_csv" else "weights"
     dataset = f"{target.owner}/melfold-{content}-{digest(sums)[:16]}" if sums else ""
-    metadata = _metadata(plan, dataset)
-    made_from = plan.made_from | parts | {"weights": sums, "metadata": metadata}
     built = built_for(home, plan.kind, plan.name, plan.session)
+    kernel = f"{target.owner}/{built.folder.name}"
+    metadata = _metadata(plan, kernel, dataset)
+    made_from = plan.made_from | parts | {"weights": sums, "metadata": metadata}
     changes = built.artefact.changes(made_from)
     if not changes:
         return built
@@ -190,7 +191,7 @@ def build(home: Home, plan: Plan) -> Built:
         id=plan.name,
         **plan.facts,
         build_id=digest(parts),
-        kernel=metadata["id"],
+        kernel=kernel,
         dataset=dataset,
         competition_slug=target.competition,
         limit_seconds=round(60 * min(budget + MARGIN_MINUTES[plan.kind], MOST_MINUTES)),
@@ -203,17 +204,16 @@ def build(home: Home, plan: Plan) -> Built:
     return built
 
 
-def _metadata(plan: Plan, dataset: str) -> dict[str, Any]:
+def _metadata(plan: Plan, kernel: str, dataset: str) -> dict[str, Any]:
     """`kernel-metadata.json`: the one in `kernels/`, filled in."""
-    target = plan.target
     metadata = json.loads(read_source(f"{plan.kind}/kernel-metadata.json"))
-    if not target.gpu:
+    if not plan.target.gpu:
         metadata.pop("machine_shape", None)
     filled = {
-        "id": kernel_id(target.owner, plan.kind, plan.name, plan.session),
+        "id": kernel,
         "title": title_for(plan.kind, plan.name, plan.session),
-        "enable_gpu": target.gpu,
-        "competition_sources": [target.competition],
+        "enable_gpu": plan.target.gpu,
+        "competition_sources": [plan.target.competition],
     }
     attached = [*plan.metadata.get("dataset_sources", []), *([dataset] if dataset else [])]
     return metadata | filled | plan.metadata | {"dataset_sources": attached}

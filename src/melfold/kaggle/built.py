@@ -97,13 +97,8 @@ def title_for(kind: str, name: str, session: int = 0) -> str:
     return (words + more).replace("-", " ")
 
 
-def kernel_id(owner: str, kind: str, name: str, session: int = 0) -> str:
-    """`owner/slug`."""
-    return f"{owner}/{slug_of(title_for(kind, name, session))}"
-
-
 def built_for(home: Home, kind: str, name: str, session: int = 0) -> Built:
-    """Where a kernel is built, whether it exists or not.
+    """Where a kernel is built, whether it exists or not: in a folder that is named by its slug.
 
     Args:
         name: of the submission, or of the run.

@@ -7,7 +7,6 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 from melfold.errors import MelfoldError, first_line
@@ -135,11 +134,6 @@ class Ledger:
         write_text(self.path, text.getvalue())
 
 
-def now() -> str:
-    """UTC to the second."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
 @dataclass(frozen=True)
 class Choice:
     """One of the two submissions to select, and why."""
@@ -154,15 +148,12 @@ def choose_two(rows: Sequence[Row]) -> list[Choice]:
     First the best out-of-fold score: it was chosen on more clips than the Public half has. Then, as a hedge against an
     out-of-fold score that flatters, the best Public score among the others.
     """
-    scored = [(row, row.oof or 0, row.public) for row in rows if row.status == "complete" and row.public is not None]
+    scored = [row for row in rows if row.status == "complete" and row.public is not None]
     if not scored:
         return []
-    by_oof = [entry for entry in scored if entry[1]] or scored
-    first, oof, _ = max(by_oof, key=lambda entry: entry[1:])
-    choices = [Choice(first, f"the best OOF lwlrap, {oof or float('nan'):.5f}")]
-    used = (first.runs, first.weights)
-    others = [entry for entry in scored if entry[0].tag != first.tag and (entry[0].runs, entry[0].weights) != used]
-    if others:
-        second, _, public = max(others, key=lambda entry: (entry[2], entry[1]))
-        choices.append(Choice(second, f"the best Public score of the others, {public:.5f}: a hedge"))
+    first = max(scored, key=lambda row: (row.oof or 0, row.public or 0))
+    choices = [Choice(first, f"the best OOF lwlrap, {first.oof or float('nan'):.5f}")]
+    if others := [row for row in scored if (row.runs, row.weights) != (first.runs, first.weights)]:
+        second = max(others, key=lambda row: (row.public or 0, row.oof or 0))
+        choices.append(Choice(second, f"the best Public score of the others, {second.public:.5f}: a hedge"))
     return choices

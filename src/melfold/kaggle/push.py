@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from melfold.artefacts import differences, listed
 from melfold.combine.check import check_submission
@@ -143,8 +144,7 @@ def wait_for_kernel(client: Kaggle, built: Built) -> Path:
         tail = [line.strip() for line in _log_text(output).splitlines() if line.strip()][-LOG_LINES:]
         said = "; its log ends: ".join(filter(None, [message, " | ".join(tail)[-600:]])) or "no message"
         raise MelfoldError(f"kernel {kernel} version {version} ended with {status}", said, f"The whole log is in {output}")
-    _fetch(client, kernel, version, output)
-    record = read_json(output / RECORD)
+    record = _fetch(client, kernel, version, output)
     if record["build_id"] != facts["build_id"]:
         built.push_stamp.remove()
         raise MelfoldError(
@@ -153,26 +153,23 @@ def wait_for_kernel(client: Kaggle, built: Built) -> Path:
     return output
 
 
-def _fetch(client: Kaggle, kernel: str, version: int, output: Path) -> None:
-    """Fetch a kernel's output and log; again, if files were damaged (kaggle 2.2.4 saves an error page as the file)."""
+def _fetch(client: Kaggle, kernel: str, version: int, output: Path) -> dict[str, Any]:
+    """Fetch a kernel's output and log; again, if files are not as the kernel's own record says (kaggle 2.2.4 saves an error page
+    as the file). Returns: that record."""
     for _ in range(FETCHES):
         shutil.rmtree(output, ignore_errors=True)
         client.kernel_output(kernel, version, output)
-        damaged = _damaged(output)
+        try:
+            record = read_json(output / RECORD)
+            files = [(name, output / name, sha256) for name, sha256 in record["files"].items()]
+            damaged = [name for name, path, sha256 in files if not path.is_file() or sha256_file(path) != sha256]
+        except (MelfoldError, KeyError, AttributeError):
+            damaged = [RECORD]
         if not damaged:
-            return
+            return record
         log.warning("%d files of the output of %s are missing or damaged", len(damaged), kernel)
         client.wait(10)
     raise MelfoldError(f"the output of kernel {kernel} is damaged", f"{damaged[0]}, after {FETCHES} downloads", "Try again later")
-
-
-def _damaged(output: Path) -> list[str]:
-    """The files that are not as the kernel left them, by its own record."""
-    try:
-        files = read_json(output / RECORD)["files"]
-    except (MelfoldError, KeyError, TypeError):
-        return [RECORD]
-    return [name for name, sha256 in files.items() if not (output / name).is_file() or sha256_file(output / name) != sha256]
 
 
 def _wait_until_ended(client: Kaggle, kernel: str, version: int, minutes: float) -> tuple[str, str]:

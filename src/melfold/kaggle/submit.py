@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from melfold.combine.submission import open_submission
@@ -15,7 +16,7 @@ from melfold.files import Home
 from melfold.kaggle.client import Kaggle
 from melfold.kaggle.command import failure
 from melfold.kaggle.courier import prepare
-from melfold.kaggle.ledger import Ledger, Row, now
+from melfold.kaggle.ledger import Ledger, Row
 from melfold.kaggle.reconcile import alone, conclude, file_mark, find_row, provenance_of, record_of, unknown_outcome
 from melfold.learn.provenance import current_commit
 
@@ -96,7 +97,7 @@ def submit(client: Kaggle, home: Home, id: str, *, kernel: Kernel | None = None,
         row = Row(
             tag=secrets.token_hex(6),
             id=id,
-            time=now(),
+            time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             commit=current_commit(exclude="submissions"),
             kernel=kernel.slug if kernel else "",
             version=str(kernel.version) if kernel else "",

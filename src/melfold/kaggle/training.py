@@ -15,7 +15,7 @@ from melfold.data.competition import Competition
 from melfold.errors import MelfoldError
 from melfold.files import Home, digest, read_json, sha256_file
 from melfold.kaggle.build import NAME, Plan, Target, build, provenance
-from melfold.kaggle.built import Built, built_for, kernel_id
+from melfold.kaggle.built import Built, built_for
 from melfold.kaggle.client import Kaggle
 from melfold.kaggle.push import fetch_run, is_there, push, wait_for_kernel
 from melfold.kaggle.rehearsal import rehearse
@@ -94,7 +94,7 @@ def build_train(home: Home, training: Training, target: Target, *, session: int 
         "provenance": [provenance(name, recipe, inputs["fold_table"], recipe.track, current_commit())],
     }
     if continues:
-        sources["kernel_sources"] = [*sources["kernel_sources"], kernel_id(target.owner, "train", name, session - 1)]
+        sources["kernel_sources"].append(f"{target.owner}/{before.folder.name}")
     sources |= {"enable_internet": hub_file(recipe.model) is not None}
     made_from = {"fold_table": inputs["fold_table"]}
     facts = {"competition": training.competition.name, "training": digest(inputs), "n_folds": recipe.folds.n_folds}
