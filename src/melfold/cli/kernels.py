@@ -80,14 +80,12 @@ def ship(
     from melfold.kaggle.build import Target, build_copy, build_infer
     from melfold.kaggle.push import check_output, push, wait_for_kernel
     from melfold.kaggle.reconcile import wait_for_score
-    from melfold.kaggle.submit import Kernel, at_kaggle, check_file_form, competition_for, submit
+    from melfold.kaggle.submit import Kernel, at_kaggle, competition_for, submit
 
     place, form = Home.find(home), None
     if file and copy:
         raise MelfoldError("--file and --copy are two ways", "both were given", "Give one of them")
     client = Kaggle(competition_for(open_submission(place, id), competition))
-    if file:
-        check_file_form(id, client.competition)
     row = None if file or again else at_kaggle(client, place, id)  # before a kernel is built; `submit` looks once more
     if not (row or file):
         target = Target(owner or client.username(), client.competition, gpu, budget)

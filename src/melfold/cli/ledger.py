@@ -45,13 +45,11 @@ def submit(
     """Submit once. If an earlier try may have succeeded, it is looked up and never repeated."""
     from melfold.combine.submission import open_submission
     from melfold.kaggle.reconcile import wait_for_score
-    from melfold.kaggle.submit import check_file_form, competition_for
+    from melfold.kaggle.submit import competition_for
     from melfold.kaggle.submit import submit as spend
 
     place = Home.find(home)
     client = Kaggle(competition_for(open_submission(place, id), competition))
-    if not kernel:
-        check_file_form(id, client.competition)
     row = spend(client, place, id, kernel=_find_kernel(place, id) if kernel else None, again=again)
     if wait or row.status == "error":
         row = wait_for_score(client, place, row)

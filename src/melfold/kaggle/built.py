@@ -102,6 +102,5 @@ def built_for(home: Home, kind: str, name: str, session: int = 0) -> Built:
 
     Args:
         name: of the submission, or of the run.
-        session: of a training kernel.
     """
     return Built(home.root / "build" / "kernels" / slug_of(title_for(kind, name, session)))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from melfold.facts import DEFAULT, facts_of
-from melfold.kaggle.command import LOGIN, KaggleError, Said, Upload, call, check, follow, hint, last_line
+from melfold.kaggle.command import LOGIN, KaggleError, Said, Upload, call, failure, follow, hint, last_line
 from melfold.kaggle.courier import send
 
 COMPETITION = facts_of(DEFAULT).slug
@@ -30,13 +30,12 @@ SLOWEST_UPLOAD = 100_000
 
 @dataclass(frozen=True)
 class Submission:
-    """A row of Kaggle's list of submissions; scores are None until it has them."""
+    """A row of Kaggle's list of submissions. `status`: PENDING, COMPLETE or ERROR. Scores are None until Kaggle has them."""
 
     ref: str
     date: str
     description: str
     status: str
-    """PENDING, COMPLETE or ERROR."""
     public_score: float | None
     private_score: float | None
 
@@ -217,10 +216,9 @@ class Kaggle:
         return int(version[1])
 
     def kernel_status(self, kernel: str, version: int) -> tuple[str, str]:
-        """A version's status (QUEUED, RUNNING, COMPLETE, ERROR, ...), and its failure message. 2.2.4 looks at the latest one.
+        """A version's status (QUEUED, RUNNING, COMPLETE, ERROR, ...), and its failure message.
 
-        Args:
-            version: 0 for the latest one.
+        kaggle 2.2.4 looks at the latest version, as does version 0.
         """
         out = self._ask("kernels", "status", _versioned(kernel, version))
         found = re.search(r'has status "([^"]+)"', out)
@@ -257,16 +255,16 @@ class Kaggle:
             safe: repeating changes nothing, so a doubtful failure is repeated, up to four calls in all.
             options: see `command.call`.
         """
-        limit = timeout or self.timeout
-        for attempt in range(4):
-            try:
-                return check(f"kaggle {' '.join(args[:2])}", call(args, limit, **options), limit)
-            except KaggleError as error:
-                passing = error.outcome == "doubtful" or error.code in (408, 429)
-                if not safe or not passing or attempt == 3:
-                    raise
-            self.wait(2 * 3**attempt)
-        raise AssertionError("unreachable")
+        limit, pauses = timeout or self.timeout, [2, 6, 18] if safe else []
+        while True:
+            said = call(args, limit, **options)
+            if said.ok:
+                return said
+            error = failure(f"kaggle {' '.join(args[:2])}", said, limit)
+            passing = error.outcome == "doubtful" or error.code in (408, 429)
+            if not (pauses and passing):
+                raise error
+            self.wait(pauses.pop(0))
 
 
 def looks(client: Kaggle, *, minutes: float) -> Iterator[None]:

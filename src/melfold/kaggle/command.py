@@ -20,15 +20,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from melfold.errors import MelfoldError
 
-Outcome = Literal["refused", "doubtful"]
-"""What a failed call left behind: nothing, or something unknown."""
-
 LOGIN = "Run `kaggle auth login`, or set KAGGLE_API_TOKEN, or put kaggle.json into ~/.kaggle; accept the competition's rules"
-KERNEL_HINT = "Kaggle refuses sources over 1 MB, titles in use and inputs that are not ready"
 
 _BLOCK = re.compile(r"^-{10,}(Request|Response)-{10,}\n(.*?)(?:^-{50}\n|\Z)", re.M | re.S)
 _LOGGED = re.compile(r"^(?:DEBUG|INFO):[\w.]+:.*\n?", re.M)
@@ -39,9 +35,9 @@ _STATUS = {"You don't have access": 403, "The resource was not": 404, "You have 
 
 
 class KaggleError(MelfoldError):
-    """A failed call. `outcome`: whether it may have taken effect anyway. `code`: the HTTP status, if it is known."""
+    """A failed call. `outcome`: `refused`, or `doubtful` if it may have had effects. `code`: the HTTP status, if it is known."""
 
-    def __init__(self, what: str, found: str = "", fix: str = "", *, outcome: Outcome = "refused", code: int = 0) -> None:
+    def __init__(self, what: str, found: str = "", fix: str = "", *, outcome: str = "refused", code: int = 0) -> None:
         super().__init__(what, found, fix)
         self.outcome, self.code = outcome, code
 
@@ -63,6 +59,11 @@ class Said:
     asked: list[str] | None = None
     status: int = 0
     reply: dict[str, Any] | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the call succeeded."""
+        return self.code == 0 and not re.search(r"\b[45]\d\d (Client|Server) Error", self.text)
 
     @property
     def message(self) -> str:
@@ -133,8 +134,7 @@ def call(
 def follow(args: Sequence[str], tell: Callable[[str], None]) -> Callable[[float], None]:
     """Run the command beside everything else, and tell each line that it prints.
 
-    Returns:
-        What ends it, after some seconds in which it may end by itself.
+    Returns: what ends it, after some seconds in which it may end by itself.
     """
     process, reader = _start(args, {}, lambda line: tell(redact(line.rstrip())), subprocess.DEVNULL)
 
@@ -206,17 +206,6 @@ def read(text: str, code: int | None, trace: bool) -> Said:
     return Said(code, plain, asked if trace else None, status, reply if isinstance(reply, dict) else None)
 
 
-def check(what: str, said: Said, timeout: float) -> Said:
-    """What a call left behind, if it succeeded.
-
-    Raises:
-        KaggleError: it failed.
-    """
-    if said.code == 0 and not re.search(r"\b[45]\d\d (Client|Server) Error", said.text):
-        return said
-    raise failure(what, said, timeout)
-
-
 def failure(what: str, said: Said, timeout: float = 0) -> KaggleError:
     """The error that a failed call is."""
     if said.code is None:
@@ -250,7 +239,9 @@ def status_of(said: Said) -> int:
 
 def hint(what: str, reason: str) -> str:
     """What may be wrong with a kernel, where Kaggle does not say it."""
-    return KERNEL_HINT if "kernels push" in what and not re.search(r"quota|hours|verif", reason, re.I) else ""
+    if "kernels push" not in what or re.search(r"quota|hours|verif", reason, re.I):
+        return ""
+    return "Kaggle refuses sources over 1 MB, titles in use and inputs that are not ready"
 
 
 def last_line(text: str) -> str:

@@ -74,29 +74,31 @@ def publish_dataset(client: Kaggle, folder: Path, dataset: str, progress: Progre
 
     Args:
         folder: its files and `dataset-metadata.json`.
-        dataset: `owner/slug`.
 
     Raises:
         MelfoldError: refused, still incomplete after several uploads, or not ready in time.
     """
     upload = Upload(folder.with_name("uploads"), lambda name, percent: progress(percent, 100, f"uploading {name}"))
     wanted = {p.name: p.stat().st_size for p in folder.iterdir() if p.name != "dataset-metadata.json"}
-    for attempt in range(UPLOADS):
+    for attempt in range(UPLOADS + 1):
         status = client.dataset_status(dataset)
+        if status not in (None, "ready", "pending"):
+            raise KaggleError(f"dataset {dataset} is in a bad state", status, "Delete it on kaggle.com, then push again")
+        found = client.dataset_files(dataset) if status == "ready" else {}
+        if found and all(found.get(name) in (0, size) for name, size in wanted.items()):
+            shutil.rmtree(upload.folder, ignore_errors=True)
+            return
+        if attempt == UPLOADS:
+            break
         try:
             if status is None:
                 log.info("uploading %d files (%.0f MB) to %s", len(wanted), sum(wanted.values()) / 1e6, dataset)
                 client.publish_dataset(folder, upload)
             elif status == "ready":
-                if _is_complete(client, dataset, wanted):
-                    shutil.rmtree(upload.folder, ignore_errors=True)
-                    return
                 # One refused file leaves a dataset without it. A new version replaces all files.
                 log.warning("dataset %s is incomplete: uploading it again", dataset)
                 shutil.rmtree(upload.folder, ignore_errors=True)  # what it says may be the reason
                 client.publish_dataset(folder, upload, new=False)
-            elif status != "pending":
-                raise KaggleError(f"dataset {dataset} is in a bad state", status, "Delete it on kaggle.com, then push again")
         except KaggleError as error:
             if error.outcome == "refused" or attempt == UPLOADS - 1:
                 raise
@@ -110,22 +112,12 @@ def publish_dataset(client: Kaggle, folder: Path, dataset: str, progress: Progre
             log.info("waiting until dataset %s is ready", dataset)
         else:
             raise MelfoldError(f"dataset {dataset} is not ready", f"after {DATASET_MINUTES} minutes", "Push again later")
-    if not _is_complete(client, dataset, wanted):
-        raise MelfoldError(
-            f"dataset {dataset} is incomplete", f"after {UPLOADS} uploads", "Look at it on kaggle.com, then push again"
-        )
-
-
-def _is_complete(client: Kaggle, dataset: str, wanted: dict[str, int]) -> bool:
-    found = client.dataset_files(dataset)
-    return all(name in found and found[name] in (0, size) for name, size in wanted.items())
+    fix = "Look at it on kaggle.com, then push again"
+    raise MelfoldError(f"dataset {dataset} is incomplete", f"after {UPLOADS} uploads", fix)
 
 
 def wait_for_kernel(client: Kaggle, built: Built) -> Path:
-    """Wait until the pushed version has run; fetch its log and output.
-
-    Returns:
-        The folder of its output.
+    """Wait until the pushed version has run; fetch its log and output. Returns: their folder.
 
     Raises:
         MelfoldError: it failed, or its output belongs to another build.
@@ -141,8 +133,7 @@ def wait_for_kernel(client: Kaggle, built: Built) -> Path:
         shutil.rmtree(output, ignore_errors=True)
         with suppress(KaggleError):
             client.kernel_output(kernel, version, output)
-        tail = [line.strip() for line in _log_text(output).splitlines() if line.strip()][-LOG_LINES:]
-        said = "; its log ends: ".join(filter(None, [message, " | ".join(tail)[-600:]])) or "no message"
+        said = "; its log ends: ".join(filter(None, [message, _end_of_log(output)])) or "no message"
         raise MelfoldError(f"kernel {kernel} version {version} ended with {status}", said, f"The whole log is in {output}")
     record = _fetch(client, kernel, version, output)
     if record["build_id"] != facts["build_id"]:
@@ -189,22 +180,15 @@ def _wait_until_ended(client: Kaggle, kernel: str, version: int, minutes: float)
     raise MelfoldError(f"kernel {kernel} has not ended", f"after {minutes:.0f} minutes", "Look at it on kaggle.com")
 
 
-def _log_text(output: Path) -> str:
+def _end_of_log(output: Path) -> str:
     text = "\n".join(p.read_text(errors="replace") for p in output.glob("*.log"))
-    try:
-        return "".join(entry.get("data", "") for entry in json.loads(text))
-    except (ValueError, AttributeError):
-        return text
+    with suppress(ValueError, AttributeError):
+        text = "".join(entry.get("data", "") for entry in json.loads(text))
+    return " | ".join([line.strip() for line in text.splitlines() if line.strip()][-LOG_LINES:])[-600:]
 
 
 def fetch_run(built: Built, output: Path, home: Home) -> Path:
-    """Verify a training kernel's run and copy it into the home folder. Folds that are done there already stay.
-
-    Args:
-        output: the kernel's output.
-
-    Returns:
-        The run's folder.
+    """Verify the run in a training kernel's output and copy it into the home folder. Folds that are done there already stay.
 
     Raises:
         MelfoldError: no run in the output, one that was damaged on its way, or another run of this name here.

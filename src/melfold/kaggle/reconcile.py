@@ -191,8 +191,7 @@ def wait_for_score(client: Kaggle, home: Home, row: Row, *, minutes: float = 240
 def sync(client: Kaggle, home: Home) -> list[str]:
     """Bring the ledger up to date with Kaggle, for one competition. Scores may change, so scored rows are looked at too.
 
-    Returns:
-        What changed, what is still unknown, and what Kaggle has that the ledger lacks, a line each.
+    Returns: what changed, what is still unknown, and what Kaggle has that the ledger lacks, a line each.
     """
     ledger, lines = Ledger.of(home), []
     with alone(home):

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -26,8 +25,7 @@ from melfold.kaggle.judge import judge_infer, judge_train
 from melfold.kernels.boot import RECORD
 from melfold.learn.shorten import few_clips
 
-Layout = Literal["nested", "flat"]
-LAYOUTS: tuple[Layout, ...] = ("nested", "flat")
+LAYOUTS = ("nested", "flat")
 """How Kaggle mounts inputs: in `competitions/`, `datasets/<owner>/` and `notebooks/<owner>/`, or all side by side."""
 
 NOISE_RATE = 44_100
@@ -67,15 +65,13 @@ def rehearse(
 
     An inference kernel gets the real test clips; it runs to its end in the nested mount layout, and up to its first submission in
     the flat one. A training kernel gets a few clips (made up where there is no audio), and does a few steps of one fold.
+    What was found is also written to `rehearsal.json` beside the kernel.
 
     Args:
         competition: the download that is mounted, without the truth of its test clips.
         isolation: `namespaces`, `prefix` (a path prefix and an audit hook), or `auto`: namespaces if the system has them.
         keep: a folder for the kernel's output and log; without it, they are deleted.
         python: the interpreter of another environment, such as one with the versions of Kaggle's image.
-
-    Returns:
-        What was found; it is also written to `rehearsal.json` beside the kernel.
 
     Raises:
         MelfoldError: no built kernel, one that was changed after the build, or an input that is missing here.
@@ -122,7 +118,7 @@ class _Stage:
     """A file tree as Kaggle lays it out, below `root`."""
 
     def __init__(
-        self, built: Built, competition: Competition, home: Home, root: Path, layout: Layout, isolation: str, python: Path | None
+        self, built: Built, competition: Competition, home: Home, root: Path, layout: str, isolation: str, python: Path | None
     ) -> None:
         self.python = python or Path(sys.executable)
         self.built, self.root, self.layout, self.isolation = built, root, layout, isolation
@@ -224,14 +220,11 @@ def link_inputs(inputs: dict[str, Path], root: Path) -> None:
         path.symlink_to(source)
 
 
-def mounts(built: Built, competition: Competition, home: Home, root: Path, layout: Layout) -> dict[str, Path]:
+def mounts(built: Built, competition: Competition, home: Home, root: Path, layout: str) -> dict[str, Path]:
     """Mount point -> what is mounted: the competition without its test truth, the dataset, an earlier kernel's output.
 
     Args:
         root: a folder for files that the competition lacks.
-
-    Raises:
-        MelfoldError: an earlier kernel's output that was not fetched.
     """
     metadata, slug = read_json(built.kernel / "kernel-metadata.json"), built.facts["competition_slug"]
     base = f"kaggle/input/competitions/{slug}" if layout == "nested" else f"kaggle/input/{slug}"

@@ -57,9 +57,7 @@ def place_of(score: float, standings: Standings, table: Sequence[float] = ()) ->
     """
     import numpy as np
 
-    lines = standings.lines | ({} if score + SAME >= standings.ranks[1] else {"rank 1": standings.ranks[1]})
-    if table:
-        lines |= {"rank 1": max(table)} if score + SAME < max(table) else {}
+    lines = standings.lines | {"rank 1": max(table) if table else standings.ranks[1]}
     medal = next((medal for medal, line in standings.lines.items() if score + SAME >= line), "")
     ahead = {name: line - score for name, line in lines.items() if line > score + SAME}
     following = min(ahead, key=lambda name: ahead[name], default="")

@@ -49,11 +49,7 @@ def competition_for(manifest: dict[str, Any], asked: str | None) -> str:
 
 
 def check_file_form(id: str, competition: str) -> None:
-    """Refuse to submit a file where only kernels are accepted.
-
-    Raises:
-        MelfoldError: that is so.
-    """
+    """Raise a `MelfoldError` if a competition takes no files."""
     if facts_of(competition).code_only:
         fix = f"Run `melfold ship {id}`, or `melfold ship {id} --copy` to submit this very file by a small kernel"
         raise MelfoldError(f"{competition} takes no files, only kernels", "nothing was submitted", fix)
@@ -68,9 +64,6 @@ def submit(client: Kaggle, home: Home, id: str, *, kernel: Kernel | None = None,
     Args:
         kernel: the code form; without, the file form.
         again: submit even if Kaggle has, or may have, this one.
-
-    Returns:
-        The ledger's row.
 
     Raises:
         MelfoldError: no such submission, one for another competition, one whose outcome is unknown, no submissions left today,

@@ -35,10 +35,8 @@ class Training:
     """A run that is trained on Kaggle.
 
     Args:
-        name: of the run.
         table: the fold table, which is part of the script.
         competition: its tables are enough.
-        folds: those to train.
         weights_from: where the file that `model.weights=file:NAME` names is, unless it is here: `OWNER/KERNEL`,
             `dataset:OWNER/NAME` or `model:OWNER/MODEL/FRAMEWORK/VARIATION/VERSION`.
     """
@@ -139,12 +137,10 @@ def train_on_kaggle(
     """Train a run on Kaggle, session after session, until all of its folds are done, and bring it home.
 
     A repeated call continues where the last one stopped: what was pushed is waited for, what was fetched stays.
+    Returns: the kernel of the last session, whose output holds the whole run.
 
     Args:
         sessions: at most so many, with those before this call.
-
-    Returns:
-        The kernel of the last session, whose output holds the whole run.
 
     Raises:
         MelfoldError: a rehearsal or a session that failed; settings that differ from an earlier session's; folds that are not
