@@ -79,14 +79,17 @@ def ship(
     from melfold.combine.submission import open_submission
     from melfold.kaggle.build import Target, build_copy, build_infer
     from melfold.kaggle.push import check_output, push, wait_for_kernel
-    from melfold.kaggle.reconcile import wait_for_score
-    from melfold.kaggle.submit import Kernel, at_kaggle, competition_for, submit
+    from melfold.kaggle.reconcile import alone, find_row, wait_for_score
+    from melfold.kaggle.submit import Kernel, competition_for, submit
 
-    place, form = Home.find(home), None
+    place, form, row = Home.find(home), None, None
     if file and copy:
         raise MelfoldError("--file and --copy are two ways", "both were given", "Give one of them")
-    client = Kaggle(competition_for(open_submission(place, id), competition))
-    row = None if file or again else at_kaggle(client, place, id)  # before a kernel is built; `submit` looks once more
+    manifest = open_submission(place, id)
+    client = Kaggle(competition_for(manifest, competition))
+    if not (file or again):  # before a kernel is built; `submit` looks once more
+        with alone(place):
+            row = find_row(client, place, manifest)
     if not (row or file):
         target = Target(owner or client.username(), client.competition, gpu, budget)
         built = build_copy(place, id, target) if copy else build_infer(place, id, target, source=weights_from)

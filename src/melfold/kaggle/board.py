@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from melfold.kaggle.ledger import Row
 
-LEAST = 3
-"""Submissions that a line needs."""
+if TYPE_CHECKING:
+    import numpy as np
+
+LEAST = 3  # submissions that a line needs
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,12 @@ def line_of(rows: Sequence[Row]) -> Line | None:
 
     None with fewer than three different submissions that have both scores, or where all have the same out-of-fold score.
     """
-    points = _points(rows)
-    if len(points) < LEAST or len(set(points[:, 0])) < 2:
+    scores = _scores(rows)
+    if len(scores) < LEAST or len({oof for oof, _ in scores}) < 2:
         return None
+    import numpy as np
+
+    points = np.array(scores)
     slope, intercept = _theil_sen(points)
     errors = []
     for out, (oof, private) in enumerate(points):
@@ -64,19 +68,20 @@ def line_of(rows: Sequence[Row]) -> Line | None:
 
 def why_no_line(rows: Sequence[Row]) -> str:
     """Why there is no line, in a sentence."""
-    if (count := len(_points(rows))) < LEAST:
+    if (count := len(_scores(rows))) < LEAST:
         need = f"it needs {LEAST} submissions of one fold table with OOF and Private"
         return f"No prediction of Private scores: {need}, not {count}."
     return "No prediction of Private scores: all submissions have the same OOF score."
 
 
-def _points(rows: Sequence[Row]) -> np.ndarray:
+def _scores(rows: Sequence[Row]) -> list[tuple[float | None, float]]:
     """Out-of-fold and Private score of each submission that has both, once."""
-    return np.array(list({row.id: (row.oof, row.private) for row in newest(rows) if row.private is not None}.values()))
+    return list({row.id: (row.oof, row.private) for row in newest(rows) if row.private is not None}.values())
 
 
 def _theil_sen(points: np.ndarray) -> tuple[float, float]:
     """Slope and intercept; flat where all have the same out-of-fold score."""
+    import numpy as np
     from scipy.stats import theilslopes
 
     if len(set(points[:, 0])) < 2:

@@ -25,13 +25,10 @@ from melfold.learn.predictions import open_prediction
 
 log = logging.getLogger(__name__)
 
-NAME = "[A-Za-z0-9][A-Za-z0-9_-]*"
-"""Of a user, a kernel or a dataset in an address."""
-
+NAME = "[A-Za-z0-9][A-Za-z0-9_-]*"  # of a user, a kernel or a dataset in an address
 COPY_MINUTES = 15
-
-MARGIN_MINUTES, MOST_MINUTES = {"infer": 0, "copy_csv": 0, "train": 10}, 720
-"""Kaggle stops a session that exceeds its own limit by so much, or that is so long."""
+MARGIN_MINUTES = {"infer": 0, "copy_csv": 0, "train": 10}  # by which a session may exceed its own limit
+MOST_MINUTES = 720  # of any session
 
 
 @dataclass(frozen=True)

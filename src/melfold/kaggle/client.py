@@ -23,9 +23,7 @@ from melfold.kaggle.command import LOGIN, KaggleError, Said, Upload, call, failu
 from melfold.kaggle.courier import send
 
 COMPETITION = facts_of(DEFAULT).slug
-
-SLOWEST_UPLOAD = 100_000
-"""Bytes per second: an upload that is slower is stopped."""
+SLOWEST_UPLOAD = 100_000  # bytes per second; one that is slower is stopped
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -79,10 +80,6 @@ class Ledger:
         """The ledger of a home."""
         return cls(home.submissions / "ledger.csv")
 
-    @property
-    def _lock(self) -> Path:
-        return self.path.with_name(".ledger.lock")
-
     def rows(self) -> list[Row]:
         """All rows, oldest first.
 
@@ -116,22 +113,26 @@ class Ledger:
 
     def add(self, row: Row) -> None:
         """Append a row."""
-        with locked(self._lock):
-            self._write([*self.rows(), row])
+        with self._changed() as rows:
+            rows.append(row)
 
     def update(self, tag: str, **changes: str) -> Row:
         """Change the row of a tag. Returns: the row."""
-        with locked(self._lock):
-            rows = [replace(row, **changes) if row.tag == tag else row for row in self.rows()]
-            self._write(rows)
-        return next(row for row in rows if row.tag == tag)
+        with self._changed() as rows:
+            number = [row.tag for row in rows].index(tag)
+            rows[number] = replace(rows[number], **changes)
+        return rows[number]
 
-    def _write(self, rows: Sequence[Row]) -> None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-        write_text(self.path, text.getvalue())
+    @contextmanager
+    def _changed(self) -> Iterator[list[Row]]:
+        """The rows, which are written afterwards; meanwhile nobody else changes them."""
+        with locked(self.path.with_name(".ledger.lock")):
+            rows, text = self.rows(), io.StringIO()
+            yield rows
+            writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(map(asdict, rows))
+            write_text(self.path, text.getvalue())
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from typing import Any
 from melfold.errors import MelfoldError
 from melfold.files import digest
 
-MAX_BYTES = 1_000_000
-"""Kaggle refuses a larger script, without naming the reason."""
+MAX_BYTES = 1_000_000  # Kaggle refuses a larger script, without naming the reason
 
 LEFT_OUT = {
     *("__main__.py", "cli", "stages.py", "dry_run.py", "kaggle", "report"),

@@ -19,8 +19,7 @@ from melfold.kaggle.ledger import SPENT, Ledger, Row
 
 log = logging.getLogger(__name__)
 
-LOOKS = (0, 5, 20, 60)
-"""Seconds before each look for a tag after a doubtful call: Kaggle may list a submission late."""
+LOOKS = (0, 5, 20, 60)  # seconds before each look for a tag after a doubtful call: Kaggle may list a submission late
 
 
 def alone(home: Home) -> AbstractContextManager[IO[str]]:

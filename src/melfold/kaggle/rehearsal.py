@@ -29,9 +29,7 @@ LAYOUTS = ("nested", "flat")
 """How Kaggle mounts inputs: in `competitions/`, `datasets/<owner>/` and `notebooks/<owner>/`, or all side by side."""
 
 NOISE_RATE = 44_100
-
-TRAIN_MINUTES = 10
-"""A rehearsed training kernel must end within this time."""
+TRAIN_MINUTES = 10  # in which a rehearsed training kernel must end
 
 
 @dataclass
@@ -121,13 +119,12 @@ class _Stage:
         self, built: Built, competition: Competition, home: Home, root: Path, layout: str, isolation: str, python: Path | None
     ) -> None:
         self.python = python or Path(sys.executable)
-        self.built, self.root, self.layout, self.isolation = built, root, layout, isolation
-        self.working, self.tmp, self.watch = root / "kaggle/working", root / "tmp", root / "watch"
-        for path in (self.working, self.tmp, self.watch, root / "kaggle/src", root / "kaggle/input"):
-            path.mkdir(parents=True)
-        write_text(self.watch / "sitecustomize.py", sandbox.WATCH)
+        self.root, self.layout, self.isolation = root, layout, isolation
+        self.working, self.record = root / "kaggle/working", root / "watch/record.txt"
+        for name in ("kaggle/working", "kaggle/src", "kaggle/input", "tmp", "watch"):
+            (root / name).mkdir(parents=True)
+        write_text(root / "watch/sitecustomize.py", sandbox.WATCH)
         shutil.copy2(built.kernel / "kernel.py", root / "kaggle/src/script.py")
-        self.record = self.watch / "record.txt"
         self.inputs = mounts(built, competition, home, root, layout)
 
     def run(self, limit: float, extra: dict[str, str]) -> Rehearsal:
@@ -181,33 +178,32 @@ class _Stage:
         kept = ("PATH", "LANG", "LC_ALL", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "LD_LIBRARY_PATH")
         environment = {name: os.environ[name] for name in kept if name in os.environ} | extra
         spaces = self.isolation == "namespaces"
-        place = Path("/") if spaces else self.root
+        top = "" if spaces else str(self.root)
         environment |= {
-            "HOME": str(place / "tmp"),
-            "TMPDIR": str(place / "tmp"),
-            "PYTHONPATH": str(place / "watch"),
+            "HOME": f"{top}/tmp",
+            "TMPDIR": f"{top}/tmp",
+            "PYTHONPATH": f"{top}/watch",
             "PYTHONDONTWRITEBYTECODE": "1",
-            "MELFOLD_WATCH": str(place / "watch" / self.record.name),
-            "MELFOLD_KERNEL_ROOT": str(place),
-            "MELFOLD_WRITABLE": os.pathsep.join([str(place / "kaggle/working"), str(place / "tmp"), "/dev"]),
+            "MELFOLD_WATCH": f"{top}/watch/{self.record.name}",
+            "MELFOLD_KERNEL_ROOT": top or "/",
+            "MELFOLD_WRITABLE": os.pathsep.join([f"{top}/kaggle/working", f"{top}/tmp", "/dev"]),
+            "MELFOLD_INPUTS": f"{top}/kaggle/input",
         }
+        argv = [str(self.python), f"{top}/kaggle/src/script.py"]
         if not spaces:
             link_inputs(self.inputs, self.root)
-            tops = [self.root / "kaggle/input", *self.inputs.values()]
-            environment |= {"MELFOLD_REFUSE": "1", "MELFOLD_INPUTS": os.pathsep.join(map(str, tops))}
-            return [str(self.python), str(self.root / "kaggle/src/script.py")], environment
-        environment["MELFOLD_INPUTS"] = "/kaggle/input"
+            environment["MELFOLD_INPUTS"] += "".join(f"{os.pathsep}{source}" for source in self.inputs.values())
+            return argv, environment | {"MELFOLD_REFUSE": "1"}
         prefixes = sorted({str(self.python.parents[1]), str(self.python.resolve().parents[1]), sys.base_prefix})
         binds = [
-            [str(self.tmp), "/tmp", False],
+            [f"{self.root}/tmp", "/tmp", False],
             # An interpreter below /tmp must stay visible.
             *([prefix, prefix, True] for prefix in prefixes if Path(prefix).is_relative_to("/tmp")),
-            [str(self.working), "/kaggle/working", False],
-            [str(self.root / "kaggle/src"), "/kaggle/src", True],
-            [str(self.watch), "/watch", False],
+            [f"{self.root}/kaggle/working", "/kaggle/working", False],
+            [f"{self.root}/kaggle/src", "/kaggle/src", True],
+            [f"{self.root}/watch", "/watch", False],
             *([str(source), f"/{target}", True] for target, source in self.inputs.items()),
         ]
-        argv = [str(self.python), "/kaggle/src/script.py"]
         spec = {"binds": binds, "argv": argv, "env": environment, "cwd": "/kaggle/working"}
         return sandbox.command(spec, self.root), {name: value for name, value in environment.items() if name in kept}
 

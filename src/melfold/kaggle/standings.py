@@ -15,8 +15,7 @@ from melfold.kaggle.command import KaggleError
 
 log = logging.getLogger(__name__)
 
-SAME = 5e-6
-"""Two scores this close are the same: Kaggle shows five digits."""
+SAME = 5e-6  # two scores this close are the same: Kaggle shows five digits
 
 
 @dataclass(frozen=True)

@@ -103,17 +103,6 @@ def submit(client: Kaggle, home: Home, id: str, *, kernel: Kernel | None = None,
         return _send(client, home, row, manifest, kernel)
 
 
-def at_kaggle(client: Kaggle, home: Home, id: str) -> Row | None:
-    """The row of a submission that Kaggle has, even if the ledger did not know it; None if it can be submitted.
-
-    Raises:
-        MelfoldError: no such submission, or one whose outcome is unknown.
-    """
-    manifest = open_submission(home, id)
-    with alone(home):
-        return find_row(client, home, manifest)
-
-
 def _send(client: Kaggle, home: Home, row: Row, manifest: dict[str, Any], kernel: Kernel | None) -> Row:
     message = f"{row.id} oof={row.oof or float('nan'):.5f} {file_mark(manifest)} melfold:{row.tag}"
     record = record_of(home, row.tag)

@@ -26,8 +26,7 @@ from melfold.learn.start import check_name
 
 log = logging.getLogger(__name__)
 
-SESSION_MINUTES = 660
-"""A session may last 12 hours; this leaves an hour."""
+SESSION_MINUTES = 660  # a session may last 12 hours; this leaves an hour
 
 
 @dataclass(frozen=True)
