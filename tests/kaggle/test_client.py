@@ -62,12 +62,10 @@ def test_submissions_are_read_past_what_is_printed_before_them(fake: FakeKaggle,
     assert found.description == "one, with a comma melfold:abc"
     assert found.status == "COMPLETE"
     assert 0 < found.public_score <= 1
-    assert Kaggle().find("melfold:abc") == found
-    assert Kaggle().find("melfold:abd") is None
 
 
 def test_a_list_that_cannot_be_read_is_an_error(fake: FakeKaggle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Kaggle, "_run", lambda *_, **__: "something else\n")
+    monkeypatch.setattr(Kaggle, "_ask", lambda *_, **__: "something else\n")
     with pytest.raises(KaggleError, match="cannot be read: something else"):
         Kaggle().submissions()
 

@@ -42,7 +42,7 @@ def test_a_dataset_with_a_file_of_another_size_is_uploaded_again(own: World, fak
     path = next(broken.glob("*fold0.safetensors"))
     path.write_bytes(path.read_bytes()[:-100])
     dataset = built.facts["dataset"]
-    Kaggle(SLUG).create_dataset(broken)
+    Kaggle(SLUG).publish_dataset(broken)
     publish_dataset(Kaggle(SLUG), built.dataset, dataset)
     publish_dataset(Kaggle(SLUG), built.dataset, dataset)
     assert [version.notes for version in fake.datasets[dataset.split("/")[1]]] == ["Initial release", "complete"]

@@ -22,12 +22,12 @@ from melfold.cli.options import (
 from melfold.cli.output import bar, command
 from melfold.errors import MelfoldError
 from melfold.files import Home
-from melfold.kaggle.client import COMPETITION
+from melfold.kaggle.built import Built
+from melfold.kaggle.client import COMPETITION, Kaggle
+from melfold.kaggle.standings import fetch_table
 
 if TYPE_CHECKING:
     from melfold.data.competition import Competition
-    from melfold.kaggle.built import Built
-    from melfold.kaggle.rehearsal import Rehearsal
     from melfold.kaggle.training import Training
 
 app = typer.Typer()
@@ -77,29 +77,28 @@ def ship(
 ) -> None:
     """Build, rehearse and push a kernel, submit its output, wait for the score and record it."""
     from melfold.combine.submission import open_submission
-    from melfold.kaggle.client import Kaggle
+    from melfold.kaggle.build import Target, build_copy, build_infer
     from melfold.kaggle.push import check_output, push, wait_for_kernel
-    from melfold.kaggle.reconcile import wait_for_score
-    from melfold.kaggle.standings import fetch_table
-    from melfold.kaggle.submit import Kernel, at_kaggle, check_file_form, competition_for, submit
+    from melfold.kaggle.reconcile import alone, find_row, wait_for_score
+    from melfold.kaggle.submit import Kernel, competition_for, submit
 
-    place, form = Home.find(home), None
+    place, form, row = Home.find(home), None, None
     if file and copy:
         raise MelfoldError("--file and --copy are two ways", "both were given", "Give one of them")
-    client = Kaggle(competition_for(open_submission(place, id), competition))
-    if file:
-        check_file_form(id, client.competition)
-    row = None if file or again else at_kaggle(client, place, id)  # before a kernel is built; `submit` looks once more
+    manifest = open_submission(place, id)
+    client = Kaggle(competition_for(manifest, competition))
+    if not (file or again):  # before a kernel is built; `submit` looks once more
+        with alone(place):
+            row = find_row(client, place, manifest)
     if not (row or file):
-        options: dict[str, Any] = {"gpu": gpu, "budget": budget, "weights_from": weights_from, "copy": copy}
-        built = _build_infer(place, id, owner, client.competition, **options)
+        target = Target(owner or client.username(), client.competition, gpu, budget)
+        built = build_copy(place, id, target) if copy else build_infer(place, id, target, source=weights_from)
         typer.echo(f"1/5 built {built.folder}")
         download = _download(place, built, data)
         if not built.passed:
-            _print_rehearsal(_rehearse(built, download, place), built)
+            _rehearse(built, download, place)
         typer.echo("2/5 rehearsed")
-        pushed = built.pushed
-        version = pushed["version"] if pushed else push(client, built, progress=bar())
+        version = built.pushed or push(client, built, progress=bar())
         typer.echo(f"3/5 pushed {built.facts['kernel']} version {version}")
         check_output(wait_for_kernel(client, built), download)
         typer.echo("4/5 the kernel is complete and its output is a valid submission")
@@ -121,29 +120,15 @@ def kernel_build_infer(
     home: HomeOpt = None,
 ) -> None:
     """Build a kernel that makes a submission again from its weights, within a time budget."""
-    built = _build_infer(Home.find(home), submission, owner, competition, gpu=gpu, budget=budget, weights_from=weights_from)
-    typer.echo(f"{built.folder}\nNext: melfold kernel rehearse {built.folder}")
-
-
-def _build_infer(
-    home: Home,
-    id: str,
-    owner: str | None,
-    competition: str | None,
-    *,
-    gpu: bool,
-    budget: float | None,
-    weights_from: str = "",
-    copy: bool = False,
-) -> Built:
     from melfold.combine.submission import open_submission
-    from melfold.kaggle.build import Target, build_copy, build_infer
-    from melfold.kaggle.client import Kaggle
+    from melfold.kaggle.build import Target, build_infer
     from melfold.kaggle.submit import competition_for
 
-    slug = competition_for(open_submission(home, id), competition)  # before the account's name is asked for
-    target = Target(owner or Kaggle(slug).username(), slug, gpu, budget)
-    return build_copy(home, id, target) if copy else build_infer(home, id, target, source=weights_from)
+    place = Home.find(home)
+    client = Kaggle(competition_for(open_submission(place, submission), competition))
+    target = Target(owner or client.username(), client.competition, gpu, budget)
+    built = build_infer(place, submission, target, source=weights_from)
+    typer.echo(f"{built.folder}\nNext: melfold kernel rehearse {built.folder}")
 
 
 WeightsFromOpt = Annotated[
@@ -179,7 +164,6 @@ def kernel_build_train(
 ) -> None:
     """Build a kernel that trains folds, one per GPU. The next session continues it."""
     from melfold.kaggle.build import Target
-    from melfold.kaggle.client import Kaggle
     from melfold.kaggle.training import build_train
 
     place = Home.find(home)
@@ -211,7 +195,6 @@ def kaggle_train(
     continues.
     """
     from melfold.kaggle.build import Target
-    from melfold.kaggle.client import Kaggle
     from melfold.kaggle.training import train_on_kaggle
 
     place, client = Home.find(home), Kaggle(competition)
@@ -254,12 +237,8 @@ def kernel_rehearse(
     home: HomeOpt = None,
 ) -> None:
     """Run a built kernel as Kaggle would, without a network. Only a kernel that passed may be pushed."""
-    from melfold.kaggle.built import Built
-
     place, built = Home.find(home), Built(folder.resolve())
-    download = _download(place, built, data)
-    found = _rehearse(built, download, place, isolation=isolation, keep=keep, python=python)
-    _print_rehearsal(found, built)
+    _rehearse(built, _download(place, built, data), place, isolation=isolation, keep=keep, python=python)
     typer.echo(f"Next: melfold kernel push {folder}")
 
 
@@ -272,13 +251,10 @@ def kernel_push(
     home: HomeOpt = None,
 ) -> None:
     """Upload the weights, once, and push the kernel. With --wait fetch its log and output."""
-    from melfold.kaggle.built import Built
-    from melfold.kaggle.client import Kaggle
     from melfold.kaggle.push import fetch_run, push, wait_for_kernel
 
     client, built = Kaggle(competition), Built(folder.resolve())
-    pushed = built.pushed
-    version = pushed["version"] if pushed and wait else push(client, built, unrehearsed=unrehearsed, progress=bar())
+    version = (wait and built.pushed) or push(client, built, unrehearsed=unrehearsed, progress=bar())
     typer.echo(f"{built.facts['kernel']} version {version}")
     if wait:
         output = wait_for_kernel(client, built)
@@ -298,20 +274,20 @@ def _download(home: Home, built: Built, data: Path | None) -> Competition:
     return load_competition(found, audio=False)
 
 
-def _rehearse(built: Built, competition: Competition, home: Home, **options: object) -> Rehearsal:
+def _rehearse(built: Built, competition: Competition, home: Home, **options: Any) -> None:
+    """Rehearse, and say what was found.
+
+    Raises:
+        MelfoldError: a line for each failure.
+    """
     from melfold.kaggle.rehearsal import rehearse
 
     typer.echo("melfold: rehearsing; this takes as long as the kernel does", err=True)
-    return rehearse(built, competition, home, **options)  # type: ignore[arg-type]
-
-
-def _print_rehearsal(found: Rehearsal, built: Built) -> None:
+    found = rehearse(built, competition, home, **options)
     typer.echo(f"rehearsed {ISOLATION[found.isolation]}")
     typer.echo(f"{found.seconds:.0f} s, at most {found.peak_mib:.0f} MiB of memory")
-    if found.equality:
-        typer.echo(found.equality)
-    if found.note:
-        typer.echo(found.note)
+    for text in filter(None, (found.equality, found.note)):
+        typer.echo(text)
     for clips, seconds in found.predicted_seconds.items():
         typer.echo(f"expected for {int(clips):,} clips of the real length on this machine: {seconds:.0f} s")
     if found.failures:

@@ -11,11 +11,12 @@ from melfold.cli.options import HomeOpt, IdArg, JsonOpt
 from melfold.cli.output import command, interval, note, print_json, print_table, score
 from melfold.errors import MelfoldError
 from melfold.files import Home
-from melfold.kaggle.client import COMPETITION
+from melfold.kaggle.built import built_for
+from melfold.kaggle.client import COMPETITION, Kaggle
+from melfold.kaggle.ledger import COLUMNS, Ledger, Row, choose_two
+from melfold.kaggle.standings import Place, fetch_table, place_at
 
 if TYPE_CHECKING:
-    from melfold.kaggle.ledger import Row
-    from melfold.kaggle.standings import Place
     from melfold.kaggle.submit import Kernel
 
 app = typer.Typer()
@@ -43,15 +44,12 @@ def submit(
 ) -> None:
     """Submit once. If an earlier try may have succeeded, it is looked up and never repeated."""
     from melfold.combine.submission import open_submission
-    from melfold.kaggle.client import Kaggle
     from melfold.kaggle.reconcile import wait_for_score
-    from melfold.kaggle.submit import check_file_form, competition_for
+    from melfold.kaggle.submit import competition_for
     from melfold.kaggle.submit import submit as spend
 
     place = Home.find(home)
     client = Kaggle(competition_for(open_submission(place, id), competition))
-    if not kernel:
-        check_file_form(id, client.competition)
     row = spend(client, place, id, kernel=_find_kernel(place, id) if kernel else None, again=again)
     if wait or row.status == "error":
         row = wait_for_score(client, place, row)
@@ -64,7 +62,6 @@ def _find_kernel(home: Home, id: str) -> Kernel:
     Raises:
         MelfoldError: none was pushed since it was built.
     """
-    from melfold.kaggle.built import built_for
     from melfold.kaggle.submit import Kernel
 
     builds = [built_for(home, kind, id) for kind in ("infer", "copy_csv")]
@@ -79,8 +76,6 @@ def _find_kernel(home: Home, id: str) -> Kernel:
 
 def print_row(row: Row, home: Home) -> None:
     """A submission's state, its scores, and where it stands."""
-    from melfold.kaggle.standings import place_at
-
     halves = {"OOF": row.oof, "public": row.public, "private": row.private}
     known = [f"{half} {score(value)}" for half, value in halves.items() if value is not None]
     later = ["no score yet: `melfold ledger sync`"] if row.public is None and row.private is None else []
@@ -98,10 +93,7 @@ def ledger_sync(
     home: HomeOpt = None,
 ) -> None:
     """Fetch states and scores from Kaggle, look again for what is unknown, and once fetch the final leaderboard."""
-    from melfold.kaggle.client import Kaggle
-    from melfold.kaggle.ledger import Ledger
     from melfold.kaggle.reconcile import sync
-    from melfold.kaggle.standings import fetch_table
 
     place, lines = Home.find(home), []
     known = sorted({row.competition for row in Ledger.of(place).rows()}) or [COMPETITION]
@@ -119,35 +111,32 @@ def ledger_show(
     home: HomeOpt = None,
 ) -> None:
     """Show every submission, where it stands on the final Private leaderboard, and the two to select."""
-    from melfold.kaggle.board import line_of, waiting, why_no_line
-    from melfold.kaggle.ledger import COLUMNS, Ledger, choose_two
-    from melfold.kaggle.standings import place_at
+    from melfold.kaggle.board import line_of, newest, why_no_line
 
     if sort not in COLUMNS:
         raise MelfoldError("no such column", sort, f"Use one of {', '.join(COLUMNS)}")
-    home_ = Home.find(home)
-    ledger = Ledger.of(home_)
-    rows = ledger.rows()
-    if sort in SCORES:
-        rows.sort(key=lambda row: -float(getattr(row, sort) or "-inf"))
-    else:
-        rows.sort(key=lambda row: getattr(row, sort))
-    line = line_of(rows)
-    choices, places = choose_two(rows), [place_at(home_, row.competition, row.private) for row in rows]
+    place = Home.find(home)
+    ledger = Ledger.of(place)
+    rows = sorted(
+        ledger.rows(),
+        key=lambda row: -float(getattr(row, sort) or "-inf") if sort in SCORES else getattr(row, sort),
+    )
+    line, choices = line_of(rows), choose_two(rows)
+    places = [place_at(place, row.competition, row.private) for row in rows]
     if json:
         selected = [{"id": c.row.id, "tag": c.row.tag, "ref": c.row.ref, "reason": c.reason} for c in choices]
-        table = [_values(row) | {"place": place and vars(place)} for row, place in zip(rows, places, strict=True)]
+        table = [_values(row) | {"place": at and vars(at)} for row, at in zip(rows, places, strict=True)]
         print_json({"ledger": ledger.path, "rows": table, "select": selected, "private_from_oof": line and vars(line)})
         return
     if not rows:
         typer.echo(f"There are no submissions in {ledger.path}. If yours are elsewhere, give the right --home.")
-    print_table([_shown(row, place) for row, place in zip(rows, places, strict=True)], left=["medal", "next", "status", "note"])
+    print_table([_shown(row, at) for row, at in zip(rows, places, strict=True)], left=["medal", "next", "status", "note"])
     for number, choice in enumerate(choices, 1):
         typer.echo(f"select {number}: {choice.row.id} ({choice.row.ref}), {choice.reason}")
     if rows:
         typer.echo(line or why_no_line(rows))
-    for row in waiting(rows):
-        if line and row.oof is not None:
+    for row in newest(rows):
+        if line and row.oof is not None and row.private is None:
             value, low, high = line.predict(row.oof)
             typer.echo(f"{row.id}: expect Private {score(value)} (95 % {interval(low, high)}) from OOF {score(row.oof)}")
 
@@ -181,7 +170,6 @@ def ledger_plot(
     output: Annotated[Path, typer.Option("-o", "--output", help="The PNG to write.")] = Path("ledger.png"), home: HomeOpt = None
 ) -> None:
     """Draw OOF against leaderboard scores with the medals' lines and the line that predicts Private, and scores over time."""
-    from melfold.kaggle.ledger import Ledger
     from melfold.report.ledger import plot_ledger
 
     plot_ledger(Ledger.of(Home.find(home)).rows(), output)

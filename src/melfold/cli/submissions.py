@@ -103,7 +103,11 @@ def submission_build(
     from melfold.learn.predictions import open_predictions
 
     place = Home.find(home)
-    opened, shares = open_predictions(place, runs), _numbers(weights)
+    opened = open_predictions(place, runs)
+    try:
+        shares = [float(part) for part in weights.split(",")] if weights is not None else None
+    except ValueError:
+        raise MelfoldError("--weights needs numbers", repr(weights), "For example --weights 3,1") from None
     id = id or "+".join(prediction.label.replace("@", "-") for prediction in opened)
     competition = _competition(data, opened[0].run)
     path = build_submission(place, opened, competition, id=id, mean=mean, weights=shares)
@@ -135,13 +139,6 @@ def _print_expected(predictions: Sequence[Prediction], manifest: dict[str, Any],
         typer.echo(f"On the final Private leaderboard: {expected} (rank {best.rank} to {worst.rank})")
     if not found.grouped:
         note("no groups of clips are known in these folds: if there are near-duplicates, expect less")
-
-
-def _numbers(text: str | None) -> list[float] | None:
-    try:
-        return None if text is None else [float(part) for part in text.split(",")]
-    except ValueError:
-        raise MelfoldError("--weights needs numbers", repr(text), "For example --weights 3,1") from None
 
 
 @command(submission_app, "rebuild", "melfold submission rebuild audioset --data data/fat2019")

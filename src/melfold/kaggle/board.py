@@ -11,8 +11,7 @@ from melfold.kaggle.ledger import Row
 if TYPE_CHECKING:
     import numpy as np
 
-LEAST = 3
-"""Submissions that a line needs."""
+LEAST = 3  # submissions that a line needs
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,18 @@ class Line:
         return f"{line} (Theil-Sen, {self.count} submissions, leave-one-out error {self.error:.5f})"
 
 
+def newest(rows: Sequence[Row]) -> list[Row]:
+    """The submissions of the newest fold table that have an out-of-fold score: scores on other tables cannot be compared."""
+    folds = max(rows, key=lambda row: row.time).folds if rows else ""
+    return [row for row in rows if row.folds == folds and row.oof is not None]
+
+
 def line_of(rows: Sequence[Row]) -> Line | None:
-    """The robust line (Theil-Sen) through the submissions of one fold table: scores on others cannot be compared.
+    """The robust line (Theil-Sen) through the submissions of the newest fold table.
 
     None with fewer than three different submissions that have both scores, or where all have the same out-of-fold score.
     """
-    scores = list({row.id: (row.oof, row.private) for row in both_scores(rows)}.values())
+    scores = _scores(rows)
     if len(scores) < LEAST or len({oof for oof, _ in scores}) < 2:
         return None
     import numpy as np
@@ -55,10 +60,23 @@ def line_of(rows: Sequence[Row]) -> Line | None:
     points = np.array(scores)
     slope, intercept = _theil_sen(points)
     errors = []
-    for out in range(len(points)):
+    for out, (oof, private) in enumerate(points):
         a, b = _theil_sen(np.delete(points, out, axis=0))
-        errors.append(points[out, 1] - b - a * points[out, 0])
+        errors.append(private - b - a * oof)
     return Line(slope, intercept, float(np.sqrt(np.mean(np.square(errors)))), len(points))
+
+
+def why_no_line(rows: Sequence[Row]) -> str:
+    """Why there is no line, in a sentence."""
+    if (count := len(_scores(rows))) < LEAST:
+        need = f"it needs {LEAST} submissions of one fold table with OOF and Private"
+        return f"No prediction of Private scores: {need}, not {count}."
+    return "No prediction of Private scores: all submissions have the same OOF score."
+
+
+def _scores(rows: Sequence[Row]) -> list[tuple[float | None, float]]:
+    """Out-of-fold and Private score of each submission that has both, once."""
+    return list({row.id: (row.oof, row.private) for row in newest(rows) if row.private is not None}.values())
 
 
 def _theil_sen(points: np.ndarray) -> tuple[float, float]:
@@ -70,25 +88,3 @@ def _theil_sen(points: np.ndarray) -> tuple[float, float]:
         return 0.0, float(np.median(points[:, 1]))
     found = theilslopes(points[:, 1], points[:, 0], method="joint")  # the intercept is the median of what the slope leaves
     return float(found.slope), float(found.intercept)
-
-
-def both_scores(rows: Sequence[Row]) -> list[Row]:
-    """The submissions of the newest fold table that have an out-of-fold and a Private score."""
-    newest = max(rows, key=lambda row: row.time, default=None)
-    return [row for row in rows if newest and row.folds == newest.folds and row.oof is not None and row.private is not None]
-
-
-def waiting(rows: Sequence[Row]) -> list[Row]:
-    """The submissions of the newest fold table that have an out-of-fold score and no Private one yet."""
-    newest = max(rows, key=lambda row: row.time, default=None)
-    return [row for row in rows if newest and row.folds == newest.folds and row.oof is not None and row.private is None]
-
-
-def why_no_line(rows: Sequence[Row]) -> str:
-    """Why there is no line, in a sentence."""
-    count = len({row.id for row in both_scores(rows)})
-    if count < LEAST:
-        return (
-            f"No prediction of Private scores: it needs {LEAST} submissions of one fold table with OOF and Private, not {count}."
-        )
-    return "No prediction of Private scores: all submissions have the same OOF score."

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,16 @@ from melfold.config import Recipe
 from melfold.errors import MelfoldError
 from melfold.facts import facts_of
 from melfold.files import Home, digest, sha256_file, write_json, write_text
-from melfold.kaggle.built import Built, built_for, kernel_id, title_for
+from melfold.kaggle.built import Built, built_for, title_for
 from melfold.kaggle.pack import make_script, read_source
-from melfold.learn.predictions import Prediction, open_prediction
+from melfold.learn.predictions import open_prediction
 
 log = logging.getLogger(__name__)
 
-NAME = "[A-Za-z0-9][A-Za-z0-9_-]*"
-"""Of a user, a kernel or a dataset in an address."""
-
+NAME = "[A-Za-z0-9][A-Za-z0-9_-]*"  # of a user, a kernel or a dataset in an address
 COPY_MINUTES = 15
+MARGIN_MINUTES = {"infer": 0, "copy_csv": 0, "train": 10}  # by which a session may exceed its own limit
+MOST_MINUTES = 720  # of any session
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ def build_infer(home: Home, id: str, target: Target, *, source: str = "") -> Bui
     """
     if source and not re.fullmatch(f"{NAME}/{NAME}", source):
         raise MelfoldError("not a kernel", repr(source), "Use OWNER/KERNEL, as in its address")
-    submission = open_submission(home, id)
-    members = [open_prediction(home, label_of(part)) for part in submission["runs"]]
-    weights: dict[str, Path] = {}
-    for member, part in zip(members, submission["runs"], strict=True):
+    submission, gpu = open_submission(home, id), target.gpu
+    runs, weights, sources = [], {}, {}
+    for part in submission["runs"]:
+        member = open_prediction(home, label_of(part))
         run = member.run
         if part["weights_sha256"] != run.weights_sha256(run.used_folds()):
             what = f"run {run.name} has changed since submission {id} was built"
@@ -78,33 +78,24 @@ def build_infer(home: Home, id: str, target: Target, *, source: str = "") -> Bui
         for folder in () if source else map(run.fold, run.used_folds()):
             folder.verify()
             weights[f"{run.name}-{folder.path.name}.safetensors"] = folder.weights
-    minutes = target.minutes or facts_of(target.competition).kernel_minutes["gpu" if target.gpu else "cpu"]
+        prior = {label: float(value) for label, value in prior_of(member).items()}
+        own = {"name": member.label, "recipe": part["recipe"], "weights": part["weights_sha256"]}
+        runs.append(own | {"prior": prior, "share": part["share"]})
+        # Once for each run, of which a submission may have several predictions.
+        sources[run.name] = provenance(run.name, run.recipe, run.info.folds_sha256, run.info.track, run.info.commit)
     bundle = {
         "id": id,
         "track": submission["track"],
-        "labels": members[0].run.info.labels,
+        "labels": run.info.labels,
         "mean": submission["mean"],
-        "runs": [_member(*pair) for pair in zip(members, submission["runs"], strict=True)],
-        "gpu": target.gpu,
-        "budget_minutes": minutes,
-        "provenance": [
-            provenance(run.name, run.recipe, run.info.folds_sha256, run.info.track, run.info.commit)
-            for run in {member.run.name: member.run for member in members}.values()
-        ],
+        "runs": runs,
+        "gpu": gpu,
+        "budget_minutes": target.minutes or facts_of(target.competition).kernel_minutes["gpu" if gpu else "cpu"],
+        "provenance": list(sources.values()),
     }
-    plan = Plan(
-        kind="infer",
-        name=id,
-        session=0,
-        target=target,
-        bundle=bundle,
-        made_from={"submission": submission["files"]["submission.csv"]},
-        weights=weights,
-        metadata={"kernel_sources": [source] if source else []},
-        facts={"id": id, "competition": submission["competition"]},
-        minutes=minutes,
-    )
-    return build(home, plan)
+    made_from, facts = {"submission": submission["files"]["submission.csv"]}, {"competition": submission["competition"]}
+    attached = {"kernel_sources": [source] if source else []}
+    return build(home, Plan("infer", id, target, bundle, made_from, weights, facts, attached))
 
 
 def build_copy(home: Home, id: str, target: Target) -> Built:
@@ -116,35 +107,14 @@ def build_copy(home: Home, id: str, target: Target) -> Built:
     submission = open_submission(home, id)
     sha256 = submission["files"]["submission.csv"]
     (path,) = submission_artefact(home, id).files
-    plan = Plan(
-        kind="copy_csv",
-        name=id,
-        session=0,
-        target=replace(target, gpu=False),
-        bundle={
-            "id": id,
-            "submission_sha256": sha256,
-            "budget_minutes": COPY_MINUTES,
-            "provenance": [{"submission": id, "track": submission["track"], "sha256": sha256}],
-        },
-        made_from={"submission": sha256},
-        weights={"submission.csv": path},
-        metadata={},
-        facts={"id": id, "competition": submission["competition"]},
-        minutes=COPY_MINUTES,
-    )
-    return build(home, plan)
-
-
-def _member(prediction: Prediction, part: dict[str, Any]) -> dict[str, Any]:
-    """A run of a submission, as the kernel needs it."""
-    return {
-        "name": prediction.label,
-        "recipe": part["recipe"],
-        "weights": part["weights_sha256"],
-        "prior": {label: float(value) for label, value in prior_of(prediction).items()},
-        "share": part["share"],
+    bundle = {
+        "id": id,
+        "submission_sha256": sha256,
+        "budget_minutes": COPY_MINUTES,
+        "provenance": [{"submission": id, "track": submission["track"], "sha256": sha256}],
     }
+    weights, facts = {"submission.csv": path}, {"competition": submission["competition"]}
+    return build(home, Plan("copy_csv", id, replace(target, gpu=False), bundle, {"submission": sha256}, weights, facts))
 
 
 def provenance(run: str, recipe: Recipe, folds_sha256: str, track: str, commit: str) -> dict[str, str]:
@@ -161,28 +131,28 @@ def provenance(run: str, recipe: Recipe, folds_sha256: str, track: str, commit: 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that decides a kernel.
+    """What a kernel is to do.
 
     Args:
         kind: `infer`, `train` or `copy_csv`: its folder in `kernels/`.
         name: of the submission or run.
-        session: of a training kernel; else 0.
         bundle: what the script is told to do.
+        made_from: inputs beside the script and the weights.
         weights: file name in the dataset -> file, which may be a submission; without any, there is no dataset.
+        facts: what else `build.json` says.
         metadata: what is attached, and whether there is a network.
-        minutes: the time limit of the session.
+        session: of a training kernel; else 0.
     """
 
     kind: str
     name: str
-    session: int
     target: Target
     bundle: dict[str, Any]
-    made_from: dict[str, str]
+    made_from: dict[str, Any]
     weights: dict[str, Path]
-    metadata: dict[str, Any]
     facts: dict[str, Any]
-    minutes: float
+    metadata: dict[str, Any] = field(default_factory=dict)
+    session: int = 0
 
 
 def build(home: Home, plan: Plan) -> Built:
@@ -191,14 +161,16 @@ def build(home: Home, plan: Plan) -> Built:
     Raises:
         MelfoldError: a script that would be too large.
     """
-    script = make_script(plan.kind, plan.bundle)
+    target, budget = plan.target, plan.bundle["budget_minutes"]
+    script, parts = make_script(plan.kind, plan.bundle)
     sums = {file: sha256_file(path) for file, path in sorted(plan.weights.items())}
     # A dataset is named by its content: one that was uploaded completely is never replaced.
     content = "submission" if plan.kind == "copy_csv" else "weights"
-    dataset = f"{plan.target.owner}/melfold-{content}-{digest(sums)[:16]}" if sums else ""
-    metadata = _metadata(plan, dataset)
-    made_from = plan.made_from | script.made_from | {"weights": sums, "metadata": metadata}
+    dataset = f"{target.owner}/melfold-{content}-{digest(sums)[:16]}" if sums else ""
     built = built_for(home, plan.kind, plan.name, plan.session)
+    kernel = f"{target.owner}/{built.folder.name}"
+    metadata = _metadata(plan, kernel, dataset)
+    made_from = plan.made_from | parts | {"weights": sums, "metadata": metadata}
     changes = built.artefact.changes(made_from)
     if not changes:
         return built
@@ -206,21 +178,22 @@ def build(home: Home, plan: Plan) -> Built:
         log.info("building %s again: %s", built.folder.name, listed(changes))
     temporary = Built(built.folder.with_name(f".{built.folder.name}.tmp"))
     shutil.rmtree(temporary.folder, ignore_errors=True)
-    write_text(temporary.kernel / "kernel.py", script.text)
+    write_text(temporary.kernel / "kernel.py", script)
     write_json(temporary.kernel / "kernel-metadata.json", metadata)
     if dataset:
         _write_dataset(temporary.dataset, dataset, plan, sums)
     temporary.artefact.commit(
         made_from,
         kind=plan.kind,
+        id=plan.name,
         **plan.facts,
-        build_id=script.build_id,
-        kernel=metadata["id"],
+        build_id=digest(parts),
+        kernel=kernel,
         dataset=dataset,
-        competition_slug=plan.target.competition,
-        limit_seconds=round(60 * plan.minutes),
-        budget_minutes=plan.bundle["budget_minutes"],
-        gpu=plan.target.gpu,
+        competition_slug=target.competition,
+        limit_seconds=round(60 * min(budget + MARGIN_MINUTES[plan.kind], MOST_MINUTES)),
+        budget_minutes=budget,
+        gpu=target.gpu,
         provenance=plan.bundle["provenance"],
     )
     shutil.rmtree(built.folder, ignore_errors=True)
@@ -228,13 +201,13 @@ def build(home: Home, plan: Plan) -> Built:
     return built
 
 
-def _metadata(plan: Plan, dataset: str) -> dict[str, Any]:
+def _metadata(plan: Plan, kernel: str, dataset: str) -> dict[str, Any]:
     """`kernel-metadata.json`: the one in `kernels/`, filled in."""
     metadata = json.loads(read_source(f"{plan.kind}/kernel-metadata.json"))
     if not plan.target.gpu:
         metadata.pop("machine_shape", None)
     filled = {
-        "id": kernel_id(plan.target.owner, plan.kind, plan.name, plan.session),
+        "id": kernel,
         "title": title_for(plan.kind, plan.name, plan.session),
         "enable_gpu": plan.target.gpu,
         "competition_sources": [plan.target.competition],

@@ -18,10 +18,9 @@ class Built:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.kernel, self.dataset = folder / "kernel", folder / "dataset"
-        self.rehearsal_stamp, self.push_stamp = Artefact(folder / "rehearsal.json"), Artefact(folder / "pushed.json")
-        self.fetch_stamp = Artefact(folder / "fetched.json")
+        self.folder, self.kernel, self.dataset = folder, folder / "kernel", folder / "dataset"
+        stamps = ("rehearsal.json", "pushed.json", "fetched.json")
+        self.rehearsal_stamp, self.push_stamp, self.fetch_stamp = (Artefact(folder / name) for name in stamps)
 
     @property
     def artefact(self) -> Artefact:
@@ -66,9 +65,9 @@ class Built:
         return self.rehearsal_stamp.is_fresh(self.inputs) and bool(self.rehearsal_stamp.read().get("passed"))
 
     @property
-    def pushed(self) -> dict[str, Any] | None:
-        """`kernel` and `version`, if this build was pushed."""
-        return self.push_stamp.read() if self.asked and self.push_stamp.read()["version"] else None
+    def pushed(self) -> int | None:
+        """Its version at Kaggle, if this build was pushed."""
+        return self.push_stamp.read()["version"] or None if self.asked else None
 
     @property
     def asked(self) -> bool:
@@ -98,16 +97,10 @@ def title_for(kind: str, name: str, session: int = 0) -> str:
     return (words + more).replace("-", " ")
 
 
-def kernel_id(owner: str, kind: str, name: str, session: int = 0) -> str:
-    """`owner/slug`."""
-    return f"{owner}/{slug_of(title_for(kind, name, session))}"
-
-
 def built_for(home: Home, kind: str, name: str, session: int = 0) -> Built:
-    """Where a kernel is built, whether it exists or not.
+    """Where a kernel is built, whether it exists or not: in a folder that is named by its slug.
 
     Args:
         name: of the submission, or of the run.
-        session: of a training kernel.
     """
     return Built(home.root / "build" / "kernels" / slug_of(title_for(kind, name, session)))

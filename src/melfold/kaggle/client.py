@@ -6,39 +6,34 @@ Every call has a time limit, since the command has none. Only calls that change 
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 import re
-import shutil
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from melfold.facts import DEFAULT, facts_of
-from melfold.kaggle.command import LOGIN, KaggleError, Said, Upload, call, check, follow, hint, last_line
+from melfold.kaggle.command import LOGIN, KaggleError, Said, Upload, call, failure, follow, hint, last_line
 from melfold.kaggle.courier import send
 
 COMPETITION = facts_of(DEFAULT).slug
-
-SLOWEST_UPLOAD = 100_000
-"""Bytes per second: an upload that is slower is stopped."""
+SLOWEST_UPLOAD = 100_000  # bytes per second; one that is slower is stopped
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A row of Kaggle's list of submissions; scores are None until it has them."""
+    """A row of Kaggle's list of submissions. `status`: PENDING, COMPLETE or ERROR. Scores are None until Kaggle has them."""
 
     ref: str
     date: str
     description: str
-    file_name: str
     status: str
-    """PENDING, COMPLETE or ERROR."""
     public_score: float | None
     private_score: float | None
 
@@ -62,8 +57,7 @@ class Kaggle:
         Raises:
             KaggleError: no credentials.
         """
-        out = self._run(["config", "view"], safe=True)
-        found = re.search(r"^- username: (\S+)", out, re.M)
+        found = re.search(r"^- username: (\S+)", self._ask("config", "view"), re.M)
         if not found or found[1] == "None":
             raise KaggleError("no Kaggle credentials", "the kaggle command knows no user name", LOGIN, code=401)
         return found[1]
@@ -75,27 +69,26 @@ class Kaggle:
             KaggleError: among others for a kaggle command that does not show what it asks Kaggle for. After a call that was cut
                 short it would be unknown whether it has submitted.
         """
-        said = self._call(["competitions", "submission-limits", self.competition, "--json", "-q"], safe=True)
+        said = self._call("competitions", "submission-limits", self.competition, "--json", "-q", safe=True)
         if "GetSubmissionLimits" not in (said.asked or []):
             raise KaggleError("this version of the kaggle command shows no trace", "VERBOSE=true", "pip install kaggle==2.2.5")
-        out = said.text
         try:
-            limits = json.loads(out[out.index("{") :])
+            limits = json.loads(said.text[said.text.index("{") :])
             return int(limits.get("numAllowedNow", limits.get("num_allowed_now", 0)))
         except ValueError:
-            raise KaggleError("kaggle: no submission limits", last_line(out)) from None
+            raise KaggleError("kaggle: no submission limits", last_line(said.text)) from None
 
     def gpu_hours(self) -> float | None:
         """GPU hours that are left this week; None if Kaggle does not tell."""
         try:
-            rows = _table(self._run(["quota", "--csv"]), "resource,")
+            rows = _table(self._run("quota", "--csv"), "resource,")
             return next(float(row["remaining"].rstrip("h")) for row in rows or [] if row["resource"] == "GPU")
         except (KaggleError, ValueError, KeyError, StopIteration):
             return None
 
     def submissions(self) -> list[Submission]:
         """The latest 200, newest first."""
-        out = self._run(["competitions", "submissions", self.competition, "--csv", "-q", "--page-size", "200"], safe=True)
+        out = self._ask("competitions", "submissions", self.competition, "--csv", "-q", "--page-size", "200")
         if "No submissions found" in out:
             return []
         rows = _table(out, "ref,")
@@ -106,7 +99,6 @@ class Kaggle:
                 ref=row.get("ref", ""),
                 date=row["date"],
                 description=row["description"],
-                file_name=row.get("fileName", ""),
                 status=row["status"].rsplit(".", 1)[-1].upper(),
                 public_score=_score(row["publicScore"]),
                 private_score=_score(row["privateScore"]),
@@ -114,14 +106,10 @@ class Kaggle:
             for row in rows
         ]
 
-    def find(self, tag: str) -> Submission | None:
-        """The submission whose message carries a tag."""
-        return next((s for s in self.submissions() if tag in s.description), None)
-
     def why_failed(self, ref: str) -> str:
         """Kaggle's own words about a submission that it could not score; empty if it has none, or before kaggle 2.2.5."""
         try:
-            out = self._run(["competitions", "submission", ref], safe=True)
+            out = self._ask("competitions", "submission", ref)
         except KaggleError:
             return ""
         found = re.search(r"^Error:\s*(.*?)\n(?=Public Score:)", out, re.M | re.S)
@@ -139,14 +127,28 @@ class Kaggle:
 
     def leaderboard(self) -> str:
         """The leaderboard as Kaggle's CSV: the Private one, once a competition is over."""
-        with tempfile.TemporaryDirectory(prefix="melfold-leaderboard-") as folder:
-            args = ["competitions", "leaderboard", self.competition, "--download", "-p", folder, "-q"]
-            self._run(args, safe=True, trace=False)
-            try:
-                with zipfile.ZipFile(next(Path(folder).glob("*.zip"))) as pack:
-                    return pack.read(pack.namelist()[0]).decode("utf-8-sig")
-            except (StopIteration, IndexError, ValueError, zipfile.BadZipFile) as error:
-                raise KaggleError("kaggle: the leaderboard cannot be read", str(error) or "nothing was downloaded") from None
+        content = self._download_one("competitions", "leaderboard", self.competition, "--download")
+        if content is None:
+            raise KaggleError("kaggle: the leaderboard cannot be read", "nothing was downloaded")
+        return content.decode("utf-8-sig", errors="replace")
+
+    def download_file(self, name: str) -> bytes:
+        """The content of one of the competition's files."""
+        content = self._download_one("competitions", "download", self.competition, "-f", name, timeout=10 * self.timeout)
+        if content is None:
+            raise KaggleError("kaggle: the file was not downloaded", name, "Try again")
+        return content
+
+    def _download_one(self, *args: str, timeout: float | None = None) -> bytes | None:
+        """The content of the only file of a download, which may come as a zip; None if there is no such file."""
+        with tempfile.TemporaryDirectory(prefix="melfold-download-") as folder:
+            self._ask(*args, "-p", folder, "-q", timeout=timeout, trace=False)
+            for path in Path(folder).glob("*"):
+                if path.suffix != ".zip":
+                    return path.read_bytes()
+                with suppress(IndexError, zipfile.BadZipFile), zipfile.ZipFile(path) as pack:
+                    return pack.read(pack.namelist()[0])
+        return None
 
     def download(self, folder: Path, *, stall: float = 600) -> Path:
         """The competition's files as one archive in `folder`; a partial download is continued.
@@ -158,8 +160,9 @@ class Kaggle:
             KaggleError: among others when it stalls again and again.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        args = ["competitions", "download", self.competition, "-p", str(folder), "-q"]
-        self._run(args, safe=True, timeout=stall, trace=False, growing=folder)
+        self._ask(
+            *("competitions", "download", self.competition, "-p", str(folder), "-q"), timeout=stall, trace=False, growing=folder
+        )
         found = sorted(folder.glob("*.zip"))
         if partial := sorted(folder.glob("*.kaggle-partial")):
             raise KaggleError("kaggle: the download is incomplete", partial[0].stem, "Run the command again to continue it")
@@ -167,24 +170,10 @@ class Kaggle:
             raise KaggleError("kaggle: nothing was downloaded", ", ".join(p.name for p in folder.iterdir()) or "an empty folder")
         return found[0]
 
-    def download_file(self, name: str, path: Path) -> None:
-        """One of the competition's files, written to `path`."""
-        with tempfile.TemporaryDirectory(prefix="melfold-download-") as folder:
-            args = ["competitions", "download", self.competition, "-f", name, "-p", folder, "-q"]
-            self._run(args, safe=True, timeout=10 * self.timeout, trace=False)
-            found = [file for file in Path(folder).rglob("*") if file.name in (name, f"{name}.zip")]
-            if not found:
-                raise KaggleError("kaggle: the file was not downloaded", name, "Try again")
-            if found[0].suffix == ".zip" and not name.endswith(".zip"):
-                with zipfile.ZipFile(found[0]) as pack:
-                    path.write_bytes(pack.read(name))
-            else:
-                shutil.copyfile(found[0], path)
-
     def dataset_status(self, dataset: str) -> str | None:
         """`ready`, `pending`, ...; None where there is no such dataset."""
         try:
-            out = self._run(["datasets", "status", dataset], safe=True)
+            out = self._ask("datasets", "status", dataset)
         except KaggleError as error:
             if error.code in (403, 404):
                 return None
@@ -193,22 +182,16 @@ class Kaggle:
 
     def dataset_files(self, dataset: str) -> dict[str, int]:
         """Names and bytes of a dataset's files."""
-        rows = _table(self._run(["datasets", "files", dataset, "--csv", "--page-size", "200"], safe=True), "name,") or []
+        rows = _table(self._ask("datasets", "files", dataset, "--csv", "--page-size", "200"), "name,") or []
         return {row["name"]: int(row.get("size") or row.get("totalBytes") or 0) for row in rows}
 
-    def create_dataset(self, folder: Path, upload: Upload | None = None) -> None:
-        """A new private dataset of a folder's files."""
-        self._publish(["datasets", "create"], folder, upload)
-
-    def version_dataset(self, folder: Path, notes: str, upload: Upload | None = None) -> None:
-        """A new version, which replaces all files of the previous one."""
-        self._publish(["datasets", "version", "-m", notes], folder, upload)
-
-    def _publish(self, args: Sequence[str], folder: Path, upload: Upload | None) -> None:
+    def publish_dataset(self, folder: Path, upload: Upload | None = None, *, new: bool = True) -> None:
+        """Upload a folder's files as a new private dataset, or as a version that replaces all files of the previous one."""
         size = sum(path.stat().st_size for path in folder.iterdir())
         timeout = 5 * self.timeout + size / SLOWEST_UPLOAD
-        out = self._run([*args, "-p", str(folder)], timeout=timeout, upload=upload)
-        if not re.search(r"is being created", out):
+        how = ["create"] if new else ["version", "-m", "complete"]
+        out = self._run("datasets", *how, "-p", str(folder), timeout=timeout, upload=upload)
+        if "is being created" not in out:
             raise KaggleError("kaggle: the dataset was not published", last_line(out) or "no output", outcome="doubtful")
 
     def push_kernel(self, folder: Path, seconds: int) -> int:
@@ -217,7 +200,7 @@ class Kaggle:
         Raises:
             KaggleError: refused, or accepted without one of its sources.
         """
-        out = self._run(["kernels", "push", "-p", str(folder), "-t", str(seconds)])
+        out = self._run("kernels", "push", "-p", str(folder), "-t", str(seconds))
         if lost := re.search(r"not valid (\w+) sources[^:]*: (.*)", out):
             raise KaggleError(
                 f"kaggle: the kernel was pushed without its {lost[1]} sources", lost[2], "Wait until they are ready, push again"
@@ -231,12 +214,11 @@ class Kaggle:
         return int(version[1])
 
     def kernel_status(self, kernel: str, version: int) -> tuple[str, str]:
-        """A version's status (QUEUED, RUNNING, COMPLETE, ERROR, ...), and its failure message. 2.2.4 looks at the latest one.
+        """A version's status (QUEUED, RUNNING, COMPLETE, ERROR, ...), and its failure message.
 
-        Args:
-            version: 0 for the latest one.
+        kaggle 2.2.4 looks at the latest version, as does version 0.
         """
-        out = self._run(["kernels", "status", _versioned(kernel, version)], safe=True)
+        out = self._ask("kernels", "status", _versioned(kernel, version))
         found = re.search(r'has status "([^"]+)"', out)
         if not found:
             raise KaggleError("kaggle: no kernel status", last_line(out))
@@ -245,8 +227,8 @@ class Kaggle:
 
     def kernel_output(self, kernel: str, version: int, folder: Path) -> None:
         """A version's files and log. 2.2.4 fetches those of the latest one, as does version 0."""
-        args = ["kernels", "output", _versioned(kernel, version), "-p", str(folder), "-o", "-q"]
-        self._run(args, safe=True, timeout=30 * self.timeout)
+        args = ("kernels", "output", _versioned(kernel, version), "-p", str(folder), "-o", "-q")
+        self._ask(*args, timeout=30 * self.timeout)
 
     def follow_log(self, kernel: str, version: int, tell: Callable[[str], None]) -> Callable[[float], None]:
         """Tell each line of a running kernel's log, as `command.follow` does. What fails here is of no account."""
@@ -256,59 +238,48 @@ class Kaggle:
         """Sleep at this client's pace."""
         time.sleep(seconds * self.pace)
 
-    def _run(self, args: Sequence[str], **options: Any) -> str:
-        """Run the command, see `_call`. Returns: what it printed."""
-        return self._call(args, **options).text
+    def _ask(self, *args: str, **options: Any) -> str:
+        """Run a command that changes nothing, see `_call`. Returns: what it printed."""
+        return self._call(*args, safe=True, **options).text
 
-    def _call(
-        self,
-        args: Sequence[str],
-        *,
-        safe: bool = False,
-        timeout: float | None = None,
-        trace: bool = True,
-        growing: Path | None = None,
-        upload: Upload | None = None,
-    ) -> Said:
-        """Run the command.
+    def _run(self, *args: str, **options: Any) -> str:
+        """Run a command once, see `_call`. Returns: what it printed."""
+        return self._call(*args, **options).text
+
+    def _call(self, *args: str, safe: bool = False, timeout: float | None = None, **options: Any) -> Said:
+        """Run a command.
 
         Args:
             safe: repeating changes nothing, so a doubtful failure is repeated, up to four calls in all.
-            trace, growing, upload: see `command.call`.
+            options: see `command.call`.
         """
-        limit = timeout or self.timeout
-        for attempt in range(4):
-            try:
-                said = call(args, limit, trace=trace, growing=growing, upload=upload)
-                check(f"kaggle {' '.join(args[:2])}", said, limit)
+        limit, pauses = timeout or self.timeout, [2, 6, 18] if safe else []
+        while True:
+            said = call(args, limit, **options)
+            if said.ok:
                 return said
-            except KaggleError as error:
-                passing = error.outcome == "doubtful" or error.code in (408, 429)
-                if not safe or not passing or attempt == 3:
-                    raise
-            self.wait(2 * 3**attempt)
-        raise AssertionError("unreachable")
+            error = failure(f"kaggle {' '.join(args[:2])}", said, limit)
+            passing = error.outcome == "doubtful" or error.code in (408, 429)
+            if not (pauses and passing):
+                raise error
+            self.wait(pauses.pop(0))
 
 
-def wait_until(
-    client: Kaggle, look: Callable[[], bool], *, minutes: float, first: float = 5, most: float = 60, tell: Callable[[], None]
-) -> bool:
-    """Call `look` until it returns true, less and less often. Returns: whether it did so in time."""
-    started, pause = time.monotonic(), first
-    while not look():
-        if time.monotonic() - started > 60 * minutes:
-            return False
-        tell()
+def looks(client: Kaggle, *, minutes: float) -> Iterator[None]:
+    """Times to look whether something has happened: now, then less and less often, until the minutes are over."""
+    started, pause = time.monotonic(), 5.0
+    yield
+    while time.monotonic() - started <= 60 * minutes:
         client.wait(pause)
-        pause = min(most, 1.3 * pause)
-    return True
+        pause = min(60, 1.3 * pause)
+        yield
 
 
 def _table(out: str, start: str) -> list[dict[str, str]] | None:
     """The CSV in an output, which begins with the line that starts so; None without one."""
-    lines = out.splitlines()
+    lines = out.splitlines(keepends=True)
     first = next((i for i, line in enumerate(lines) if line.startswith(start)), None)
-    return None if first is None else list(csv.DictReader(io.StringIO("\n".join(lines[first:]) + "\n")))
+    return None if first is None else list(csv.DictReader(lines[first:]))
 
 
 def _versioned(kernel: str, version: int) -> str:

@@ -18,18 +18,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from melfold.errors import MelfoldError
 
-Outcome = Literal["refused", "doubtful"]
-"""What a failed call left behind: nothing, or something unknown."""
-
 LOGIN = "Run `kaggle auth login`, or set KAGGLE_API_TOKEN, or put kaggle.json into ~/.kaggle; accept the competition's rules"
-KERNEL_HINT = "Kaggle refuses sources over 1 MB, titles in use and inputs that are not ready"
 
 _BLOCK = re.compile(r"^-{10,}(Request|Response)-{10,}\n(.*?)(?:^-{50}\n|\Z)", re.M | re.S)
 _LOGGED = re.compile(r"^(?:DEBUG|INFO):[\w.]+:.*\n?", re.M)
@@ -40,9 +35,9 @@ _STATUS = {"You don't have access": 403, "The resource was not": 404, "You have 
 
 
 class KaggleError(MelfoldError):
-    """A failed call. `outcome`: whether it may have taken effect anyway. `code`: the HTTP status, if it is known."""
+    """A failed call. `outcome`: `refused`, or `doubtful` if it may have had effects. `code`: the HTTP status, if it is known."""
 
-    def __init__(self, what: str, found: str = "", fix: str = "", *, outcome: Outcome = "refused", code: int = 0) -> None:
+    def __init__(self, what: str, found: str = "", fix: str = "", *, outcome: str = "refused", code: int = 0) -> None:
         super().__init__(what, found, fix)
         self.outcome, self.code = outcome, code
 
@@ -64,6 +59,11 @@ class Said:
     asked: list[str] | None = None
     status: int = 0
     reply: dict[str, Any] | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the call succeeded."""
+        return self.code == 0 and not re.search(r"\b[45]\d\d (Client|Server) Error", self.text)
 
     @property
     def message(self) -> str:
@@ -107,35 +107,94 @@ def call(
         growing: the timeout counts from the last new byte in this folder.
         upload: the call uploads files.
     """
-    environment = os.environ | {"PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1"} | ({"VERBOSE": "true"} if trace else {})
+    lines: list[str] = []
+    file = ""
+
+    def hear(line: str) -> None:
+        nonlocal file
+        lines.append(line)
+        if upload and (found := re.search(r"Starting upload for file (\S+)|(\d+)%\|", line)):
+            file = found[1] or file
+            if found[2]:  # of the bar that the command draws
+                upload.tell(file, int(found[2]))
+
     if upload:
         upload.folder.mkdir(parents=True, exist_ok=True)
-    with (
-        nullcontext(upload.folder) if upload else tempfile.TemporaryDirectory(prefix="melfold-kaggle-") as scratch,
-        subprocess.Popen(
-            [executable(), "-W", *args],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=environment | {"TMPDIR": str(scratch)},
-            start_new_session=True,  # Ctrl-C must not interrupt a call
-        ) as process,
-    ):
+    with tempfile.TemporaryDirectory(prefix="melfold-kaggle-") as scratch:
+        environment = {"TMPDIR": str(upload.folder if upload else scratch)} | ({"VERBOSE": "true"} if trace else {})
+        process, reader = _start(args, environment, hear)
         try:
-            out = _listen(process, timeout, upload.tell) if upload else _communicate(process, timeout, growing)
-            code = process.returncode
-        except subprocess.TimeoutExpired:
-            _kill(process)  # first, so that what it printed is all that it did
-            out, code = process.communicate()[0], None
+            code = _wait(process, timeout, growing)
         finally:
             _kill(process)
-    return read(out.decode(errors="replace"), code, trace)
+            reader.join()
+    return read("".join(lines), code, trace)
+
+
+def follow(args: Sequence[str], tell: Callable[[str], None]) -> Callable[[float], None]:
+    """Run the command beside everything else, and tell each line that it prints.
+
+    Returns: what ends it, after some seconds in which it may end by itself.
+    """
+    process, reader = _start(args, {}, lambda line: tell(redact(line.rstrip())), subprocess.DEVNULL)
+
+    def stop(patience: float) -> None:
+        _wait(process, patience)
+        _kill(process)
+        reader.join()
+
+    return stop
+
+
+def _start(
+    args: Sequence[str], environment: dict[str, str], hear: Callable[[str], None], errors: int = subprocess.STDOUT
+) -> tuple[subprocess.Popen[str], threading.Thread]:
+    """Start the command, and a thread in which each line that it prints is heard: bars are lines too."""
+    process = subprocess.Popen(
+        [executable(), "-W", *args],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        env=os.environ | {"PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1"} | environment,
+        start_new_session=True,  # Ctrl-C must not interrupt a call
+        encoding="utf-8",
+        errors="replace",
+    )
+
+    def read_on() -> None:
+        assert process.stdout
+        with process.stdout as lines:
+            for line in lines:
+                hear(line)
+
+    reader = threading.Thread(target=read_on, daemon=True)
+    reader.start()
+    return process, reader
+
+
+def _wait(process: subprocess.Popen[str], limit: float, growing: Path | None = None) -> int | None:
+    """The exit code; None if the process does not end in time."""
+    size, since = -1, time.monotonic()
+    while (left := since + limit - time.monotonic()) > 0:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(min(left, 5))
+        now = sum(p.stat().st_size for p in growing.iterdir() if p.is_file()) if growing else size
+        if now != size:
+            size, since = now, time.monotonic()
+    return None
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def read(text: str, code: int | None, trace: bool) -> Said:
     """Take a call's output apart."""
-    text = redact(text.replace("\r\n", "\n"))
-    blocks = [(kind, body) for kind, body in _BLOCK.findall(text)]
+    text = redact(text)
+    blocks: list[tuple[str, str]] = _BLOCK.findall(text)
     plain = _LOGGED.sub("", _BLOCK.sub("", text))
     asked = [body.split("\n", 1)[0].rpartition("/")[2].strip() for kind, body in blocks if kind == "Request"]
     status, reply = 0, None
@@ -145,17 +204,6 @@ def read(text: str, code: int | None, trace: bool) -> Said:
         with contextlib.suppress(ValueError):
             reply = json.loads(body)
     return Said(code, plain, asked if trace else None, status, reply if isinstance(reply, dict) else None)
-
-
-def check(what: str, said: Said, timeout: float) -> Said:
-    """What a call left behind, if it succeeded.
-
-    Raises:
-        KaggleError: it failed.
-    """
-    if said.code == 0 and not re.search(r"\b[45]\d\d (Client|Server) Error", said.text):
-        return said
-    raise failure(what, said, timeout)
 
 
 def failure(what: str, said: Said, timeout: float = 0) -> KaggleError:
@@ -191,7 +239,9 @@ def status_of(said: Said) -> int:
 
 def hint(what: str, reason: str) -> str:
     """What may be wrong with a kernel, where Kaggle does not say it."""
-    return KERNEL_HINT if "kernels push" in what and not re.search(r"quota|hours|verif", reason, re.I) else ""
+    if "kernels push" not in what or re.search(r"quota|hours|verif", reason, re.I):
+        return ""
+    return "Kaggle refuses sources over 1 MB, titles in use and inputs that are not ready"
 
 
 def last_line(text: str) -> str:
@@ -208,85 +258,6 @@ def executable() -> str:
     if not found:
         raise KaggleError("the kaggle command is missing", "", "pip install 'kaggle>=2.2.4,<3'")
     return found
-
-
-def _communicate(process: subprocess.Popen[bytes], limit: float, growing: Path | None) -> bytes:
-    if growing is None:
-        return process.communicate(timeout=limit)[0]
-    size, since = -1, time.monotonic()
-    while True:
-        try:
-            return process.communicate(timeout=min(limit, 5))[0]
-        except subprocess.TimeoutExpired:
-            now = sum(p.stat().st_size for p in growing.iterdir() if p.is_file())
-            if now != size:
-                size, since = now, time.monotonic()
-            elif time.monotonic() - since > limit:
-                raise
-
-
-def _listen(process: subprocess.Popen[bytes], limit: float, tell: Callable[[str, int], None]) -> bytes:
-    """As `_communicate`, and tell how far the uploads are, by the bars that the command draws."""
-    assert process.stdout
-    stream: Any = process.stdout
-    chunks: list[bytes] = []
-    name = [""]
-
-    def read_on() -> None:
-        for chunk in iter(lambda: stream.read1(1 << 16), b""):
-            chunks.append(chunk)
-            for found in re.finditer(rb"Starting upload for file (\S+)|(\d+)%\|", chunk):
-                if found[1]:
-                    name[0] = found[1].decode(errors="replace")
-                else:
-                    tell(name[0], int(found[2]))
-
-    thread = threading.Thread(target=read_on, daemon=True)
-    thread.start()
-    process.wait(limit)
-    thread.join()
-    return b"".join(chunks)
-
-
-def follow(args: Sequence[str], tell: Callable[[str], None]) -> Callable[[float], None]:
-    """Run the command beside everything else, and tell each line that it prints.
-
-    Returns:
-        What ends it, after some seconds in which it may end by itself.
-    """
-    process = subprocess.Popen(
-        [executable(), "-W", *args],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1"},
-        start_new_session=True,
-        text=True,
-        errors="replace",
-    )
-
-    def read_on() -> None:
-        assert process.stdout
-        with process.stdout as lines:
-            for line in lines:
-                tell(redact(line.rstrip()))
-
-    def stop(patience: float) -> None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
-        _kill(process)
-        thread.join()
-
-    thread = threading.Thread(target=read_on, daemon=True)
-    thread.start()
-    return stop
-
-
-def _kill(process: subprocess.Popen[Any]) -> None:
-    if process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def redact(text: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from melfold.compute import Progress, silent
 from melfold.errors import MelfoldError, first_line
-from melfold.files import atomic_path, locked, remove_leftovers
+from melfold.files import atomic_path, locked, remove_leftovers, write_bytes
 from melfold.kaggle.client import Kaggle
 
 log = logging.getLogger(__name__)
@@ -25,9 +25,6 @@ def download(client: Kaggle, target: Path, *, progress: Progress = silent) -> Pa
 
     Every unpacked file is checked against the archive's checksum. An archive within it is unpacked into a folder of its name;
     both are removed at the end.
-
-    Returns:
-        The folder.
 
     Raises:
         MelfoldError: no credentials, rules not accepted, a broken archive, too little disk space.
@@ -59,39 +56,34 @@ def download(client: Kaggle, target: Path, *, progress: Progress = silent) -> Pa
 def download_tables(client: Kaggle, target: Path) -> Path:
     """Download the tables of a competition alone: enough to train on Kaggle. Those that are there stay.
 
-    Returns:
-        The folder.
-
     Raises:
         MelfoldError: no credentials, rules not accepted.
     """
     for name in TABLES:
         if not (target / name).exists():
-            with atomic_path(target / name) as temporary:
-                client.download_file(name, temporary)
+            write_bytes(target / name, client.download_file(name))
     return target
 
 
 def _unpack(archive: Path, target: Path, progress: Progress) -> None:
     try:
         with zipfile.ZipFile(archive) as pack:
-            members = [m for m in pack.infolist() if not m.is_dir()]
-            todo = [m for m in members if not _there(target, m)]
-            free, wanted = shutil.disk_usage(archive.parent).free, sum(m.file_size for m in todo)
+            members = [(m, _place(target, m)) for m in pack.infolist() if not m.is_dir()]
+            todo = [(m, path) for m, path in members if not path.exists() or path.stat().st_size != m.file_size]
+            free, wanted = shutil.disk_usage(archive.parent).free, sum(m.file_size for m, _ in todo)
             if wanted > free:
                 raise MelfoldError(
                     f"not enough disk space to unpack {archive.name}",
                     f"{wanted / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free",
                     "Free some",
                 )
-            for number, member in enumerate(todo):
-                path = _place(target, member)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                if number == 0 or path.parent != _place(target, todo[number - 1]).parent:
-                    remove_leftovers(path.parent)
+            for folder in {path.parent for _, path in todo}:
+                folder.mkdir(parents=True, exist_ok=True)
+                remove_leftovers(folder)
+            for number, (member, path) in enumerate(todo, 1):
                 with pack.open(member) as source, atomic_path(path, durable=False) as temporary, temporary.open("wb") as out:
                     shutil.copyfileobj(source, out, 1 << 20)  # the last read checks the checksum
-                progress(number + 1, len(todo), f"unpacking {archive.name}")
+                progress(number, len(todo), f"unpacking {archive.name}")
     except (RuntimeError, NotImplementedError) as error:  # encrypted, or compressed in a way that Python does not know
         raise MelfoldError(f"{archive.name} cannot be unpacked", first_line(error), f"Unpack it into {target}") from None
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
@@ -106,8 +98,3 @@ def _place(target: Path, member: zipfile.ZipInfo) -> Path:
     # Some archives nest a folder in one of its own name.
     parts = inner.parts[1:] if inner.parts[0] == target.name and len(inner.parts) > 1 else inner.parts
     return target.joinpath(*parts)
-
-
-def _there(target: Path, member: zipfile.ZipInfo) -> bool:
-    path = _place(target, member)
-    return path.exists() and path.stat().st_size == member.file_size

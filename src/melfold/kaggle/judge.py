@@ -16,14 +16,7 @@ from melfold.files import Home, read_json
 from melfold.kernels.boot import NOT_STARTED, RECORD
 from melfold.probs import read_probs
 
-MAX_DIFFERENCE = 1e-5
-"""Between a kernel's probabilities and those predicted at home."""
-
-
-def record_of(working: Path) -> dict[str, Any]:
-    """What a kernel's `melfold.json` says; nothing if it left none."""
-    path = working / RECORD
-    return read_json(path) if path.exists() else {}
+MAX_DIFFERENCE = 1e-5  # between a kernel's probabilities and those predicted at home
 
 
 def judge_infer(

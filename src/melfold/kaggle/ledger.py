@@ -5,16 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from melfold.errors import MelfoldError, first_line
 from melfold.facts import DEFAULT, facts_of
 from melfold.files import Home, locked, write_text
-from melfold.kaggle.client import Submission
 
 STATUSES = ("pending", "submitted", "complete", "error", "refused", "unknown")
 """`pending`: Kaggle is being called. `submitted`: accepted, no score yet. `complete`: scored. `error`: could not be scored.
@@ -115,36 +113,26 @@ class Ledger:
 
     def add(self, row: Row) -> None:
         """Append a row."""
-        with self._lock():
-            self._write([*self.rows(), row])
+        with self._changed() as rows:
+            rows.append(row)
 
     def update(self, tag: str, **changes: str) -> Row:
         """Change the row of a tag. Returns: the row."""
-        with self._lock():
-            rows = [replace(row, **changes) if row.tag == tag else row for row in self.rows()]
-            self._write(rows)
-        return next(row for row in rows if row.tag == tag)
+        with self._changed() as rows:
+            number = [row.tag for row in rows].index(tag)
+            rows[number] = replace(rows[number], **changes)
+        return rows[number]
 
-    def settle(self, tag: str, found: Submission, note: str = "") -> Row:
-        """Record what Kaggle says about a submission, and nothing that was written before it was known."""
-        status = {"COMPLETE": "complete", "ERROR": "error"}.get(found.status, "submitted")
-        scores = {"public_score": _text(found.public_score), "private_score": _text(found.private_score)}
-        return self.update(tag, ref=found.ref, status=status, note=note, **scores)
-
-    def _lock(self) -> Any:
-        return locked(self.path.with_name(".ledger.lock"))
-
-    def _write(self, rows: Sequence[Row]) -> None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-        write_text(self.path, text.getvalue())
-
-
-def now() -> str:
-    """UTC to the second."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    @contextmanager
+    def _changed(self) -> Iterator[list[Row]]:
+        """The rows, which are written afterwards; meanwhile nobody else changes them."""
+        with locked(self.path.with_name(".ledger.lock")):
+            rows, text = self.rows(), io.StringIO()
+            yield rows
+            writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(map(asdict, rows))
+            write_text(self.path, text.getvalue())
 
 
 @dataclass(frozen=True)
@@ -161,19 +149,12 @@ def choose_two(rows: Sequence[Row]) -> list[Choice]:
     First the best out-of-fold score: it was chosen on more clips than the Public half has. Then, as a hedge against an
     out-of-fold score that flatters, the best Public score among the others.
     """
-    scored = [(row, row.oof or 0, row.public) for row in rows if row.status == "complete" and row.public is not None]
+    scored = [row for row in rows if row.status == "complete" and row.public is not None]
     if not scored:
         return []
-    by_oof = [entry for entry in scored if entry[1]] or scored
-    first, oof, _ = max(by_oof, key=lambda entry: entry[1:])
-    choices = [Choice(first, f"the best OOF lwlrap, {oof or float('nan'):.5f}")]
-    used = (first.runs, first.weights)
-    others = [entry for entry in scored if entry[0].tag != first.tag and (entry[0].runs, entry[0].weights) != used]
-    if others:
-        second, _, public = max(others, key=lambda entry: (entry[2], entry[1]))
-        choices.append(Choice(second, f"the best Public score of the others, {public:.5f}: a hedge"))
+    first = max(scored, key=lambda row: (row.oof or 0, row.public or 0))
+    choices = [Choice(first, f"the best OOF lwlrap, {first.oof or float('nan'):.5f}")]
+    if others := [row for row in scored if (row.runs, row.weights) != (first.runs, first.weights)]:
+        second = max(others, key=lambda row: (row.public or 0, row.oof or 0))
+        choices.append(Choice(second, f"the best Public score of the others, {second.public:.5f}: a hedge"))
     return choices
-
-
-def _text(score: float | None) -> str:
-    return "" if score is None else f"{score:.5f}"

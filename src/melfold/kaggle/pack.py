@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import zipfile
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from typing import Any
 from melfold.errors import MelfoldError
 from melfold.files import digest
 
-MAX_BYTES = 1_000_000
-"""Kaggle refuses a larger script, without naming the reason."""
+MAX_BYTES = 1_000_000  # Kaggle refuses a larger script, without naming the reason
 
 LEFT_OUT = {
     *("__main__.py", "cli", "stages.py", "dry_run.py", "kaggle", "report"),
@@ -30,33 +28,23 @@ COPY_NEEDS = {"__init__.py", "errors.py", "files.py", *(f"kernels/{name}.py" for
 _PACKAGE = Path(str(resources.files("melfold")))
 
 
-@dataclass(frozen=True)
-class Script:
-    """The script's text, the hash that names its content, and the hashes of what it was made from."""
-
-    text: str
-    build_id: str
-    made_from: dict[str, str]
-
-
-def make_script(kind: str, bundle: dict[str, Any]) -> Script:
-    """Append to `kernel.py` the line that starts it.
+def make_script(kind: str, bundle: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    """Append to `kernel.py` the line that starts it. Returns: the script, and the hashes of what it was made from.
 
     Args:
         kind: `infer`, `train` or `copy_csv`: a module of `melfold.kernels`.
-        bundle: what the kernel is to do, JSON-able. `kind` and `build_id` are added to it.
+        bundle: what the kernel is to do, JSON-able. `kind` and `build_id`, the digest of these hashes, are added to it.
 
     Raises:
         MelfoldError: a script that would be too large, or melfold without its repository.
     """
     code, pack, bundle = read_source("kernel.py"), pack_source(kind), bundle | {"kind": kind}
     made_from = {"kernel.py": digest(code), "package": hashlib.sha256(pack).hexdigest(), "bundle": digest(bundle)}
-    build_id = digest(made_from)
-    arguments = json.dumps(bundle | {"build_id": build_id}), base64.b85encode(pack).decode()
+    arguments = json.dumps(bundle | {"build_id": digest(made_from)}), base64.b85encode(pack).decode()
     text = '{}\n\nif __name__ == "__main__": run(bundle={!r}, pack={!r})\n'.format(code, *arguments)
     if (size := len(text.encode())) >= MAX_BYTES:
         raise MelfoldError("the kernel's script is too large for Kaggle", f"{size:,} bytes, the limit is {MAX_BYTES:,}")
-    return Script(text, build_id, made_from)
+    return text, made_from
 
 
 def read_source(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from melfold.data.competition import Competition
 from melfold.errors import MelfoldError
 from melfold.files import Home, read_json, sha256_file
 from melfold.kaggle.built import Built
-from melfold.kaggle.client import Kaggle, wait_until
+from melfold.kaggle.client import Kaggle, looks
 from melfold.kaggle.command import KaggleError, Upload
 from melfold.kernels.boot import RECORD
 from melfold.learn.runs import FoldFolder, open_run
@@ -37,8 +38,11 @@ def push(client: Kaggle, built: Built, *, unrehearsed: bool = False, progress: P
         MelfoldError: changed or not rehearsed since it was built, or refused by Kaggle.
     """
     facts = built.verify()
-    if not unrehearsed:
-        _check_rehearsed(built)
+    fix = "Run `melfold kernel rehearse`, or push with --unrehearsed"
+    if not unrehearsed and (changes := built.rehearsal_stamp.changes(built.inputs)):
+        raise MelfoldError("this kernel was not rehearsed since it was built", listed(changes), fix)
+    if not (unrehearsed or built.passed):
+        raise MelfoldError("this kernel did not pass its rehearsal", built.rehearsal_stamp.read()["failures"][0], fix)
     if facts["dataset"]:
         publish_dataset(client, built.dataset, facts["dataset"], progress)
     if facts["gpu"] and (hours := client.gpu_hours()) is not None:
@@ -65,42 +69,36 @@ def is_there(client: Kaggle, built: Built) -> bool:
     return status in RUNNING or status == "COMPLETE"
 
 
-def _check_rehearsed(built: Built) -> None:
-    fix = "Run `melfold kernel rehearse`, or push with --unrehearsed"
-    if changes := built.rehearsal_stamp.changes(built.inputs):
-        raise MelfoldError("this kernel was not rehearsed since it was built", listed(changes), fix)
-    if not built.passed:
-        raise MelfoldError("this kernel did not pass its rehearsal", built.rehearsal_stamp.read()["failures"][0], fix)
-
-
 def publish_dataset(client: Kaggle, folder: Path, dataset: str, progress: Progress = silent) -> None:
     """Make sure that Kaggle has a dataset, complete and ready. An upload that was stopped is continued.
 
     Args:
         folder: its files and `dataset-metadata.json`.
-        dataset: `owner/slug`.
 
     Raises:
         MelfoldError: refused, still incomplete after several uploads, or not ready in time.
     """
     upload = Upload(folder.with_name("uploads"), lambda name, percent: progress(percent, 100, f"uploading {name}"))
     wanted = {p.name: p.stat().st_size for p in folder.iterdir() if p.name != "dataset-metadata.json"}
-    for attempt in range(UPLOADS):
+    for attempt in range(UPLOADS + 1):
         status = client.dataset_status(dataset)
+        if status not in (None, "ready", "pending"):
+            raise KaggleError(f"dataset {dataset} is in a bad state", status, "Delete it on kaggle.com, then push again")
+        found = client.dataset_files(dataset) if status == "ready" else {}
+        if found and all(found.get(name) in (0, size) for name, size in wanted.items()):
+            shutil.rmtree(upload.folder, ignore_errors=True)
+            return
+        if attempt == UPLOADS:
+            break
         try:
             if status is None:
                 log.info("uploading %d files (%.0f MB) to %s", len(wanted), sum(wanted.values()) / 1e6, dataset)
-                client.create_dataset(folder, upload)
+                client.publish_dataset(folder, upload)
             elif status == "ready":
-                if _is_complete(client, dataset, wanted):
-                    shutil.rmtree(upload.folder, ignore_errors=True)
-                    return
                 # One refused file leaves a dataset without it. A new version replaces all files.
                 log.warning("dataset %s is incomplete: uploading it again", dataset)
                 shutil.rmtree(upload.folder, ignore_errors=True)  # what it says may be the reason
-                client.version_dataset(folder, "complete", upload)
-            elif status != "pending":
-                raise KaggleError(f"dataset {dataset} is in a bad state", status, "Delete it on kaggle.com, then push again")
+                client.publish_dataset(folder, upload, new=False)
         except KaggleError as error:
             if error.outcome == "refused" or attempt == UPLOADS - 1:
                 raise
@@ -108,29 +106,18 @@ def publish_dataset(client: Kaggle, folder: Path, dataset: str, progress: Progre
             client.wait(10)
             if client.dataset_status(dataset) is None:  # it did not
                 continue
-        if not wait_until(
-            client,
-            lambda: client.dataset_status(dataset) == "ready",
-            minutes=DATASET_MINUTES,
-            tell=lambda: log.info("waiting until dataset %s is ready", dataset),
-        ):
+        for _ in looks(client, minutes=DATASET_MINUTES):
+            if client.dataset_status(dataset) == "ready":
+                break
+            log.info("waiting until dataset %s is ready", dataset)
+        else:
             raise MelfoldError(f"dataset {dataset} is not ready", f"after {DATASET_MINUTES} minutes", "Push again later")
-    if not _is_complete(client, dataset, wanted):
-        raise MelfoldError(
-            f"dataset {dataset} is incomplete", f"after {UPLOADS} uploads", "Look at it on kaggle.com, then push again"
-        )
-
-
-def _is_complete(client: Kaggle, dataset: str, wanted: dict[str, int]) -> bool:
-    found = client.dataset_files(dataset)
-    return all(name in found and found[name] in (0, size) for name, size in wanted.items())
+    fix = "Look at it on kaggle.com, then push again"
+    raise MelfoldError(f"dataset {dataset} is incomplete", f"after {UPLOADS} uploads", fix)
 
 
 def wait_for_kernel(client: Kaggle, built: Built) -> Path:
-    """Wait until the pushed version has run; fetch its log and output.
-
-    Returns:
-        The folder of its output.
+    """Wait until the pushed version has run; fetch its log and output. Returns: their folder.
 
     Raises:
         MelfoldError: it failed, or its output belongs to another build.
@@ -146,11 +133,9 @@ def wait_for_kernel(client: Kaggle, built: Built) -> Path:
         shutil.rmtree(output, ignore_errors=True)
         with suppress(KaggleError):
             client.kernel_output(kernel, version, output)
-        tail = [line.strip() for line in _log_text(output).splitlines() if line.strip()][-LOG_LINES:]
-        said = "; its log ends: ".join(filter(None, [message, " | ".join(tail)[-600:]])) or "no message"
+        said = "; its log ends: ".join(filter(None, [message, _end_of_log(output)])) or "no message"
         raise MelfoldError(f"kernel {kernel} version {version} ended with {status}", said, f"The whole log is in {output}")
-    _fetch(client, kernel, version, output)
-    record = read_json(output / RECORD)
+    record = _fetch(client, kernel, version, output)
     if record["build_id"] != facts["build_id"]:
         built.push_stamp.remove()
         raise MelfoldError(
@@ -159,71 +144,51 @@ def wait_for_kernel(client: Kaggle, built: Built) -> Path:
     return output
 
 
-def _fetch(client: Kaggle, kernel: str, version: int, output: Path) -> None:
-    """Fetch a kernel's output and log; again, if files were damaged (kaggle 2.2.4 saves an error page as the file)."""
+def _fetch(client: Kaggle, kernel: str, version: int, output: Path) -> dict[str, Any]:
+    """Fetch a kernel's output and log; again, if files are not as the kernel's own record says (kaggle 2.2.4 saves an error page
+    as the file). Returns: that record."""
     for _ in range(FETCHES):
         shutil.rmtree(output, ignore_errors=True)
         client.kernel_output(kernel, version, output)
-        damaged = _damaged(output)
+        try:
+            record = read_json(output / RECORD)
+            files = [(name, output / name, sha256) for name, sha256 in record["files"].items()]
+            damaged = [name for name, path, sha256 in files if not path.is_file() or sha256_file(path) != sha256]
+        except (MelfoldError, KeyError, AttributeError):
+            damaged = [RECORD]
         if not damaged:
-            return
+            return record
         log.warning("%d files of the output of %s are missing or damaged", len(damaged), kernel)
         client.wait(10)
     raise MelfoldError(f"the output of kernel {kernel} is damaged", f"{damaged[0]}, after {FETCHES} downloads", "Try again later")
 
 
-def _damaged(output: Path) -> list[str]:
-    """The files that are not as the kernel left them, by its own record."""
-    try:
-        files = read_json(output / RECORD)["files"]
-    except (MelfoldError, KeyError, TypeError):
-        return [RECORD]
-    return [name for name, sha256 in files.items() if not (output / name).is_file() or sha256_file(output / name) != sha256]
-
-
 def _wait_until_ended(client: Kaggle, kernel: str, version: int, minutes: float) -> tuple[str, str]:
     """The status a kernel ended with, and Kaggle's message. Meanwhile its log is shown."""
-    seen = [("", "")]
-    followers: list[Any] = []
-
-    def tell_line(line: str) -> None:
-        log.info("%s | %s", kernel.split("/")[1], line)
-
-    def ended() -> bool:
-        seen[0] = client.kernel_status(kernel, version)
-        if seen[0][0] == "RUNNING" and not followers:
-            followers.append(client.follow_log(kernel, version, tell_line))
-        return seen[0][0] not in RUNNING
-
-    def tell() -> None:
-        log.info("waiting for kernel %s: %s", kernel, seen[0][0].lower())
-
+    stop: Callable[[float], None] | None = None
     try:
-        in_time = wait_until(client, ended, minutes=minutes, tell=tell)
+        for _ in looks(client, minutes=minutes):
+            status, message = client.kernel_status(kernel, version)
+            if status not in RUNNING:
+                return status, message
+            if status == "RUNNING" and not stop:
+                stop = client.follow_log(kernel, version, lambda line: log.info("%s | %s", kernel.split("/")[1], line))
+            log.info("waiting for kernel %s: %s", kernel, status.lower())
     finally:
-        for stop in followers:
+        if stop:
             stop(5 * client.pace)
-    if not in_time:
-        raise MelfoldError(f"kernel {kernel} has not ended", f"after {minutes:.0f} minutes", "Look at it on kaggle.com")
-    return seen[0]
+    raise MelfoldError(f"kernel {kernel} has not ended", f"after {minutes:.0f} minutes", "Look at it on kaggle.com")
 
 
-def _log_text(output: Path) -> str:
+def _end_of_log(output: Path) -> str:
     text = "\n".join(p.read_text(errors="replace") for p in output.glob("*.log"))
-    try:
-        return "".join(entry.get("data", "") for entry in json.loads(text))
-    except (ValueError, AttributeError):
-        return text
+    with suppress(ValueError, AttributeError):
+        text = "".join(entry.get("data", "") for entry in json.loads(text))
+    return " | ".join([line.strip() for line in text.splitlines() if line.strip()][-LOG_LINES:])[-600:]
 
 
 def fetch_run(built: Built, output: Path, home: Home) -> Path:
-    """Verify a training kernel's run and copy it into the home folder. Folds that are done there already stay.
-
-    Args:
-        output: the kernel's output.
-
-    Returns:
-        The run's folder.
+    """Verify the run in a training kernel's output and copy it into the home folder. Folds that are done there already stay.
 
     Raises:
         MelfoldError: no run in the output, one that was damaged on its way, or another run of this name here.
@@ -243,13 +208,10 @@ def fetch_run(built: Built, output: Path, home: Home) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir(), key=lambda path: path.name == "run.json"):  # last: it makes the folder a run
         own, temporary = target / path.name, target / f".{path.name}.tmp"
-        if path.is_dir() and not FoldFolder(own, path.name).done:
+        if not (FoldFolder(own, path.name).done if path.is_dir() else own.exists()):
             shutil.rmtree(temporary, ignore_errors=True)
-            shutil.copytree(path, temporary)
+            (shutil.copytree if path.is_dir() else shutil.copy2)(path, temporary)
             shutil.rmtree(own, ignore_errors=True)
-            temporary.rename(own)
-        elif path.is_file() and not own.exists():
-            shutil.copy2(path, temporary)
             temporary.rename(own)
     return target
 

@@ -12,15 +12,14 @@ from typing import IO, Any
 from melfold.combine.rebuild import label_of
 from melfold.errors import MelfoldError
 from melfold.files import Home, digest, locked, read_json
-from melfold.kaggle.client import Kaggle, Submission, wait_until
+from melfold.kaggle.client import Kaggle, Submission, looks
 from melfold.kaggle.command import KaggleError, Said, failure, status_of
 from melfold.kaggle.courier import read_record
 from melfold.kaggle.ledger import SPENT, Ledger, Row
 
 log = logging.getLogger(__name__)
 
-LOOKS = (0, 5, 20, 60)
-"""Seconds before each look for a tag after a doubtful call: Kaggle may list a submission late."""
+LOOKS = (0, 5, 20, 60)  # seconds before each look for a tag after a doubtful call: Kaggle may list a submission late
 
 
 def alone(home: Home) -> AbstractContextManager[IO[str]]:
@@ -41,23 +40,19 @@ def find_row(client: Kaggle, home: Home, manifest: dict[str, Any], *, again: boo
     ledger, id = Ledger.of(home), manifest["id"]
     _restore(home)
     listed = client.submissions()
-    rows = [_review(client, home, row, listed) for row in ledger.rows() if row.id == id and _is_here(row, client)]
+    rows = [_review(client, home, row, listed) for row in ledger.rows() if row.id == id and row.competition == client.competition]
     if again:
         return None
     for row in reversed(rows):
         if row.status in SPENT:
             log.info("%s is at Kaggle already: %s, %s", id, row.ref or row.tag, row.status)
             return row
-    if theirs := _elsewhere(listed, ledger.rows(), manifest):
-        return _adopt(client, ledger, manifest, theirs)
+    if adopted := _adopt(client, home, manifest, listed):
+        return adopted
     for row in rows:
         if row.status == "unknown":
             raise unknown_outcome(row)
     return None
-
-
-def _is_here(row: Row, client: Kaggle) -> bool:
-    return row.competition == client.competition
 
 
 def file_mark(manifest: dict[str, Any]) -> str:
@@ -81,11 +76,11 @@ def _restore(home: Home) -> None:
 def _review(client: Kaggle, home: Home, row: Row, listed: Sequence[Submission]) -> Row:
     """A row with what Kaggle's list says; one whose call has left no result is looked for several times."""
     if found := _tagged(listed, row.tag):
-        return _settle(client, home, row.tag, found)
+        return _settle(client, home, row, found)
     if row.status == "pending":
         return conclude(client, home, row, read_record(record_of(home, row.tag)))
     if row.status == "unknown" and (found := _look(client, row.tag)):
-        return _settle(client, home, row.tag, found)
+        return _settle(client, home, row, found)
     return row
 
 
@@ -98,7 +93,7 @@ def conclude(client: Kaggle, home: Home, row: Row, said: Said) -> Row:
     if said.code == 0 and re.search("success", said.text, re.I):
         ref = str((said.reply or {}).get("ref") or "")
         if found := _look(client, row.tag, LOOKS[:1] if ref else LOOKS):
-            return _settle(client, home, row.tag, found)
+            return _settle(client, home, row, found)
         note = "" if ref else "Kaggle accepted it, but does not list it"
         return ledger.update(row.tag, status="submitted" if ref else "unknown", ref=ref, note=note)
     reason = failure("kaggle competitions submit", said, client.timeout).lines[0]
@@ -107,15 +102,22 @@ def conclude(client: Kaggle, home: Home, row: Row, said: Said) -> Row:
         return ledger.update(row.tag, status="refused", note=f"not sent: {reason}")
     log.warning("%s; looking for the submission", reason)
     if found := _look(client, row.tag):
-        return _settle(client, home, row.tag, found)
+        return _settle(client, home, row, found)
     status = "refused" if 400 <= status_of(said) < 500 else "unknown"
     return ledger.update(row.tag, status=status, note=reason)
 
 
-def _settle(client: Kaggle, home: Home, tag: str, found: Submission) -> Row:
-    note = client.why_failed(found.ref) if found.status == "ERROR" else ""
-    row = Ledger.of(home).settle(tag, found, note)
-    record_of(home, tag).unlink(missing_ok=True)
+def _settle(client: Kaggle, home: Home, row: Row, found: Submission) -> Row:
+    """Record what Kaggle says about a submission, and nothing that was written before it was known."""
+    said = {
+        "ref": found.ref,
+        "status": {"COMPLETE": "complete", "ERROR": "error"}.get(found.status, "submitted"),
+        "public_score": "" if found.public_score is None else f"{found.public_score:.5f}",
+        "private_score": "" if found.private_score is None else f"{found.private_score:.5f}",
+    }
+    if not said.items() <= vars(row).items():
+        row = Ledger.of(home).update(row.tag, **said, note=client.why_failed(found.ref) if found.status == "ERROR" else "")
+    record_of(home, row.tag).unlink(missing_ok=True)
     return row
 
 
@@ -127,33 +129,32 @@ def _look(client: Kaggle, tag: str, pauses: Sequence[float] = LOOKS) -> Submissi
     for pause in pauses:
         client.wait(pause)
         try:
-            if found := client.find(f"melfold:{tag}"):
+            if found := _tagged(client.submissions(), tag):
                 return found
         except KaggleError as error:
             log.warning("%s", error)
     return None
 
 
-def _elsewhere(listed: Sequence[Submission], rows: Sequence[Row], manifest: dict[str, Any]) -> Submission | None:
-    """The same submission, made from another clone or before the ledger was lost: the file, or an old message with the id."""
+def _adopt(client: Kaggle, home: Home, manifest: dict[str, Any], listed: Sequence[Submission]) -> Row | None:
+    """A row for the same submission, made from another clone or before the ledger was lost.
+
+    It is known by its file, or by the id in an old message.
+    """
+    known = {row.tag for row in Ledger.of(home).rows()}
     for theirs in listed:
         text = theirs.description
-        if any(f"melfold:{row.tag}" in text for row in rows) or "melfold:" not in text:
+        tag = re.search(r"melfold:(\w+)", text)
+        same = file_mark(manifest) in text or ("sha256:" not in text and text.startswith(f"{manifest['id']} oof="))
+        if not tag or tag[1] in known or not same:
             continue
-        if file_mark(manifest) in text or ("sha256:" not in text and text.startswith(f"{manifest['id']} oof=")):
-            return theirs
+        log.warning("%s is at Kaggle already, from another ledger: %s", manifest["id"], theirs.ref)
+        time = f"{theirs.date[:19].replace(' ', 'T')}Z"
+        account = {"account": client.username(), "competition": client.competition}
+        row = Row(tag=tag[1], id=manifest["id"], time=time, commit="", **account, **provenance_of(manifest))
+        Ledger.of(home).add(row)
+        return _settle(client, home, row, theirs)
     return None
-
-
-def _adopt(client: Kaggle, ledger: Ledger, manifest: dict[str, Any], theirs: Submission) -> Row:
-    """Give a submission that the ledger lacks a row."""
-    tag = re.search(r"melfold:(\w+)", theirs.description)
-    assert tag
-    log.warning("%s is at Kaggle already, from another ledger: %s", manifest["id"], theirs.ref)
-    time = f"{theirs.date[:19].replace(' ', 'T')}Z"
-    account = {"account": client.username(), "competition": client.competition}
-    ledger.add(Row(tag=tag[1], id=manifest["id"], time=time, commit="", **account, **provenance_of(manifest)))
-    return ledger.settle(tag[1], theirs, client.why_failed(theirs.ref) if theirs.status == "ERROR" else "")
 
 
 def unknown_outcome(row: Row) -> MelfoldError:
@@ -171,17 +172,13 @@ def wait_for_score(client: Kaggle, home: Home, row: Row, *, minutes: float = 240
         MelfoldError: Kaggle could not score it, with its words; or no score in time.
     """
     if row.status == "submitted":
-        seen: list[Submission] = []
-
-        def look() -> bool:
-            if found := client.find(f"melfold:{row.tag}"):
-                seen.append(found)
-                return found.status != "PENDING"
-            return False
-
-        wait_until(client, look, minutes=minutes, tell=lambda: log.info("waiting for the score of %s", row.id))
-        if seen:
-            row = _settle(client, home, row.tag, seen[-1])
+        for _ in looks(client, minutes=minutes):
+            found = _tagged(client.submissions(), row.tag)
+            if found and found.status != "PENDING":
+                break
+            log.info("waiting for the score of %s", row.id)
+        if found:
+            row = _settle(client, home, row, found)
     if row.status == "error":
         reason = f"submission {row.ref}" + (f": {row.note}" if row.note else "")
         raise MelfoldError(f"Kaggle could not score {row.id}", reason, "" if row.note else "Its page on kaggle.com says why")
@@ -193,8 +190,7 @@ def wait_for_score(client: Kaggle, home: Home, row: Row, *, minutes: float = 240
 def sync(client: Kaggle, home: Home) -> list[str]:
     """Bring the ledger up to date with Kaggle, for one competition. Scores may change, so scored rows are looked at too.
 
-    Returns:
-        What changed, what is still unknown, and what Kaggle has that the ledger lacks, a line each.
+    Returns: what changed, what is still unknown, and what Kaggle has that the ledger lacks, a line each.
     """
     ledger, lines = Ledger.of(home), []
     with alone(home):
@@ -202,28 +198,18 @@ def sync(client: Kaggle, home: Home) -> list[str]:
         listed = client.submissions()
         rows = ledger.rows()
         for row in rows:
-            if not _is_here(row, client):
+            if row.competition != client.competition:
                 continue
-            found = _tagged(listed, row.tag)
-            after = row if found and _same(row, found) else _review(client, home, row, listed)
+            after = _review(client, home, row, listed)
             if after != row:
-                lines.append(f"{row.id} ({row.tag}): {row.status} -> {after.status} {_scores(after)}".rstrip())
+                halves = {"Public": after.public, "Private": after.private}
+                scores = ", ".join(f"{half} {score:.5f}" for half, score in halves.items() if score is not None)
+                lines.append(f"{row.id} ({row.tag}): {row.status} -> {after.status} {scores}".rstrip())
             elif row.status == "unknown":
                 lines.append(f"{row.id} ({row.tag}): still unknown, Kaggle does not list it: {row.note}")
         foreign = [s for s in listed if not any(f"melfold:{row.tag}" in s.description for row in rows)]
         lines += [f"not in the ledger: {s.ref} {s.date} {s.description!r} {s.public_score}" for s in foreign]
     return lines
-
-
-def _same(row: Row, found: Submission) -> bool:
-    """Whether a settled row says what Kaggle says."""
-    scores = tuple(float(text) if text else None for text in (row.public_score, row.private_score))
-    return row.status == found.status.lower() and scores == (found.public_score, found.private_score) and row.ref == found.ref
-
-
-def _scores(row: Row) -> str:
-    halves = {"Public": row.public, "Private": row.private}
-    return ", ".join(f"{half} {score:.5f}" for half, score in halves.items() if score is not None)
 
 
 def provenance_of(manifest: dict[str, Any]) -> dict[str, str]:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,9 @@ def _record(text):
 
 def _watch(event, args):
     if event in ("socket.connect", "socket.sendto", "socket.sendmsg") and args[1] is not None:
-        where = args[1][0] if isinstance(args[1], tuple) else None
-        local = where in _LOCAL or (isinstance(where, str) and where.startswith("127."))
+        _used(event, args[1][0] if isinstance(args[1], tuple) else None)
     elif event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr"):
-        where = args[0]
-        local = where in _LOCAL or (isinstance(where, str) and where.startswith("127."))
+        _used(event, args[0])
     elif event == "open":
         path, mode, flags = args
         if isinstance(path, (str, bytes)) and isinstance(flags, int):
@@ -53,15 +52,14 @@ def _watch(event, args):
                 _written(path, "opened for writing")
             elif _REFUSE and re.fullmatch(r"/proc/\\d+/environ", os.fsdecode(path)):
                 raise PermissionError(13, "Permission denied", path)
-        return
     elif event in _CHANGES:
-        for path in args[: 2 if event in ("os.rename", "os.link") else 1] if event != "os.symlink" else args[1:2]:
+        for path in args[1:2] if event == "os.symlink" else args[: 2 if event in ("os.rename", "os.link") else 1]:
             if isinstance(path, (str, bytes)):
                 _written(path, event)
-        return
-    else:
-        return
-    if not local:
+
+
+def _used(event, where):
+    if where not in _LOCAL and not (isinstance(where, str) and where.startswith("127.")):
         _record(f"network: {event} {where}")
         if _REFUSE:
             raise OSError(101, "Network is unreachable")
@@ -86,16 +84,18 @@ def _written(path, what):
 sys.addaudithook(_watch)
 '''
 
+_LIBC = ctypes.CDLL(None, use_errno=True)
 _BIND, _REC, _AT_RECURSIVE, _ATTR_READ_ONLY, _SYS_MOUNT_SETATTR = 4096, 16384, 0x8000, 1, 442
 
 
 def run_inside(spec: dict[str, Any]) -> int:
     """Build the file tree of `spec`, read-only but for some folders, and run its command there. Returns: its exit code.
 
-    `spec`: `root` (an empty folder), `binds` ([source, target, read-only]), `argv`, `env`, `cwd`, `counters` (a file for
-    the number of packets without a route: a kernel cannot hide them by ignoring the error).
+    `spec`: `folder` (it gets the tree in `new`, and in `counters` the number of packets without a route: a kernel cannot hide
+    them by ignoring the error), `binds` ([source, target, read-only]), `argv`, `env`, `cwd`.
     """
-    root = Path(spec["root"])
+    root = Path(spec["folder"], "new")
+    root.mkdir()
     _mount("tmpfs", root, "tmpfs", 0)
     for entry in sorted(os.listdir("/")):
         if entry not in ("kaggle", "tmp", "proc"):
@@ -117,32 +117,30 @@ def run_inside(spec: dict[str, Any]) -> int:
         os.chdir(spec["cwd"])
         os.execve(spec["argv"][0], spec["argv"], spec["env"])
     _, status = os.waitpid(pid, 0)
-    Path(spec["counters"]).write_text(str(_no_route() - before))
+    Path(spec["folder"], "counters").write_text(str(_no_route() - before))
     return os.waitstatus_to_exitcode(status)
+
+
+def command(spec: dict[str, Any], folder: Path) -> list[str]:
+    """The command that runs `spec` in namespaces of its own; the folder is for its tree."""
+    (folder / "spec.json").write_text(json.dumps(spec | {"folder": str(folder)}))
+    return [*UNSHARE, sys.executable, __file__, str(folder / "spec.json")]
 
 
 @lru_cache(maxsize=1)
 def available() -> bool:
     """Whether this system allows all of this to a user. Tried once, with a command that does nothing."""
     with tempfile.TemporaryDirectory(prefix="melfold-sandbox-") as folder:
-        place = Path(folder)
-        (place / "new").mkdir()
-        spec: dict[str, Any] = {
-            "root": f"{folder}/new",
-            "binds": [[folder, "/tmp", True]],
-            "argv": ["/bin/sh", "-c", "test ! -w /tmp"],
-        }
-        spec |= {"env": {"PATH": os.environ.get("PATH", "")}, "cwd": "/tmp", "counters": f"{folder}/counters"}
-        (place / "spec.json").write_text(json.dumps(spec))
+        spec: dict[str, Any] = {"binds": [[folder, "/tmp", True]], "argv": ["/bin/sh", "-c", "test ! -w /tmp"], "cwd": "/tmp"}
+        spec["env"] = {"PATH": os.environ.get("PATH", "")}
         try:
-            done = subprocess.run([*UNSHARE, sys.executable, __file__, f"{folder}/spec.json"], capture_output=True, timeout=20)
+            return subprocess.run(command(spec, Path(folder)), capture_output=True, timeout=20).returncode == 0
         except (OSError, subprocess.SubprocessError):
             return False
-        return done.returncode == 0
 
 
 def wait(process: subprocess.Popen[bytes], limit: float) -> tuple[float, bool]:
-    """Wait for a process. Returns: the peak memory of it and its descendants, MiB; whether it exceeded its limit."""
+    """Wait for a process. Returns: the peak memory of its session, MiB; whether it exceeded its limit."""
     started, peak = time.monotonic(), 0.0
     while process.poll() is None:
         peak = max(peak, _memory_mib(process.pid))
@@ -152,30 +150,21 @@ def wait(process: subprocess.Popen[bytes], limit: float) -> tuple[float, bool]:
     return peak, False
 
 
-def _memory_mib(pid: int) -> float:
-    parents: dict[int, int] = {}
-    pages: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                stat = (entry / "stat").read_text().rsplit(")", 1)[1].split()
-                pages[int(entry.name)] = int((entry / "statm").read_text().split()[1])
-            except (OSError, IndexError):
-                continue
-            parents[int(entry.name)] = int(stat[1])
-    ours = {pid}
-    while more := {p for p, parent in parents.items() if parent in ours and p not in ours}:
-        ours |= more
-    return sum(pages.get(p, 0) for p in ours) * os.sysconf("SC_PAGE_SIZE") / 2**20
+def _memory_mib(session: int) -> float:
+    pages = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, IndexError):  # it has ended meanwhile
+            if int((process / "stat").read_text().rsplit(")", 1)[1].split()[3]) == session:
+                pages += int((process / "statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 UNSHARE = ["unshare", "--map-root-user", "--net", "--mount", "--pid", "--fork", "--kill-child", "--propagation", "private"]
 
 
 def _mount(source: str | Path, target: Path, kind: str | None, flags: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
     encoded = kind.encode() if kind else None
-    _check(libc.mount(str(source).encode(), str(target).encode(), encoded, ctypes.c_ulong(flags), None), target)
+    _check(_LIBC.mount(str(source).encode(), str(target).encode(), encoded, ctypes.c_ulong(flags), None), target)
 
 
 def _bind(source: Path, target: Path) -> None:
@@ -193,10 +182,9 @@ def _bind(source: Path, target: Path) -> None:
 def _make_read_only(target: Path, *, undo: bool = False) -> None:
     """Make a mount and all below it read-only, or one of them writable again."""
     attributes = struct.pack("QQQQ", *((0, _ATTR_READ_ONLY) if undo else (_ATTR_READ_ONLY, 0)), 0, 0)
-    libc = ctypes.CDLL(None, use_errno=True)
     recursive = 0 if undo else _AT_RECURSIVE
     arguments = (-1, str(target).encode(), recursive, attributes, ctypes.c_size_t(len(attributes)))
-    _check(libc.syscall(_SYS_MOUNT_SETATTR, *arguments), target)
+    _check(_LIBC.syscall(_SYS_MOUNT_SETATTR, *arguments), target)
 
 
 def _check(result: int, target: Path) -> None:
@@ -214,15 +202,10 @@ def _loopback_up() -> None:
 
 
 def _no_route() -> int:
-    total = 0
     lines = [line.split() for line in Path("/proc/net/snmp").read_text().splitlines() if line.startswith("Ip:")]
-    total += int(dict(zip(*lines, strict=True))["OutNoRoutes"])
-    try:
-        six = dict(line.split() for line in Path("/proc/net/snmp6").read_text().splitlines())
-        total += int(six.get("Ip6OutNoRoutes", 0))
-    except OSError:
-        pass
-    return total
+    six = Path("/proc/net/snmp6")
+    counts = dict(zip(*lines, strict=True)) | (dict(map(str.split, six.read_text().splitlines())) if six.exists() else {})
+    return int(counts["OutNoRoutes"]) + int(counts.get("Ip6OutNoRoutes", 0))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import csv
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 from melfold.facts import Facts, Standings, facts_of
@@ -16,8 +15,7 @@ from melfold.kaggle.command import KaggleError
 
 log = logging.getLogger(__name__)
 
-SAME = 5e-6
-"""Two scores this close are the same: Kaggle shows five digits."""
+SAME = 5e-6  # two scores this close are the same: Kaggle shows five digits
 
 
 @dataclass(frozen=True)
@@ -56,25 +54,18 @@ def place_of(score: float, standings: Standings, table: Sequence[float] = ()) ->
     Args:
         table: the scores of all teams, as `read_table` gives them; without them the rank is estimated.
     """
-    lines = standings.lines | ({} if score + SAME >= standings.ranks[1] else {"rank 1": standings.ranks[1]})
-    if table:
-        lines |= {"rank 1": max(table)} if score + SAME < max(table) else {}
+    import numpy as np
+
+    lines = standings.lines | {"rank 1": max(table) if table else standings.ranks[1]}
     medal = next((medal for medal, line in standings.lines.items() if score + SAME >= line), "")
     ahead = {name: line - score for name, line in lines.items() if line > score + SAME}
     following = min(ahead, key=lambda name: ahead[name], default="")
-    rank = 1 + sum(other > score + SAME for other in table) if table else _estimate(score, standings)
+    if table:
+        rank = 1 + sum(other > score + SAME for other in table)
+    else:  # by straight lines between the known ones, the median team and a score of 0
+        known = standings.ranks | {(standings.teams + 1) // 2: standings.median, standings.teams: 0.0}
+        rank = round(np.interp(-score, [-known[rank] for rank in sorted(known)], sorted(known)))
     return Place(min(rank, standings.teams), bool(table), standings.teams, medal, following, ahead.get(following, 0.0))
-
-
-def _estimate(score: float, standings: Standings) -> int:
-    """A rank, by straight lines between the known ones, the median team and a score of 0."""
-    known = sorted((standings.ranks | {(standings.teams + 1) // 2: standings.median, standings.teams: 0.0}).items())
-    for (better, high), (worse, low) in pairwise(known):
-        if score + SAME >= high:
-            return better
-        if score >= low:
-            return round(worse - (worse - better) * (score - low) / (high - low))
-    return standings.teams
 
 
 def place_at(home: Home, competition: str | Sequence[str], score: float | None) -> Place | None:

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from melfold.combine.submission import open_submission
@@ -15,7 +16,7 @@ from melfold.files import Home
 from melfold.kaggle.client import Kaggle
 from melfold.kaggle.command import failure
 from melfold.kaggle.courier import prepare
-from melfold.kaggle.ledger import Ledger, Row, now
+from melfold.kaggle.ledger import Ledger, Row
 from melfold.kaggle.reconcile import alone, conclude, file_mark, find_row, provenance_of, record_of, unknown_outcome
 from melfold.learn.provenance import current_commit
 
@@ -48,11 +49,7 @@ def competition_for(manifest: dict[str, Any], asked: str | None) -> str:
 
 
 def check_file_form(id: str, competition: str) -> None:
-    """Refuse to submit a file where only kernels are accepted.
-
-    Raises:
-        MelfoldError: that is so.
-    """
+    """Raise a `MelfoldError` if a competition takes no files."""
     if facts_of(competition).code_only:
         fix = f"Run `melfold ship {id}`, or `melfold ship {id} --copy` to submit this very file by a small kernel"
         raise MelfoldError(f"{competition} takes no files, only kernels", "nothing was submitted", fix)
@@ -67,9 +64,6 @@ def submit(client: Kaggle, home: Home, id: str, *, kernel: Kernel | None = None,
     Args:
         kernel: the code form; without, the file form.
         again: submit even if Kaggle has, or may have, this one.
-
-    Returns:
-        The ledger's row.
 
     Raises:
         MelfoldError: no such submission, one for another competition, one whose outcome is unknown, no submissions left today,
@@ -96,7 +90,7 @@ def submit(client: Kaggle, home: Home, id: str, *, kernel: Kernel | None = None,
         row = Row(
             tag=secrets.token_hex(6),
             id=id,
-            time=now(),
+            time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             commit=current_commit(exclude="submissions"),
             kernel=kernel.slug if kernel else "",
             version=str(kernel.version) if kernel else "",
@@ -107,17 +101,6 @@ def submit(client: Kaggle, home: Home, id: str, *, kernel: Kernel | None = None,
         prepare(record_of(home, row.tag), asdict(row))
         ledger.add(row)
         return _send(client, home, row, manifest, kernel)
-
-
-def at_kaggle(client: Kaggle, home: Home, id: str) -> Row | None:
-    """The row of a submission that Kaggle has, even if the ledger did not know it; None if it can be submitted.
-
-    Raises:
-        MelfoldError: no such submission, or one whose outcome is unknown.
-    """
-    manifest = open_submission(home, id)
-    with alone(home):
-        return find_row(client, home, manifest)
 
 
 def _send(client: Kaggle, home: Home, row: Row, manifest: dict[str, Any], kernel: Kernel | None) -> Row:

@@ -15,7 +15,7 @@ from melfold.data.competition import Competition
 from melfold.errors import MelfoldError
 from melfold.files import Home, digest, read_json, sha256_file
 from melfold.kaggle.build import NAME, Plan, Target, build, provenance
-from melfold.kaggle.built import Built, built_for, kernel_id
+from melfold.kaggle.built import Built, built_for
 from melfold.kaggle.client import Kaggle
 from melfold.kaggle.push import fetch_run, is_there, push, wait_for_kernel
 from melfold.kaggle.rehearsal import rehearse
@@ -26,11 +26,7 @@ from melfold.learn.start import check_name
 
 log = logging.getLogger(__name__)
 
-SESSION_MINUTES = 660
-"""A session may last 12 hours; this leaves an hour."""
-
-MARGIN_MINUTES, MOST_MINUTES = 10, 720
-"""Kaggle stops a session that exceeds its own limit by so much, or that is so long."""
+SESSION_MINUTES = 660  # a session may last 12 hours; this leaves an hour
 
 
 @dataclass(frozen=True)
@@ -38,10 +34,8 @@ class Training:
     """A run that is trained on Kaggle.
 
     Args:
-        name: of the run.
         table: the fold table, which is part of the script.
         competition: its tables are enough.
-        folds: those to train.
         weights_from: where the file that `model.weights=file:NAME` names is, unless it is here: `OWNER/KERNEL`,
             `dataset:OWNER/NAME` or `model:OWNER/MODEL/FRAMEWORK/VARIATION/VERSION`.
     """
@@ -83,7 +77,6 @@ def build_train(home: Home, training: Training, target: Target, *, session: int 
     recipe, weights, sources = _first_weights(training)
     before = built_for(home, "train", name, session - 1)
     continues = {"build_id": before.facts["build_id"] if before.artefact.stamp.exists() else ""} if session > 1 else {}
-    minutes = target.minutes or SESSION_MINUTES
     bundle = {
         "name": name,
         "competition": training.competition.name,
@@ -94,51 +87,29 @@ def build_train(home: Home, training: Training, target: Target, *, session: int 
         "continues": continues,
         "gpu": target.gpu,
         "weights_sha256": sha256_file(*weights.values()) if weights else "",
-        "budget_minutes": minutes,
+        "budget_minutes": target.minutes or SESSION_MINUTES,
         "provenance": [provenance(name, recipe, inputs["fold_table"], recipe.track, current_commit())],
     }
     if continues:
-        sources["kernel_sources"] = [*sources["kernel_sources"], kernel_id(target.owner, "train", name, session - 1)]
-    plan = Plan(
-        kind="train",
-        name=name,
-        session=session,
-        target=target,
-        bundle=bundle,
-        made_from={"fold_table": inputs["fold_table"]},
-        weights=weights,
-        metadata=sources | {"enable_internet": hub_file(recipe.model) is not None},
-        facts={"id": name, "competition": training.competition.name, "training": digest(inputs), "n_folds": recipe.folds.n_folds},
-        minutes=min(minutes + MARGIN_MINUTES, MOST_MINUTES),
-    )
-    return build(home, plan)
+        sources["kernel_sources"].append(f"{target.owner}/{before.folder.name}")
+    sources |= {"enable_internet": hub_file(recipe.model) is not None}
+    made_from = {"fold_table": inputs["fold_table"]}
+    facts = {"competition": training.competition.name, "training": digest(inputs), "n_folds": recipe.folds.n_folds}
+    return build(home, Plan("train", name, target, bundle, made_from, weights, facts, sources, session))
 
 
 SOURCES = {
-    "kernel": ("kernel_sources", f"(?:kernel:)?({NAME}/{NAME})"),
-    "dataset": ("dataset_sources", f"dataset:({NAME}/{NAME})"),
-    "model": ("model_sources", rf"model:({NAME}/{NAME}/{NAME}/{NAME}/\d+)"),
+    "kernel_sources": f"(?:kernel:)?({NAME}/{NAME})",
+    "dataset_sources": f"dataset:({NAME}/{NAME})",
+    "model_sources": rf"model:({NAME}/{NAME}/{NAME}/{NAME}/\d+)",
 }
-"""What can be attached to a kernel -> its key in the metadata, and how it is named."""
+"""What can be attached to a kernel: its key in the metadata -> how it is named."""
 
 
-def find_source(text: str) -> tuple[str, str]:
-    """`OWNER/KERNEL`, `dataset:OWNER/NAME` or `model:...` -> its key in a kernel's metadata, and its name there.
-
-    Raises:
-        MelfoldError: none of these.
-    """
-    for key, pattern in SOURCES.values():
-        if found := re.fullmatch(pattern, text):
-            return key, found[1]
-    fix = "Use OWNER/KERNEL, dataset:OWNER/NAME or model:OWNER/MODEL/FRAMEWORK/VARIATION/VERSION"
-    raise MelfoldError("no kernel, dataset or model of Kaggle", repr(text), fix)
-
-
-def _first_weights(training: Training) -> tuple[Recipe, dict[str, Path], dict[str, list[str]]]:
+def _first_weights(training: Training) -> tuple[Recipe, dict[str, Path], dict[str, Any]]:
     """The recipe as the kernel gets it, the file of weights to upload (if any), and what to attach."""
     recipe = training.recipe
-    sources: dict[str, list[str]] = {"kernel_sources": [], "dataset_sources": [], "model_sources": []}
+    sources: dict[str, Any] = {key: [] for key in SOURCES}
     if not recipe.model.weights.startswith("file:"):
         if training.weights_from:
             found = f"model.weights = {recipe.model.weights}"
@@ -149,8 +120,11 @@ def _first_weights(training: Training) -> tuple[Recipe, dict[str, Path], dict[st
         raise MelfoldError("a kernel takes weights as safetensors", path.name, "Convert the file")
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": f"file:{path.name}"})})
     if training.weights_from:
-        key, name = find_source(training.weights_from)
-        return recipe, {}, sources | {key: [name]}
+        for key, pattern in SOURCES.items():
+            if named := re.fullmatch(pattern, training.weights_from):
+                return recipe, {}, sources | {key: [named[1]]}
+        fix = "Use OWNER/KERNEL, dataset:OWNER/NAME or model:OWNER/MODEL/FRAMEWORK/VARIATION/VERSION"
+        raise MelfoldError("no kernel, dataset or model of Kaggle", repr(training.weights_from), fix)
     if not path.is_file():
         raise MelfoldError("no such weights file", str(path), "Check model.weights=file:PATH, or attach it: --weights-from")
     return recipe, {path.name: path}, sources
@@ -162,12 +136,10 @@ def train_on_kaggle(
     """Train a run on Kaggle, session after session, until all of its folds are done, and bring it home.
 
     A repeated call continues where the last one stopped: what was pushed is waited for, what was fetched stays.
+    Returns: the kernel of the last session, whose output holds the whole run.
 
     Args:
         sessions: at most so many, with those before this call.
-
-    Returns:
-        The kernel of the last session, whose output holds the whole run.
 
     Raises:
         MelfoldError: a rehearsal or a session that failed; settings that differ from an earlier session's; folds that are not
@@ -175,7 +147,8 @@ def train_on_kaggle(
     """
     states: dict[str, str] = {}
     for session in range(1, sessions + 1):
-        built, states = _run_session(client, home, training, target, session, progress)
+        built = _run_session(client, home, training, target, session, progress)
+        states = built.fetch_stamp.read()["folds"]
         log.info("session %d of run %s: %s", session, training.name, ", ".join(f"fold {k} {v}" for k, v in states.items()))
         if all(state == "done" for state in states.values()):
             return built
@@ -184,10 +157,8 @@ def train_on_kaggle(
     raise MelfoldError(f"folds of run {training.name} are not done after {sessions} sessions", found, fix)
 
 
-def _run_session(
-    client: Kaggle, home: Home, training: Training, target: Target, session: int, progress: Progress
-) -> tuple[Built, dict[str, str]]:
-    """Build, rehearse, push and fetch a session, each unless it is done. Returns: how far its folds are."""
+def _run_session(client: Kaggle, home: Home, training: Training, target: Target, session: int, progress: Progress) -> Built:
+    """Build, rehearse, push and fetch a session, each unless it is done."""
     built = built_for(home, "train", training.name, session)
     if built.artefact.stamp.exists() and (built.asked or built.fetched):
         # Not built again, whatever changed in melfold since: an hour of a GPU must not be spent twice.
@@ -196,19 +167,20 @@ def _run_session(
             raise MelfoldError(f"run {training.name} was started on Kaggle with other settings", built.folder.name, fix)
     else:
         built = build_train(home, training, target, session=session)
-    if not built.fetched:
-        if not built.passed:
-            log.info("rehearsing %s with a few clips and steps", built.folder.name)
-            if failures := rehearse(built, training.competition, home).failures:
-                raise MelfoldError("the rehearsal failed", failures[0], f"Its report is in {built.folder}")
-        if not built.pushed and not (built.asked and is_there(client, built)):
-            version = push(client, built, progress=progress)
-            log.info("pushed %s, version %d", built.facts["kernel"], version)
-        output = wait_for_kernel(client, built)
-        fetch_run(built, output, home)
-        record = read_json(output / RECORD)
-        built.fetch_stamp.commit(built.inputs, folds=record["folds"])
-        if record["failure"]:
-            fix = "What it trained is here; the same command continues with the next session"
-            raise MelfoldError(f"session {session} of run {training.name} failed", record["failure"], fix)
-    return built, built.fetch_stamp.read()["folds"]
+    if built.fetched:
+        return built
+    if not built.passed:
+        log.info("rehearsing %s with a few clips and steps", built.folder.name)
+        if failures := rehearse(built, training.competition, home).failures:
+            raise MelfoldError("the rehearsal failed", failures[0], f"Its report is in {built.folder}")
+    if not built.pushed and not (built.asked and is_there(client, built)):
+        version = push(client, built, progress=progress)
+        log.info("pushed %s, version %d", built.facts["kernel"], version)
+    output = wait_for_kernel(client, built)
+    fetch_run(built, output, home)
+    record = read_json(output / RECORD)
+    built.fetch_stamp.commit(built.inputs, folds=record["folds"])
+    if record["failure"]:
+        fix = "What it trained is here; the same command continues with the next session"
+        raise MelfoldError(f"session {session} of run {training.name} failed", record["failure"], fix)
+    return built
