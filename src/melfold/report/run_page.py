@@ -16,7 +16,7 @@ from melfold.data.competition import Competition
 from melfold.errors import MelfoldError
 from melfold.learn.predictions import Prediction
 from melfold.learn.runs import Run
-from melfold.metrics import difference_of
+from melfold.metrics import paired_bootstrap
 from melfold.probs import Probs
 from melfold.report import diagnosis, training
 from melfold.report.charts import GREY, new_chart, svg
@@ -90,7 +90,7 @@ def write_run_page(
         names=names,
         sides=sides,
         facts=[training.facts(run) for run in runs],
-        difference=difference_of(together.targets, sides[-1].probs, sides[0].probs, together.groups),
+        difference=paired_bootstrap(together.targets, sides[-1].probs, sides[0].probs, together.groups),
         clips=len(together.targets),
         competition=runs[0].info.competition,
         curves=training.learning_curves(runs),
