@@ -32,16 +32,6 @@ class MelfoldError(Exception):
     def __str__(self) -> str:
         return "\n".join(self.lines)
 
-    def __reduce__(self) -> tuple[object, ...]:
-        # Exceptions pickle through their arguments; `lines` of a merged error would be lost on the way back from a worker.
-        return _rebuild, (self.lines,)
-
-
-def _rebuild(lines: tuple[str, ...]) -> MelfoldError:
-    error = MelfoldError(lines[0])
-    error.lines = lines
-    return error
-
 
 def system_error(error: OSError) -> str:
     """What the system refused, and for which file, in one line."""
