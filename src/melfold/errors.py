@@ -8,13 +8,7 @@ from collections.abc import Iterable
 
 
 class MelfoldError(Exception):
-    """Something the user can fix, told in one line: what is wrong, what was found, how to fix it.
-
-    Args:
-        what: what is wrong, without a final full stop.
-        found: what was found instead.
-        fix: how to fix it.
-    """
+    """Something the user can fix, told in one line: what is wrong (without a full stop), what was found, how to fix it."""
 
     def __init__(self, what: str, found: str = "", fix: str = "") -> None:
         super().__init__(what, found, fix)

@@ -34,21 +34,9 @@ class Standings(Frozen):
 
 
 class Facts(Frozen):
-    """What is known of a competition.
+    """What is known of a competition; `competitions/fat2019.toml` says what each key means.
 
-    Args:
-        name: names its cache and fold tables; empty for an unknown competition.
-        slug: its name on Kaggle.
-        labels_sha256: how the SHA-256 of its labels begins, one label per line.
-        n_labels: how many labels it has.
-        test_clips: the number of test clips in each stage.
-        test_hours: the length of all test clips together.
-        code_only: whether it takes kernels alone, and no files.
-        external_data: whether external data and pretrained models are allowed.
-        external_data_rule: that rule in words.
-        kernel_minutes: the limits of an inference kernel, by `cpu` and `gpu`.
-        bad_clips: curated clips to leave out of training and scoring, each with the reason.
-        standings: the final leaderboard, where there is one.
+    An unknown competition has no name. `labels_sha256` is how the SHA-256 begins. `bad_clips`: curated clip -> reason.
     """
 
     name: str

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from melfold.data.competition import Competition, multi_hot
+from melfold.data.groups import read_clips
 from melfold.errors import MelfoldError
 from melfold.facts import split_labels
 from melfold.metrics import bootstrap_interval, lwlrap
@@ -79,14 +80,10 @@ def score_submission(path: Path, truth: Path) -> pd.DataFrame:
         MelfoldError: a truth table that is no such table, or a file that covers neither half whole.
     """
     probs = read_probs(path)
-    try:
-        table = pd.read_csv(truth, dtype=str, encoding="utf-8-sig", keep_default_na=False)
-        table = table.set_index("fname", verify_integrity=True)
-        usage, labels = table["usage"], table["labels"].map(split_labels)
-    except OSError as error:
-        raise MelfoldError("cannot read the truth", f"{truth} ({error.strerror})", "Give the published table: --truth") from None
-    except (KeyError, ValueError) as error:
-        raise MelfoldError(f"{truth} is no truth table", str(error), "It needs fname, labels and usage") from None
+    unread = ("cannot read the truth", "Give the published table: --truth")
+    odd = ("is no truth table", "It needs fname, labels and usage")
+    table = read_clips(truth, {"usage": str, "labels": str}, unread, odd)
+    usage, labels = table["usage"], table["labels"].map(split_labels)
     unknown = {label for own in labels for label in own or ("",)} - set(probs.columns)  # a clip without labels is refused too
     if unknown:
         raise MelfoldError(f"{truth} has labels that {path} lacks", ", ".join(sorted(unknown)[:5]))

@@ -37,16 +37,7 @@ class LogMel:
         import scipy.signal
         import torch  # all three are slow to import, and a complete cache needs none of them
 
-        bank = librosa.filters.mel(
-            sr=config.sr,
-            n_fft=config.n_fft,
-            n_mels=config.n_mels,
-            fmin=config.fmin,
-            fmax=config.fmax,
-            htk=config.htk,
-            norm=config.norm,
-            dtype=np.float32,
-        )
+        bank = librosa.filters.mel(**config.model_dump(exclude={"hop_length", "window", "top_db"}), dtype=np.float32)
         self.config = config
         try:
             window = scipy.signal.get_window(config.window, config.n_fft, fftbins=True)
