@@ -22,13 +22,7 @@ from melfold.files import Home
 
 @dataclass(frozen=True)
 class Checked:
-    """What `check` found in a download that can be used.
-
-    Args:
-        splits: one row per split.
-        notes: what is worth knowing.
-        complete: whether every test clip has a file.
-    """
+    """What `check` found in a download that can be used: a row per split, notes, and whether every test clip has a file."""
 
     splits: pd.DataFrame
     notes: list[str]
