@@ -8,13 +8,7 @@ from collections.abc import Iterable
 
 
 class MelfoldError(Exception):
-    """Something the user can fix, told in one line: what is wrong, what was found, how to fix it.
-
-    Args:
-        what: what is wrong, without a final full stop.
-        found: what was found instead.
-        fix: how to fix it.
-    """
+    """Something the user can fix, told in one line: what is wrong (without a full stop), what was found, how to fix it."""
 
     def __init__(self, what: str, found: str = "", fix: str = "") -> None:
         super().__init__(what, found, fix)
@@ -31,16 +25,6 @@ class MelfoldError(Exception):
 
     def __str__(self) -> str:
         return "\n".join(self.lines)
-
-    def __reduce__(self) -> tuple[object, ...]:
-        # Exceptions pickle through their arguments; `lines` of a merged error would be lost on the way back from a worker.
-        return _rebuild, (self.lines,)
-
-
-def _rebuild(lines: tuple[str, ...]) -> MelfoldError:
-    error = MelfoldError(lines[0])
-    error.lines = lines
-    return error
 
 
 def system_error(error: OSError) -> str:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import tomllib
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from importlib import resources
 from typing import Any
 
+from pydantic import ValidationError
+
 from melfold.errors import MelfoldError
+from melfold.train_config import Frozen
 
 DEFAULT = "fat2019"
 """Whose limits and rules an unknown competition gets."""
 
 
-@dataclass(frozen=True)
-class Standings:
+class Standings(Frozen):
     """The final Private leaderboard; scores are lwlrap. `ranks`: rank -> score. `medals`: medal -> its last rank, best first."""
 
     teams: int
@@ -32,23 +33,10 @@ class Standings:
         return {medal: self.ranks[rank] for medal, rank in self.medals.items()}
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What is known of a competition.
+class Facts(Frozen):
+    """What is known of a competition; `competitions/fat2019.toml` says what each key means.
 
-    Args:
-        name: names its cache and fold tables; empty for an unknown competition.
-        slug: its name on Kaggle.
-        labels_sha256: how the SHA-256 of its labels begins, one label per line.
-        n_labels: how many labels it has.
-        test_clips: the number of test clips in each stage.
-        test_hours: the length of all test clips together.
-        code_only: whether it takes kernels alone, and no files.
-        external_data: whether external data and pretrained models are allowed.
-        external_data_rule: that rule in words.
-        kernel_minutes: the limits of an inference kernel, by `cpu` and `gpu`.
-        bad_clips: curated clips to leave out of training and scoring, each with the reason.
-        standings: the final leaderboard, where there is one.
+    An unknown competition has no name. `labels_sha256` is how the SHA-256 begins. `bad_clips`: curated clip -> reason.
     """
 
     name: str
@@ -88,16 +76,12 @@ def facts_of(competition: str | Sequence[str]) -> Facts:
         return found[0]
     unknown: dict[str, Any] = {"name": "", "slug": "", "labels_sha256": "", "n_labels": 0}
     unknown |= {"bad_clips": {}, "standings": None, "code_only": False}
-    return replace(facts_of(DEFAULT), **unknown)
+    return facts_of(DEFAULT).model_copy(update=unknown)
 
 
 @cache
 def known_facts() -> tuple[Facts, ...]:
-    """The facts of every competition that has a file.
-
-    Raises:
-        MelfoldError: a file that lacks a key or has an unknown one.
-    """
+    """The facts of every competition that has a file."""
     files = sorted((resources.files("melfold") / "competitions").iterdir(), key=lambda path: path.name)
     return tuple(parse_facts(path.name, path.read_text()) for path in files if path.name.endswith(".toml"))
 
@@ -106,21 +90,16 @@ def parse_facts(source: str, text: str) -> Facts:
     """The facts in a file's text.
 
     Raises:
-        MelfoldError: text that is not TOML, a missing key or an unknown one.
+        MelfoldError: text that is not TOML, a key that is missing or unknown, or a value that does not fit.
     """
     try:
-        values = tomllib.loads(text)
+        return Facts.model_validate(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
         raise MelfoldError(f"{source} is not TOML", str(error), "Fix that line") from None
-    required = {f.name for f in fields(Facts) if f.default is MISSING}
-    odd = (required - values.keys()) | (values.keys() - {f.name for f in fields(Facts)})
-    if odd:
-        raise MelfoldError(f"{source}: missing or unknown keys", ", ".join(sorted(odd)), f"Compare it with {DEFAULT}.toml")
-    values["test_clips"] = tuple(values["test_clips"])
-    if "standings" in values:
-        ranks = {int(rank): score for rank, score in values["standings"].pop("ranks").items()}
-        values["standings"] = Standings(**values["standings"], ranks=ranks)
-    return Facts(**values)
+    except ValidationError as error:
+        wrong = {".".join(map(str, e["loc"])): e["type"] in ("missing", "extra_forbidden") for e in error.errors()}
+        what = "missing or unknown keys" if all(wrong.values()) else "values that do not fit"
+        raise MelfoldError(f"{source}: {what}", ", ".join(sorted(wrong)), f"Compare it with {DEFAULT}.toml") from None
 
 
 def split_labels(text: str) -> tuple[str, ...]:

@@ -11,47 +11,24 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from melfold.errors import MelfoldError, first_line
 
 
-@dataclass(frozen=True)
 class Home:
     """The folder that holds all that melfold makes."""
 
-    root: Path
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.data, self.cache, self.folds = root / "data", root / "cache", root / "folds"
+        self.runs, self.submissions, self.reports = root / "runs", root / "submissions", root / "reports"
 
     @classmethod
     def find(cls, root: str | Path | None = None) -> Home:
         """`root` if given, else `MELFOLD_HOME`, else the current folder."""
         return cls(Path(root or os.environ.get("MELFOLD_HOME") or ".").expanduser().resolve())
-
-    @property
-    def data(self) -> Path:
-        return self.root / "data"
-
-    @property
-    def cache(self) -> Path:
-        return self.root / "cache"
-
-    @property
-    def folds(self) -> Path:
-        return self.root / "folds"
-
-    @property
-    def runs(self) -> Path:
-        return self.root / "runs"
-
-    @property
-    def submissions(self) -> Path:
-        return self.root / "submissions"
-
-    @property
-    def reports(self) -> Path:
-        return self.root / "reports"
 
 
 @contextmanager
@@ -129,10 +106,9 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 def is_left_behind(path: Path) -> bool:
     """Whether the process that was writing a temporary file is gone."""
     writer = re.search(r"\.(\d+)\.tmp$", path.name)
-    if not writer:
-        return False
     try:
-        os.kill(int(writer[1]), 0)
+        if writer:
+            os.kill(int(writer[1]), 0)
     except (ProcessLookupError, OverflowError):
         return True
     except PermissionError:

@@ -61,65 +61,55 @@ def per_label_lwlrap(targets: pd.DataFrame, scores: Probs) -> pd.DataFrame:
     precision, _, labels = pair_precisions(targets, scores)
     counts = np.bincount(labels, minlength=targets.shape[1])
     sums = np.bincount(labels, weights=precision, minlength=targets.shape[1])
-    table = pd.DataFrame(
-        {"lwlrap": sums / np.where(counts, counts, np.nan), "clips": counts, "weight": counts / max(1, counts.sum())},
-        index=pd.Index(targets.columns, name="label"),
-    )
-    return table
+    columns = {"lwlrap": sums / np.where(counts, counts, np.nan), "clips": counts, "weight": counts / max(1, counts.sum())}
+    return pd.DataFrame(columns, index=pd.Index(targets.columns, name="label"))
 
 
 def bootstrap_interval(
     targets: pd.DataFrame,
     scores: Probs,
-    *,
-    rng: np.random.Generator,
     groups: pd.Series | None = None,
+    *,
+    rng: np.random.Generator | None = None,
     draws: int = 1000,
-    level: float = 0.95,
 ) -> Interval:
-    """Percentile interval of lwlrap over resampled groups of clips.
+    """The 95 % percentile interval of lwlrap over resampled groups of clips.
 
     Args:
         groups: the group of each clip, by `fname`: clips of one recording are not independent, so whole groups are drawn. Without
             it every clip is alone.
+        rng: by default from one fixed seed, so that every command prints the same.
     """
-    means = resampled_means(*_by_group(targets, scores, groups), draws, rng)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(low), float(high))
+    means = resampled_means(*_by_group(targets, scores, groups), draws, rng or np.random.default_rng(0))
+    return Interval(*middle_of(means))
 
 
 def paired_bootstrap(
     targets: pd.DataFrame,
     a: Probs,
     b: Probs,
-    *,
-    rng: np.random.Generator,
     groups: pd.Series | None = None,
+    *,
+    rng: np.random.Generator | None = None,
     draws: int = 2000,
-    level: float = 0.95,
 ) -> Difference:
     """Is `a` better than `b`? Both are scored on the same resampled groups, so that what makes a clip hard falls out.
 
     Args:
-        groups: as in `bootstrap_interval`.
+        groups, rng: as in `bootstrap_interval`.
     """
     sums_a, counts = _by_group(targets, a, groups)
     sums_b, _ = _by_group(targets, b, groups)
-    differences = resampled_means(sums_a - sums_b, counts, draws, rng)
-    low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
+    differences = resampled_means(sums_a - sums_b, counts, draws, rng or np.random.default_rng(0))
     # Resamples in which nothing differs count half, so that a run is no better than itself.
     better = float(np.mean(differences > 0) + np.mean(differences == 0) / 2)
-    return Difference(float((sums_a - sums_b).sum() / counts.sum()), float(low), float(high), better)
+    return Difference(float((sums_a - sums_b).sum() / counts.sum()), *middle_of(differences), better)
 
 
-def interval_of(targets: pd.DataFrame, scores: Probs, groups: pd.Series | None) -> Interval:
-    """The 95 % interval that every command prints: 1,000 resamples of the groups from one fixed seed."""
-    return bootstrap_interval(targets, scores, groups=groups, rng=np.random.default_rng(0))
-
-
-def difference_of(targets: pd.DataFrame, a: Probs, b: Probs, groups: pd.Series | None) -> Difference:
-    """The paired difference that every command prints: 2,000 resamples of the groups from one fixed seed."""
-    return paired_bootstrap(targets, a, b, groups=groups, rng=np.random.default_rng(0))
+def middle_of(draws: np.ndarray) -> tuple[float, float]:
+    """The ends of the interval that holds the middle 95 % of some draws."""
+    low, high = np.quantile(draws, [(1 - 0.95) / 2, (1 + 0.95) / 2])
+    return float(low), float(high)
 
 
 def _by_group(targets: pd.DataFrame, scores: Probs, groups: pd.Series | None) -> tuple[np.ndarray, np.ndarray]:
@@ -170,9 +160,8 @@ def pair_precisions(targets: pd.DataFrame, scores: Probs) -> tuple[np.ndarray, n
         raise MelfoldError("targets must be 0 or 1", "other values")
     if not np.isfinite(values).all():
         rows = ~np.isfinite(values).all(axis=1)
-        raise MelfoldError(
-            "scores must be finite", f"{rows.sum()} clips with NaN or infinity, first {targets.index[rows.argmax()]}"
-        )
+        found = f"{rows.sum()} clips with NaN or infinity, first {targets.index[rows.argmax()]}"
+        raise MelfoldError("scores must be finite", found)
     return rank_precisions(truth > 0, values)
 
 

@@ -61,36 +61,27 @@ def recipe_toml(recipe: Recipe, reasons: Mapping[str, str]) -> str:
     Args:
         reasons: `section.key` -> the comment that ends its line.
     """
-    lines: list[str] = []
-    values = recipe.model_dump(mode="json", exclude={"name"})
-    # What is no table comes first, among it an empty list of phases.
-    values = dict(sorted(values.items(), key=lambda item: isinstance(item[1], (dict, list)) and item[1] != []))
 
-    def put(key: str, value: Any, full: str) -> None:
-        line = f"{_toml_key(key)} = {toml_value(value)}"
-        lines.append(f"{line:<24} # {reasons[full]}" if reasons.get(full) else line)
+    def line(key: str, value: Any, full: str) -> str:
+        text = f"{_toml_key(key)} = {toml_value(value)}"
+        return f"{text:<24} # {reasons[full]}" if reasons.get(full) else text
 
-    for section, value in values.items():
+    top: list[str] = []
+    tables: list[tuple[str, dict[str, Any], str]] = []  # heading, content, and how the keys of the reasons begin
+    for section, value in recipe.model_dump(mode="json", exclude={"name"}).items():
         if section == "phases" and value:
-            for number, phase in enumerate(value):
-                lines.append("\n[[phases]]")
-                for key, inner in phase.items():
-                    put(key, inner, f"phases.{number}.{key}")
-            continue
-        if not isinstance(value, dict):
-            put(section, value, section)
-            continue
-        # Clips are a table of their own: on one line they could not be read.
-        tables = {key: inner for key, inner in value.items() if section == "data"}
-        lines.append(f"\n[{section}]")
-        for key, inner in value.items():
-            if key not in tables:
-                put(key, inner, f"{section}.{key}")
-        for key, table in tables.items():
-            lines.append(f"\n[{section}.{key}]" + (f"  # {why}" if (why := reasons.get(f"{section}.{key}")) else ""))
-            for fname, inner in table.items():
-                put(fname, inner, "")
-    return "\n".join(lines).replace("[data]\n\n", "") + "\n"
+            tables += [("[[phases]]", phase, f"phases.{number}.") for number, phase in enumerate(value)]
+        elif section == "data":  # clips are tables of their own: on one line they could not be read
+            for key, clips in value.items():
+                why = reasons.get(f"data.{key}")
+                tables.append((f"[data.{key}]" + (f"  # {why}" if why else ""), clips, ""))
+        elif isinstance(value, dict):
+            tables.append((f"[{section}]", value, f"{section}."))
+        else:
+            top.append(line(section, value, section))
+    for heading, content, start in tables:
+        top += [f"\n{heading}", *(line(key, value, start + key) for key, value in content.items())]
+    return "\n".join(top) + "\n"
 
 
 def toml_value(value: Any) -> str:

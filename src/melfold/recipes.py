@@ -108,8 +108,8 @@ def explain_recipe(name: str, home: Home | None = None, _above: tuple[str, ...] 
     """
     if name in _above:
         raise MelfoldError("a recipe is its own base", " -> ".join((*_above, name)), "Fix `base` in one of them")
-    saved = home.runs / name / "recipe.json" if home and _may_be_run(name) else None
-    if saved and saved.exists():
+    may_be_run = name not in recipe_names() and not name.endswith(".toml") and "/" not in name
+    if home and may_be_run and (saved := home.runs / name / "recipe.json").exists():
         content = {key: value for key, value in read_json(saved).items() if key != "name"}
         return {key: (value, "") for key, value in _flat(content).items()}
     text = _recipe_text(name, home)
@@ -127,10 +127,6 @@ def explain_recipe(name: str, home: Home | None = None, _above: tuple[str, ...] 
 
 def _shipped() -> Any:
     return resources.files("melfold") / "recipes"
-
-
-def _may_be_run(name: str) -> bool:
-    return name not in recipe_names() and not name.endswith(".toml") and "/" not in name
 
 
 def _recipe_text(name: str, home: Home | None) -> str:

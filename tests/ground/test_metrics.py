@@ -150,12 +150,6 @@ def test_the_bootstrap_is_its_generators_and_ignores_clips_without_labels() -> N
     assert bootstrap_interval(*more, rng=np.random.default_rng(1)) == first
 
 
-def test_a_wider_level_gives_a_wider_interval() -> None:
-    problem = noisy_problem(60)
-    narrow, wide = (bootstrap_interval(*problem, rng=np.random.default_rng(0), level=level) for level in (0.5, 0.99))
-    assert wide.low < narrow.low < narrow.high < wide.high
-
-
 def test_clips_of_one_group_count_as_one_draw() -> None:
     targets, scores = noisy_problem(60)
     doubled = [pd.concat([table, table.rename(index=lambda name: f"{name} again")]) for table in (targets, scores)]

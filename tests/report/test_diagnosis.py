@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from melfold.metrics import interval_of, lwlrap, per_label_lwlrap
+from melfold.metrics import bootstrap_interval, lwlrap, per_label_lwlrap
 from melfold.report.diagnosis import (
     calibration,
     calibration_error,
@@ -80,7 +80,7 @@ def test_clips_are_grouped_by_length_labels_and_flags() -> None:
     assert flags["b.wav"] == "short, clipped"
     pairs = true_pairs(TARGETS, PROBS)
     table = scores_by(pairs["fname"].map(flags), pairs, ALONE)
-    interval = interval_of(TARGETS.loc[["a.wav", "c.wav"]], PROBS, ALONE)
+    interval = bootstrap_interval(TARGETS.loc[["a.wav", "c.wav"]], PROBS, ALONE)
     assert list(table.index) == ["no flag", "short, clipped", "silent"]
     assert table["clips"].tolist() == [2, 1, 1]
     assert table.at["no flag", "lwlrap"] == pytest.approx(lwlrap(TARGETS.loc[["a.wav", "c.wav"]], PROBS))

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +33,7 @@ class Item:
     path: Path
     why: str
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         files = self.path.rglob("*") if self.path.is_dir() else [self.path]
         return sum(path.lstat().st_size for path in files if path.is_file() or path.is_symlink())
@@ -56,28 +57,24 @@ def clean(
         if kind not in KINDS:
             raise MelfoldError("unknown kind", repr(kind), f"Use {', '.join(KINDS)}")
     place = Home.find(home)
-    found = [item for item in _removable(place) if item.kind in (kinds or KINDS)]
-    busy = [item for item in found if item.in_use]
-    rest = [item for item in found if item not in busy]
-    sizes = {item: item.bytes for item in rest}
-    for item in busy:
-        note(f"{item.path} is in use and stays")
+    rest = []
+    for item in [*_checkpoints(place), *_temporary(place), *_build(place), *_caches(place)]:
+        if item.kind in (kinds or KINDS) and item.in_use:
+            note(f"{item.path} is in use and stays")
+        elif item.kind in (kinds or KINDS):
+            rest.append(item)
     if not rest:
         typer.echo(f"There is nothing to delete in {place.root}.")
         return
-    rows = [{"kind": i.kind, "size": size(sizes[i]), "path": i.path.relative_to(place.root), "why": i.why} for i in rest]
+    rows = [{"kind": i.kind, "size": size(i.bytes), "path": i.path.relative_to(place.root), "why": i.why} for i in rest]
     print_table(rows, left=["path", "why"])
-    total = size(sum(sizes.values()))
+    total = size(sum(item.bytes for item in rest))
     if not yes:
         typer.echo(f"{total} in all. To delete this, add --yes.")
         return
     for item in rest:
         shutil.rmtree(item.path) if item.path.is_dir() else item.path.unlink(missing_ok=True)
     typer.echo(f"Deleted {total}.")
-
-
-def _removable(home: Home) -> list[Item]:
-    return [*_checkpoints(home), *_temporary(home), *_build(home), *_caches(home)]
 
 
 def _checkpoints(home: Home) -> Iterator[Item]:

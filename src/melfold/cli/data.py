@@ -7,18 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from melfold.cli.options import (
-    DEFAULT_RECIPE,
-    DataArg,
-    EngineOpt,
-    HomeOpt,
-    JobsOpt,
-    RecipeOpt,
-    SchedulerOpt,
-    SetOpt,
-    resolve_compute,
-    resolve_recipe,
-)
+from melfold.cli import options as opt
 from melfold.cli.output import bar, command, print_table, rows_of
 from melfold.files import Home
 from melfold.kaggle.client import COMPETITION
@@ -35,7 +24,7 @@ def download(
     to: Annotated[Path | None, typer.Option("--to", help="The folder (default: data/<competition>).")] = None,
     tables: Annotated[bool, typer.Option("--tables", help="Only the three small tables: enough for `kaggle train`.")] = False,
     competition: Annotated[str, typer.Option("--competition", help="The competition's name in its address.")] = COMPETITION,
-    home: HomeOpt = None,
+    home: opt.HomeOpt = None,
 ) -> None:
     """Download the competition's files, check and unpack them."""
     from melfold.kaggle.client import Kaggle
@@ -50,12 +39,14 @@ def download(
 
 
 @command(app, "check", "melfold check data/fat2019")
-def check(data: DataArg, recipe: RecipeOpt = DEFAULT_RECIPE, home: HomeOpt = None, set_: SetOpt = None) -> None:
+def check(
+    data: opt.DataArg, recipe: opt.RecipeOpt = opt.DEFAULT_RECIPE, home: opt.HomeOpt = None, set_: opt.SetOpt = None
+) -> None:
     """Is this download complete? Reads the tables and the header of every file."""
     from melfold.data.check import check as check_download
 
     place = Home.find(home)
-    found = check_download(data, place, resolve_recipe(recipe, set_, place), resolve_compute())
+    found = check_download(data, place, opt.resolve_recipe(recipe, set_, place), opt.resolve_compute())
     print_table(rows_of(found.splits, "split"), left=["audio"], digits=2)
     for line in found.notes:
         typer.echo(f"note: {line}")
@@ -64,15 +55,15 @@ def check(data: DataArg, recipe: RecipeOpt = DEFAULT_RECIPE, home: HomeOpt = Non
 
 @command(app, "show", "melfold show data/fat2019 0006ae4e.wav -o clips.png")
 def show(
-    data: DataArg,
+    data: opt.DataArg,
     fnames: Annotated[list[str], typer.Argument(metavar="FNAME...", help="Clips of any split.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The PNG or JPEG to write.")] = Path("clips.png"),
     run: Annotated[
         str | None, typer.Option("--run", help="Draw the predictions of this run or RUN@NAME, with its recipe.")
     ] = None,
-    recipe: RecipeOpt = DEFAULT_RECIPE,
-    home: HomeOpt = None,
-    set_: SetOpt = None,
+    recipe: opt.RecipeOpt = opt.DEFAULT_RECIPE,
+    home: opt.HomeOpt = None,
+    set_: opt.SetOpt = None,
 ) -> None:
     """Draw clips: the waveform, the log-mel with the windows the model sees, the labels, the predictions of a run."""
     from melfold.data.competition import load_competition
@@ -85,34 +76,34 @@ def show(
         prediction = open_prediction(place, run)
         draw_clips(load_competition(data), fnames, prediction.recipe, output, place, prediction=prediction)
     else:
-        draw_clips(load_competition(data), fnames, resolve_recipe(recipe, set_, place), output, place)
+        draw_clips(load_competition(data), fnames, opt.resolve_recipe(recipe, set_, place), output, place)
     typer.echo(output)
 
 
 @command(app, "cache", "melfold cache data/fat2019 --recipe audioset", continues=True)
 def cache(
-    data: DataArg,
-    recipe: RecipeOpt = DEFAULT_RECIPE,
+    data: opt.DataArg,
+    recipe: opt.RecipeOpt = opt.DEFAULT_RECIPE,
     verify: Annotated[bool, typer.Option("--verify", help="Also read every log-mel, and make damaged ones again.")] = False,
-    jobs: JobsOpt = -1,
-    engine: EngineOpt = "joblib",
-    scheduler: SchedulerOpt = "",
-    home: HomeOpt = None,
-    set_: SetOpt = None,
+    jobs: opt.JobsOpt = -1,
+    engine: opt.EngineOpt = "joblib",
+    scheduler: opt.SchedulerOpt = "",
+    home: opt.HomeOpt = None,
+    set_: opt.SetOpt = None,
 ) -> None:
     """Turn audio into log-mel .npy files, once. Only files that are missing or whose audio changed are made."""
     from melfold import stages
     from melfold.data.competition import load_competition
 
-    place, compute = Home.find(home), resolve_compute(jobs=jobs, engine=engine, scheduler=scheduler)
-    resolved = resolve_recipe(recipe, set_, place)
+    place, compute = Home.find(home), opt.resolve_compute(jobs=jobs, engine=engine, scheduler=scheduler)
+    resolved = opt.resolve_recipe(recipe, set_, place)
     with compute.connected(place.root):
         typer.echo(stages.cache(load_competition(data.resolve(), resolved.data.exclude), place, resolved, compute, verify=verify))
 
 
 @command(app, "folds", "melfold folds data/fat2019 --n-folds 5 --seed 42")
 def folds(
-    data: DataArg,
+    data: opt.DataArg,
     n_folds: Annotated[int | None, typer.Option("--n-folds", min=2, help="Number of folds (default: the recipe's).")] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the table (default: the recipe's).")] = None,
     groups: Annotated[
@@ -122,9 +113,9 @@ def folds(
     suggest_groups: Annotated[
         bool, typer.Option("--suggest-groups", help="Instead of a table, propose near-duplicates by audio, to listen to.")
     ] = False,
-    recipe: RecipeOpt = DEFAULT_RECIPE,
-    home: HomeOpt = None,
-    set_: SetOpt = None,
+    recipe: opt.RecipeOpt = opt.DEFAULT_RECIPE,
+    home: opt.HomeOpt = None,
+    set_: opt.SetOpt = None,
 ) -> None:
     """Write the fold table, even in every label, with groups of clips kept together: the same for everyone."""
     from melfold import stages
@@ -133,7 +124,7 @@ def folds(
     asked = {"n_folds": n_folds, "seed": seed, "groups": groups}
     changes = [f"folds.{key}={value}" for key, value in asked.items() if value is not None]
     place = Home.find(home)
-    resolved = resolve_recipe(recipe, [*(set_ or []), *changes], place)
+    resolved = opt.resolve_recipe(recipe, [*(set_ or []), *changes], place)
     competition = load_competition(data, resolved.data.exclude)
     if suggest_groups:
         _suggest_groups(competition, place, resolved)
@@ -147,7 +138,7 @@ def _suggest_groups(competition: Competition, home: Home, recipe: Recipe) -> Non
     from melfold.data.duplicates import suggest_groups
     from melfold.data.groups import write_groups
 
-    folder = build_cache(competition, recipe.logmel, home, splits=["curated"], compute=resolve_compute())
+    folder = build_cache(competition, recipe.logmel, home, splits=["curated"], compute=opt.resolve_compute())
     stop_workers()
     readable = competition.curated.index.difference(unreadable(read_manifest(folder)))
     found, pairs = suggest_groups(competition.curated.loc[readable, "labels"], folder, bar())
@@ -163,7 +154,7 @@ def _suggest_groups(competition: Competition, home: Home, recipe: Recipe) -> Non
 def groups(
     table: Annotated[Path, typer.Argument(metavar="TABLE", help="fname,labels,freesound_id, as published with FSDKaggle2019.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write them as fname,group.")] = None,
-    home: HomeOpt = None,
+    home: opt.HomeOpt = None,
 ) -> None:
     """Group clips of one series of uploads by their Freesound ids; and count, for each fold table, the clips whose twin is in
     the training set of the model that scores them."""

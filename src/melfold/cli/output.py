@@ -36,9 +36,8 @@ def command(app: typer.Typer, name: str, example: str, *, continues: bool = Fals
         continues: the command, given again after Ctrl-C, continues where it stopped.
     """
 
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        help_text = f"{function.__doc__}\n\nExample: {example}"
-        return app.command(name, help=help_text)(guarded(function, continues=continues))
+    def register(function: Callable[..., None]) -> Any:
+        return app.command(name, help=f"{function.__doc__}\n\nExample: {example}")(guarded(function, continues=continues))
 
     return register
 
@@ -48,7 +47,9 @@ def guarded(function: Callable[..., None], *, continues: bool = False) -> Callab
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> None:
-        _set_up_logging()
+        logger = logging.getLogger("melfold")
+        logger.handlers, logger.propagate = [_Lines()], False
+        logger.setLevel(logging.INFO)
         try:
             function(*args, **kwargs)
         except MelfoldError as error:
@@ -76,15 +77,10 @@ def _fail(lines: Iterable[str]) -> None:
     raise typer.Exit(2)
 
 
-def _set_up_logging() -> None:
-    class Lines(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            level = "" if record.levelno < logging.WARNING else "WARNING: "
-            print(f"melfold: {level}{record.getMessage()}", file=sys.stderr, flush=True)  # above a bar, which replaces stderr
-
-    logger = logging.getLogger("melfold")
-    logger.handlers, logger.propagate = [Lines()], False
-    logger.setLevel(logging.INFO)
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "" if record.levelno < logging.WARNING else "WARNING: "
+        print(f"melfold: {level}{record.getMessage()}", file=sys.stderr, flush=True)  # above a bar, which replaces stderr
 
 
 def note(text: str) -> None:
@@ -200,16 +196,9 @@ def _cell(value: Any, digits: int) -> str:
 
 def print_json(value: Any) -> None:
     """A command's whole result for programs; what is not known is null."""
-    typer.echo(json.dumps(_plain(value), indent=2, allow_nan=False, ensure_ascii=False))
 
+    def plain(value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value.item()  # NumPy's
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
-    if hasattr(value, "item"):
-        value = value.item()  # NumPy's
-    if isinstance(value, Path):
-        return str(value)
-    return None if isinstance(value, float) and value != value else value
+    known = json.loads(json.dumps(value, default=plain), parse_constant=lambda _: None)  # NaN
+    typer.echo(json.dumps(known, indent=2, ensure_ascii=False))

@@ -12,7 +12,8 @@ from melfold.files import Home
 
 app = typer.Typer(help="Recipes: what decides a run.", no_args_is_help=True)
 
-NameArg = Annotated[str, typer.Argument(metavar="NAME", help="The name of a shipped recipe, a .toml file, or the name of a run.")]
+RECIPE_HELP = "The name of a shipped recipe, a .toml file, or the name of a run."
+NameArg = Annotated[str, typer.Argument(metavar="NAME", help=RECIPE_HELP)]
 
 
 @command(app, "list", "melfold recipe list")
@@ -43,7 +44,7 @@ def recipe_show(name: NameArg, home: HomeOpt = None, set_: SetOpt = None) -> Non
 
 @command(app, "diff", "melfold recipe diff scratch small")
 def recipe_diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="The name of a shipped recipe, a .toml file, or the name of a run.")],
+    a: Annotated[str, typer.Argument(metavar="A", help=RECIPE_HELP)],
     b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
     home: HomeOpt = None,
 ) -> None:

@@ -52,43 +52,31 @@ def runs(context: typer.Context, json: JsonOpt = False, home: HomeOpt = None) ->
 
 
 def _describe(folder: Path, name: str, run: Run | MelfoldError) -> dict[str, Any]:
-    files = [path.stat() for path in folder.rglob("*") if path.is_file()]
-    on_disk = {"bytes": sum(s.st_size for s in files), "changed": max((s.st_mtime for s in files), default=0.0)}
-    nothing: dict[str, Any] = {
-        "track": None,
-        "folds_done": [],
-        "n_folds": None,
-        "oof_lwlrap": None,
-        "low": None,
-        "high": None,
-        "predictions": [],
-    }
-    if isinstance(run, MelfoldError):
-        return {"run": name, "state": "unreadable", **nothing, **on_disk, "problem": str(run)}
-    done, problem = run.done_folds(), ""
-    found = nothing | {"track": run.info.track, "folds_done": done, "n_folds": run.recipe.folds.n_folds}
-    try:
-        found |= _scores(run)
-    except MelfoldError as error:
-        problem = str(error)
-    if any(is_locked(lock) for lock in folder.glob("*/.lock")):
-        state = "training"
-    elif not run.missing_folds() or done == ["full"]:
-        state = "done"
-    else:
-        state = "unfinished" if run.has_data() else "empty"
-    return {"run": name, "state": state, **found, **on_disk, "problem": problem}
-
-
-def _scores(run: Run) -> dict[str, Any]:
     from melfold.combine.oof import score
     from melfold.learn.predictions import list_predictions
 
-    predictions = list_predictions(run)
-    found: dict[str, Any] = {"predictions": [prediction.label for prediction in predictions if prediction.name]}
-    if any(fold != "full" for fold in run.done_folds()):
-        scores = score(predictions[0])
-        found |= {"oof_lwlrap": scores.oof_lwlrap, "low": scores.low, "high": scores.high}
+    files = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    scores: dict[str, Any] = dict.fromkeys(("oof_lwlrap", "low", "high"))
+    found = {"run": name, "state": "unreadable", "track": None, "folds_done": [], "n_folds": None, **scores, "predictions": []}
+    found |= {"bytes": sum(s.st_size for s in files), "changed": max((s.st_mtime for s in files), default=0.0), "problem": ""}
+    if isinstance(run, MelfoldError):
+        return found | {"problem": str(run)}
+    done = run.done_folds()
+    found |= {"track": run.info.track, "folds_done": done, "n_folds": run.recipe.folds.n_folds}
+    if any(is_locked(lock) for lock in folder.glob("*/.lock")):
+        found["state"] = "training"
+    elif not run.missing_folds() or done == ["full"]:
+        found["state"] = "done"
+    else:
+        found["state"] = "unfinished" if run.has_data() else "empty"
+    try:
+        predictions = list_predictions(run)
+        if any(fold != "full" for fold in done):
+            scored = score(predictions[0])
+            found |= {key: getattr(scored, key) for key in scores}
+        found["predictions"] = [prediction.label for prediction in predictions if prediction.name]
+    except MelfoldError as error:
+        found["problem"] = str(error)
     return found
 
 
@@ -96,13 +84,9 @@ def _as_row(item: dict[str, Any]) -> dict[str, Any]:
     numbered = [fold for fold in item["folds_done"] if fold != "full"]
     folds = f"{len(numbered)}/{item['n_folds']}" if item["n_folds"] else "-"
     return {
-        "run": item["run"],
-        "state": item["state"],
-        "track": item["track"],
+        **{key: item[key] for key in ("run", "state", "track")},
         "folds": folds + (" + full" if "full" in item["folds_done"] else ""),
-        "oof_lwlrap": item["oof_lwlrap"],
-        "low": item["low"],
-        "high": item["high"],
+        **{key: item[key] for key in ("oof_lwlrap", "low", "high")},
         "size": size(item["bytes"]),
         "changed": f"{age(time.time() - item['changed'])} ago",
         "predictions": ", ".join(item["predictions"]) or "-",

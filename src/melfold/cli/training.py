@@ -8,26 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from melfold.cli.options import (
-    DEFAULT_RECIPE,
-    DataArg,
-    DeviceOpt,
-    DevicesOpt,
-    EngineOpt,
-    FoldsOpt,
-    HomeOpt,
-    JobsOpt,
-    RecipeOpt,
-    RunArg,
-    RunDataOpt,
-    RunOpt,
-    SchedulerOpt,
-    SetOpt,
-    TrackerOpt,
-    resolve_compute,
-    resolve_recipe,
-    resolve_run_name,
-)
+from melfold.cli import options as opt
 from melfold.cli.output import command, interval, score
 from melfold.cli.scores import print_oof
 from melfold.files import Home
@@ -40,17 +21,17 @@ app = typer.Typer()
 
 @command(app, "train", "melfold train data/fat2019 --recipe audioset --folds 0,1", continues=True)
 def train(
-    data: DataArg,
-    recipe: RecipeOpt = DEFAULT_RECIPE,
-    folds: FoldsOpt = "all",
-    run: RunOpt = None,
-    device: DevicesOpt = "auto",
-    jobs: JobsOpt = -1,
-    engine: EngineOpt = "joblib",
-    scheduler: SchedulerOpt = "",
-    tracker: TrackerOpt = "",
-    home: HomeOpt = None,
-    set_: SetOpt = None,
+    data: opt.DataArg,
+    recipe: opt.RecipeOpt = opt.DEFAULT_RECIPE,
+    folds: opt.FoldsOpt = "all",
+    run: opt.RunOpt = None,
+    device: opt.DevicesOpt = "auto",
+    jobs: opt.JobsOpt = -1,
+    engine: opt.EngineOpt = "joblib",
+    scheduler: opt.SchedulerOpt = "",
+    tracker: opt.TrackerOpt = "",
+    home: opt.HomeOpt = None,
+    set_: opt.SetOpt = None,
 ) -> None:
     """Train folds of a run. It can be stopped at any moment; the same command, or `melfold resume`, continues."""
     from melfold import stages
@@ -58,10 +39,10 @@ def train(
     from melfold.learn.start import parse_folds
     from melfold.learn.tracker import tracked
 
-    place, compute = Home.find(home), resolve_compute(device, jobs, engine, scheduler)
-    resolved = resolve_recipe(recipe, set_, place)
+    place, compute = Home.find(home), opt.resolve_compute(device, jobs, engine, scheduler)
+    resolved = opt.resolve_recipe(recipe, set_, place)
     which = parse_folds(folds, resolved)
-    name = resolve_run_name(run, recipe, resolved, place)
+    name = opt.resolve_run_name(run, recipe, resolved, place)
     competition = load_competition(data.resolve(), resolved.data.exclude)
     with compute.connected(place.root), tracked(tracker, place.runs / name, resolved.model_dump(mode="json")):
         _print_trained(stages.train(competition, place, resolved, name, which, compute))
@@ -69,21 +50,21 @@ def train(
 
 @command(app, "resume", "melfold resume audioset", continues=True)
 def resume(
-    run: RunArg,
-    data: RunDataOpt = None,
-    device: DevicesOpt = "auto",
-    jobs: JobsOpt = -1,
-    engine: EngineOpt = "joblib",
-    scheduler: SchedulerOpt = "",
-    tracker: TrackerOpt = "",
-    home: HomeOpt = None,
+    run: opt.RunArg,
+    data: opt.RunDataOpt = None,
+    device: opt.DevicesOpt = "auto",
+    jobs: opt.JobsOpt = -1,
+    engine: opt.EngineOpt = "joblib",
+    scheduler: opt.SchedulerOpt = "",
+    tracker: opt.TrackerOpt = "",
+    home: opt.HomeOpt = None,
 ) -> None:
     """Continue training a run, with its own recipe and data."""
     from melfold import stages
     from melfold.learn.runs import open_run
     from melfold.learn.tracker import tracked
 
-    place, compute = Home.find(home), resolve_compute(device, jobs, engine, scheduler)
+    place, compute = Home.find(home), opt.resolve_compute(device, jobs, engine, scheduler)
     opened = open_run(place, run)
     with compute.connected(place.root), tracked(tracker, opened.folder, opened.recipe.model_dump(mode="json")):
         _print_trained(stages.resume(place, run, compute, data and data.resolve()))
@@ -93,18 +74,18 @@ def resume(
 def student(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="The first teachers: runs with all folds trained.")],
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds; the students of one are the teachers of the next.")] = 1,
-    data: RunDataOpt = None,
-    device: DevicesOpt = "auto",
-    jobs: JobsOpt = -1,
-    engine: EngineOpt = "joblib",
-    scheduler: SchedulerOpt = "",
-    home: HomeOpt = None,
-    set_: SetOpt = None,
+    data: opt.RunDataOpt = None,
+    device: opt.DevicesOpt = "auto",
+    jobs: opt.JobsOpt = -1,
+    engine: opt.EngineOpt = "joblib",
+    scheduler: opt.SchedulerOpt = "",
+    home: opt.HomeOpt = None,
+    set_: opt.SetOpt = None,
 ) -> None:
     """Train each run again with soft targets from all of them, in rounds: RUN-r1, RUN-r2 and so on, fold by fold."""
     from melfold import stages
 
-    place, compute = Home.find(home), resolve_compute(device, jobs, engine, scheduler)
+    place, compute = Home.find(home), opt.resolve_compute(device, jobs, engine, scheduler)
     with compute.connected(place.root):
         students = stages.students(place, runs, rounds, set_ or [], compute, data and data.resolve())
     names = [run.name for run in students]
@@ -120,26 +101,26 @@ def _print_trained(run: Run) -> None:
 
 @command(app, "run", "melfold run data/fat2019 --recipe audioset", continues=True)
 def run(
-    data: DataArg,
-    recipe: RecipeOpt = DEFAULT_RECIPE,
-    run: RunOpt = None,
-    device: DevicesOpt = "auto",
-    jobs: JobsOpt = -1,
-    engine: EngineOpt = "joblib",
-    scheduler: SchedulerOpt = "",
-    tracker: TrackerOpt = "",
+    data: opt.DataArg,
+    recipe: opt.RecipeOpt = opt.DEFAULT_RECIPE,
+    run: opt.RunOpt = None,
+    device: opt.DevicesOpt = "auto",
+    jobs: opt.JobsOpt = -1,
+    engine: opt.EngineOpt = "joblib",
+    scheduler: opt.SchedulerOpt = "",
+    tracker: opt.TrackerOpt = "",
     dry: Annotated[
         bool, typer.Option("--dry-run", help="Every stage with a few clips and steps: does it run, and how fast?")
     ] = False,
-    home: HomeOpt = None,
-    set_: SetOpt = None,
+    home: opt.HomeOpt = None,
+    set_: opt.SetOpt = None,
 ) -> None:
     """Everything from a download to a checked submission.csv. What is already done is skipped."""
     from melfold import stages
     from melfold.learn.tracker import tracked
 
-    place, compute = Home.find(home), resolve_compute(device, jobs, engine, scheduler)
-    resolved = resolve_recipe(recipe, set_, place)
+    place, compute = Home.find(home), opt.resolve_compute(device, jobs, engine, scheduler)
+    resolved = opt.resolve_recipe(recipe, set_, place)
     if dry:
         from melfold.dry_run import dry_run
 
@@ -147,7 +128,7 @@ def run(
         typer.echo(f"Every stage runs: {tried.submission} is no result.")
         typer.echo("\n".join(tried.forecast.lines()))
         return
-    name = resolve_run_name(run, recipe, resolved, place)
+    name = opt.resolve_run_name(run, recipe, resolved, place)
     with compute.connected(place.root), tracked(tracker, place.runs / name, resolved.model_dump(mode="json")):
         prediction, scores, path = stages.run(data.resolve(), place, resolved, name, compute)
     print_oof(scores)
@@ -157,8 +138,8 @@ def run(
 @command(app, "demo", "melfold demo", continues=True)
 def demo(
     home: Annotated[Path, typer.Option("--home", help="The folder for all that the demo makes.")] = Path("build/demo"),
-    device: DeviceOpt = "auto",
-    set_: SetOpt = None,
+    device: opt.DeviceOpt = "auto",
+    set_: opt.SetOpt = None,
 ) -> None:
     """The whole job on a small synthetic competition."""
     from melfold import stages
@@ -166,9 +147,9 @@ def demo(
     from melfold.data.demo import write_demo
 
     started = time.monotonic()
-    place, compute = Home(home.resolve()), resolve_compute(device)
-    recipe = resolve_recipe("demo", set_, place)
-    name = resolve_run_name(None, "demo", recipe, place)
+    place, compute = Home(home.resolve()), opt.resolve_compute(device)
+    recipe = opt.resolve_recipe("demo", set_, place)
+    name = opt.resolve_run_name(None, "demo", recipe, place)
     data = write_demo(place.data / "demo")
     prediction, scores, path = stages.run(data, place, recipe, name, compute)
     test = score_submission(path, data / "test_post_competition.csv")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from melfold.facts import facts_of
 from melfold.files import Home
 from melfold.learn.predictions import Prediction, list_predictions
 from melfold.learn.runs import list_runs
-from melfold.metrics import Difference, difference_of, interval_of, lwlrap, per_label_lwlrap
+from melfold.metrics import Difference, bootstrap_interval, lwlrap, paired_bootstrap, per_label_lwlrap
 from melfold.probs import MEANS, Probs, mean_probs
 
 log = logging.getLogger(__name__)
@@ -31,8 +32,7 @@ def fold_mean(prediction: Prediction, folds: Sequence[str]) -> Probs:
     Raises:
         MelfoldError: one is missing, was changed, or was made with other weights or settings.
     """
-    tables = [prediction.read_fold_test(fold) for fold in folds]
-    return mean_probs(tables, prediction.config.fold_mean)
+    return mean_probs([prediction.read_fold_test(fold) for fold in folds], prediction.config.fold_mean)
 
 
 @dataclass(frozen=True)
@@ -73,19 +73,19 @@ def suggest(predictions: Sequence[Prediction], budget: float | None = None) -> l
         found = ", ".join(p.label for p in predictions) or "no run with every fold trained"
         raise MelfoldError("an ensemble needs at least two runs", found, "Train another recipe or seed")
     together = read_together(predictions)
+    targets, tables, groups = together.targets, together.tables, together.groups
     seconds: dict[str, Any] = {prediction.label: inference_seconds(prediction) for prediction in predictions}
-    _check_budget(seconds, budget)
-    targets, tables = together.targets, together.tables
-    singles = {name: lwlrap(targets, table) for name, table in tables.items()}
-    best = tables[max(singles, key=lambda name: singles[name])]
+    if budget is not None:
+        _check_budget(seconds, budget)
+    best = tables[max(tables, key=lambda name: lwlrap(targets, tables[name]))]
     suggestions: list[Suggestion] = []
 
     def add(runs: Sequence[str], mean: str, probs: Probs, weights: Sequence[float] | None = None, fitted: Any = None) -> None:
         known = [seconds[run] for run in runs]
-        cost = None if None in known else sum(known)
-        if budget is not None and cost is not None and cost > budget:
+        cost: Any = None if None in known else sum(known)
+        if budget is not None and cost > budget:
             return
-        interval, gain = interval_of(targets, probs, together.groups), difference_of(targets, probs, best, together.groups)
+        interval, gain = bootstrap_interval(targets, probs, groups), paired_bootstrap(targets, probs, best, groups)
         given = None if weights is None or len(set(weights)) == 1 else [round(w, 4) for w in weights]
         score = lwlrap(targets, probs)
         found = Suggestion(list(runs), mean, given, score, interval.low, interval.high, fitted, gain, len(targets), cost)
@@ -105,14 +105,12 @@ def suggest(predictions: Sequence[Prediction], budget: float | None = None) -> l
     return sorted(suggestions, key=lambda s: -s.oof_lwlrap)
 
 
-def _check_budget(seconds: Mapping[str, Any], budget: float | None) -> None:
-    if budget is None:
-        return
+def _check_budget(seconds: Mapping[str, Any], budget: float) -> None:
     if unknown := [name for name, cost in seconds.items() if cost is None]:
         fix = f"`melfold predict {unknown[0]} --data DATA` records it, or leave the run out"
         raise MelfoldError("the speed of a run was not recorded", ", ".join(unknown), fix)
-    if min(seconds.values()) > budget:
-        fastest = min(seconds, key=lambda name: seconds[name])
+    fastest = min(seconds, key=lambda name: seconds[name])
+    if seconds[fastest] > budget:
         raise MelfoldError("no run fits the budget", f"{fastest} takes {seconds[fastest] / 60:.1f} minutes", "Give more minutes")
 
 
@@ -155,37 +153,30 @@ def compare(predictions: Sequence[Prediction], *, common: bool = False) -> Compa
         MelfoldError: as `read_together`.
     """
     together = read_together(predictions, common=common)
-    targets, tables = together.targets, together.tables
-    first = tables[predictions[0].label]
+    targets, groups = together.targets, together.groups
     rows, labels = {}, {}
-    for prediction in predictions:
-        table = tables[prediction.label]
-        interval = interval_of(targets, table, together.groups)
+    for prediction, table in zip(predictions, together.tables.values(), strict=True):
+        interval = bootstrap_interval(targets, table, groups)
         row: dict[str, Any] = {"track": prediction.run.info.track, "seed": str(prediction.run.recipe.seed)}
         row |= {"oof_lwlrap": lwlrap(targets, table), "low": interval.low, "high": interval.high}
         if prediction is not predictions[0]:
-            d = difference_of(targets, table, first, together.groups)
+            d = paired_bootstrap(targets, table, together.tables[predictions[0].label], groups)
             row |= {"difference": d.value, "d_low": d.low, "d_high": d.high, "better": d.better}
         rows[prediction.label] = row
         per_label = per_label_lwlrap(targets, table)
         labels["clips"] = per_label["clips"]
         labels[prediction.label] = per_label["lwlrap"]
-    scores = {label: row["oof_lwlrap"] for label, row in rows.items()}
     table = pd.DataFrame.from_dict(rows, orient="index")
-    return Compared(len(targets), table, pd.DataFrame(labels), _seeds(predictions, scores))
+    return Compared(len(targets), table, pd.DataFrame(labels), _seeds(predictions, table["oof_lwlrap"]))
 
 
-def _seeds(predictions: Sequence[Prediction], scores: dict[str, float]) -> list[tuple[list[str], float, float]]:
-    alike: dict[tuple[str, str], list[Prediction]] = {}
+def _seeds(predictions: Sequence[Prediction], scores: pd.Series) -> list[tuple[list[str], float, float]]:
+    alike = defaultdict(list)
     for prediction in predictions:
         recipe = prediction.run.recipe.model_copy(update={"seed": 0})
-        alike.setdefault((recipe.fingerprint(), prediction.config.model_dump_json()), []).append(prediction)
-    seeds = []
-    for same in alike.values():
-        if len({prediction.run.recipe.seed for prediction in same}) > 1:
-            values = [scores[prediction.label] for prediction in same]
-            seeds.append(([p.label for p in same], float(np.mean(values)), float(np.std(values, ddof=1))))
-    return seeds
+        alike[recipe.fingerprint(), prediction.config.model_dump_json()].append(prediction)
+    names = [[p.label for p in same] for same in alike.values() if len({p.run.recipe.seed for p in same}) > 1]
+    return [(own, float(np.mean(scores[own])), float(np.std(scores[own], ddof=1))) for own in names]
 
 
 def predictions_alike(home: Home) -> list[Prediction]:
@@ -193,10 +184,10 @@ def predictions_alike(home: Home) -> list[Prediction]:
 
     If there are several such families, the largest.
     """
-    families: dict[str, list[Prediction]] = {}
+    families: dict[str, list[Prediction]] = defaultdict(list)
     for name, run in list_runs(home):
         if isinstance(run, MelfoldError):
             log.warning("left out: run %s: %s", name, run)
         elif not run.missing_folds():
-            families.setdefault(run.info.clips_sha256, []).extend(list_predictions(run))
+            families[run.info.clips_sha256] += list_predictions(run)
     return max(families.values(), key=len, default=[])

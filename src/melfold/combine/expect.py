@@ -21,18 +21,13 @@ from melfold.probs import mean_probs
 
 @dataclass(frozen=True)
 class Expected:
-    """The score to expect.
-
-    Args:
-        score, low, high: the out-of-fold score, with a 95 % interval for the luck of the curated clips and of as many test clips
-            as the leaderboard scores.
-        grouped: whether the folds keep groups of clips together; otherwise expect less.
-    """
+    """The out-of-fold score; its 95 % interval is for the luck of the curated clips, and of the test clips that are scored."""
 
     score: float
     low: float
     high: float
     grouped: bool
+    """Whether the folds keep groups of clips together; otherwise expect less."""
 
 
 def expected_score(members: Sequence[Prediction], mean: str, shares: Sequence[float], test_clips: int) -> Expected:
@@ -56,12 +51,7 @@ def expected_score(members: Sequence[Prediction], mean: str, shares: Sequence[fl
     targets, groups = first.targets(oof.index), first.clips["group"]
     rng, score = np.random.default_rng(0), lwlrap(targets, oof)
     by_group, by_clip = (bootstrap_interval(targets, oof, groups=each, rng=rng) for each in (groups, None))
-    scored = _scored(first.info.labels, test_clips)
+    known = facts_of(first.info.labels)  # the leaderboard scores the last stage's clips; where that is not known, half
+    scored = known.test_clips[-1] if known.name and test_clips >= known.test_clips[-1] else max(1, test_clips // 2)
     margin = np.hypot(by_group.high - by_group.low, (by_clip.high - by_clip.low) * np.sqrt(len(oof) / scored)) / 2
     return Expected(score, max(0.0, score - margin), min(1.0, score + margin), groups.nunique() < len(groups))
-
-
-def _scored(labels: list[str], rows: int) -> int:
-    """How many clips the leaderboard scores: those of the last stage, or half where that is not known."""
-    known = facts_of(labels)
-    return known.test_clips[-1] if known.name and rows >= known.test_clips[-1] else max(1, rows // 2)

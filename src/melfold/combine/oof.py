@@ -13,7 +13,7 @@ from melfold.artefacts import Artefact
 from melfold.errors import MelfoldError
 from melfold.learn.predictions import Prediction
 from melfold.learn.runs import FULL
-from melfold.metrics import constant_lwlrap, interval_of, lwlrap, per_label_lwlrap
+from melfold.metrics import bootstrap_interval, constant_lwlrap, lwlrap, per_label_lwlrap
 from melfold.probs import Probs, align, write_probs
 
 
@@ -50,7 +50,7 @@ def score(prediction: Prediction) -> OofScores:
         held_out = run.targets(run.held_out(fold))
         fold_scores[fold] = lwlrap(held_out, pooled.loc[held_out.index])
     covered = run.targets(pooled.index)
-    interval = interval_of(covered, pooled, run.clips["group"])
+    interval = bootstrap_interval(covered, pooled, run.clips["group"])
     scores = OofScores(
         oof_lwlrap=lwlrap(covered, pooled),
         low=interval.low,

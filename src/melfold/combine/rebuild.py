@@ -12,7 +12,7 @@ from melfold.config import Recipe
 from melfold.data.competition import Competition
 from melfold.errors import MelfoldError
 from melfold.files import Home, write_text
-from melfold.learn.predictions import Prediction, open_prediction
+from melfold.learn.predictions import open_prediction
 from melfold.learn.runs import open_run
 from melfold.recipe_text import recipe_toml, toml_value
 from melfold.recipes import parse_recipe
@@ -41,15 +41,15 @@ def plan_rebuild(home: Home, id: str, data: Path) -> Plan:
     artefact = submission_artefact(home, id)
     if not artefact.stamp.exists():
         raise MelfoldError("no such submission", str(artefact.stamp), "Get its manifest.json, for example with git")
-    commands: list[str] = []
-    notes: list[str] = []
+    plan = Plan([], [])
     for member in artefact.read()["runs"]:
-        _plan_member(home, member, home.root / "build" / "rebuild" / id, data, commands, notes)
-    return Plan(list(dict.fromkeys(commands)), list(dict.fromkeys(notes)))
+        _plan_member(home, member, home.root / "build" / "rebuild" / id, data, plan)
+    return Plan(list(dict.fromkeys(plan.commands)), list(dict.fromkeys(plan.notes)))
 
 
-def _plan_member(home: Home, member: dict[str, Any], folder: Path, data: Path, commands: list[str], notes: list[str]) -> None:
-    name, label = member["name"], label_of(member)
+def _plan_member(home: Home, member: dict[str, Any], folder: Path, data: Path, plan: Plan) -> None:
+    """Add to a plan what a part of a submission needs."""
+    name, commands, notes = member["name"], plan.commands, plan.notes
     recipe = parse_recipe(member["recipe"], f"the manifest's recipe of {name}")
     if not (home.runs / name / "run.json").exists():
         path = folder / f"{name}.toml"
@@ -66,7 +66,7 @@ def _plan_member(home: Home, member: dict[str, Any], folder: Path, data: Path, c
     if changed := [fold for fold, sha in member["weights_sha256"].items() if found.get(fold, sha) != sha]:
         notes.append(f"run {name} has other weights here than in the manifest: fold {', '.join(changed)}")
     try:
-        open_prediction(home, label).read_test()
+        open_prediction(home, label_of(member)).read_test()
     except MelfoldError:
         commands.append(_predict_command(member, run.recipe, recipe, data))
 
@@ -93,6 +93,6 @@ def rebuild(home: Home, id: str, competition: Competition) -> Path:
         MelfoldError: something is missing (see `plan_rebuild`), or it would not be the same submission.
     """
     content = submission_artefact(home, id).read()
-    members: list[Prediction] = [open_prediction(home, label_of(member)) for member in content["runs"]]
+    members = [open_prediction(home, label_of(member)) for member in content["runs"]]
     weights = [member["share"] for member in content["runs"]]
     return build_submission(home, members, competition, id=id, mean=content["mean"], weights=weights)

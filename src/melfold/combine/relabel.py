@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -56,16 +55,8 @@ def doubtful(targets: pd.DataFrame, oof: Probs) -> pd.DataFrame:
         if wrong[truth[row]].all() and not missing.any() and np.isfinite(over[row].max()):
             missing[over[row].argmax()] = True
         if missing.any() or (wrong.any() and not wrong[truth[row]].all()):
-            rows.append(
-                {
-                    "fname": fname,
-                    "labels": tuple(names[truth[row]]),
-                    "suggested": tuple(names[(truth[row] & ~wrong) | missing]),
-                    "missing": tuple(names[missing]),
-                    "wrong": tuple(names[wrong]),
-                    "doubt": float(max(over[row].max(), under[row].max())),
-                }
-            )
+            sets = (truth[row], (truth[row] & ~wrong) | missing, missing, wrong)
+            rows.append((fname, *(tuple(names[own]) for own in sets), float(max(over[row].max(), under[row].max()))))
     columns = ["fname", "labels", "suggested", "missing", "wrong", "doubt"]
     return pd.DataFrame(rows, columns=columns).sort_values(["doubt", "fname"], ascending=[False, True]).set_index("fname")
 
@@ -81,14 +72,9 @@ def write_corrections(path: Path, doubts: pd.DataFrame, run: str, track: str) ->
     """
     if path.exists():
         raise MelfoldError("the file exists already", str(path), "It may hold your own work: choose another name")
-    rows = [
-        (fname, join_labels(row.suggested), f"{run}: {_why(row)}, doubt {row.doubt:.1f}", track)
-        for fname, row in zip(doubts.index, doubts.itertuples(), strict=True)
-    ]
+    rows = []
+    for row in doubts.itertuples():
+        changes = [f"{kind} {', '.join(names)}" for kind, names in (("lacks", row.missing), ("wrong", row.wrong)) if names]
+        rows.append((row.Index, join_labels(row.suggested), f"{run}: {'; '.join(changes)}, doubt {row.doubt:.1f}", track))
     table = pd.DataFrame(rows, columns=["fname", "labels", "why", "track"])
     write_text(path, table.to_csv(index=False, lineterminator="\n"))
-
-
-def _why(row: Any) -> str:
-    parts = [f"{kind} {', '.join(names)}" for kind, names in (("lacks", row.missing), ("wrong", row.wrong)) if names]
-    return "; ".join(parts)

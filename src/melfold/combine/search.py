@@ -34,8 +34,8 @@ class Choice:
         return mean_probs([tables[name] for name in self.runs], self.kind, self.weights)
 
 
-Score = Callable[[np.ndarray], float]
-"""Weights of all runs, of any sum -> lwlrap of their mean."""
+Score = Callable[[Sequence[int]], float]
+"""Runs -> lwlrap of their mean with equal weights."""
 
 
 def choose(
@@ -62,20 +62,12 @@ def choose(
         [align(t, targets.index, list(targets.columns), "predictions").to_numpy(np.float64) for t in tables.values()]
     )
     price = np.zeros(len(names)) if costs is None else np.asarray(costs, np.float64)
+
+    def fits(runs: Sequence[int]) -> bool:
+        return len(runs) <= (most or len(names)) and price[list(runs)].sum() <= budget
+
     for kind in kinds:
-        score = _scorer(targets.to_numpy() > 0, to_mean(values, kind))
-
-        def fits(runs: Sequence[int]) -> bool:
-            return len(runs) <= (most or len(names)) and price[list(runs)].sum() <= budget
-
-        sets = [_drop(_grow(score, len(names), fits), score, len(names))]
-        if fits(range(len(names))):
-            sets.append(_drop(list(range(len(names))), score, len(names)))
-        runs = max(sets, key=lambda own: (score(_equal(own, len(names))), -len(own)))
-        weights, fitted = _equal(runs, len(names)), score(_equal(runs, len(names)))
-        greedy = greedy_weights(score, runs, len(names))
-        if score(greedy) > fitted + PAYS:
-            weights, fitted = greedy, score(greedy)
+        runs, weights, fitted = _search(targets.to_numpy() > 0, to_mean(values, kind), fits)
         if best is None or fitted > best.fitted + 1e-12:
             used = [run for run in runs if weights[run]]
             best = Choice(tuple(names[r] for r in used), kind, tuple(float(w) for w in weights[used]), fitted)
@@ -83,58 +75,68 @@ def choose(
     return best
 
 
-def _scorer(truth: np.ndarray, linear: np.ndarray) -> Score:
-    # Every kind of mean is linear in something, and what brings it back to 0..1 keeps the order, which is all lwlrap sees.
-    return lambda weights: float(rank_precisions(truth, np.tensordot(weights / weights.sum(), linear, 1))[0].mean())
+def _search(
+    truth: np.ndarray, linear: np.ndarray, fits: Callable[[Sequence[int]], bool]
+) -> tuple[Sequence[int], np.ndarray, float]:
+    """The best runs, the weights of all runs, and the score.
+
+    Args:
+        linear: of each run; every kind of mean is linear in something, and what brings it back to 0..1 keeps the order, which is
+            all that lwlrap sees.
+    """
+    count = len(linear)
+
+    def weighted(weights: np.ndarray) -> float:
+        return float(rank_precisions(truth, np.tensordot(weights / weights.sum(), linear, 1))[0].mean())
+
+    def equal(runs: Sequence[int]) -> np.ndarray:
+        return np.isin(np.arange(count), runs) / len(runs)
+
+    def score(runs: Sequence[int]) -> float:
+        return weighted(equal(runs))
+
+    sets = [_drop(_grow(count, score, fits), score)]
+    if fits(range(count)):
+        sets.append(_drop(list(range(count)), score))
+    runs = max(sets, key=lambda own: (score(own), -len(own)))
+    greedy = _greedy_weights(weighted, runs, count)
+    return (runs, greedy, weighted(greedy)) if weighted(greedy) > score(runs) + PAYS else (runs, equal(runs), score(runs))
 
 
-def _equal(runs: Sequence[int], count: int) -> np.ndarray:
-    weights = np.zeros(count)
-    weights[list(runs)] = 1 / len(runs)
-    return weights
-
-
-def _grow(score: Score, count: int, fits: Callable[[Sequence[int]], bool]) -> list[int]:
+def _grow(count: int, score: Score, fits: Callable[[Sequence[int]], bool]) -> list[int]:
     """From the best single run, or the best pair if that pays, the run that helps most, as long as one pays."""
-    singles = [[run] for run in range(count) if fits([run])]
-    runs, best = _best(singles, score, count)
-    pair, value = _best([list(pair) for pair in combinations(range(count), 2) if fits(pair)], score, count)
+    runs, best = _best([[run] for run in range(count) if fits([run])], score)
+    more, value = _best([list(pair) for pair in combinations(range(count), 2) if fits(pair)], score)
     while value > best + PAYS:
-        runs, best = pair, value
-        pair, value = _best([[*runs, run] for run in range(count) if run not in runs and fits([*runs, run])], score, count)
+        runs, best = more, value
+        more, value = _best([[*runs, run] for run in range(count) if run not in runs and fits([*runs, run])], score)
     return runs
 
 
-def _drop(runs: list[int], score: Score, count: int) -> list[int]:
+def _drop(runs: list[int], score: Score) -> list[int]:
     """Leave out the run that is missed least, as long as it does not pay."""
     while len(runs) > 1:
-        fewer, value = _best([[r for r in runs if r != run] for run in runs], score, count)
-        if value + PAYS < score(_equal(runs, count)):
+        fewer, value = _best([[r for r in runs if r != run] for run in runs], score)
+        if value + PAYS < score(runs):
             break
         runs = fewer
     return runs
 
 
-def _best(sets: Sequence[list[int]], score: Score, count: int) -> tuple[list[int], float]:
-    values = [score(_equal(runs, count)) for runs in sets]
+def _best(sets: Sequence[list[int]], score: Score) -> tuple[list[int], float]:
+    values = [score(runs) for runs in sets]
     return (sets[int(np.argmax(values))], max(values)) if sets else ([], -np.inf)
 
 
-def greedy_weights(score: Score, runs: Sequence[int], count: int) -> np.ndarray:
-    """Weights by greedy selection with replacement: each round adds the run that helps most, ties to the first.
+def _greedy_weights(weighted: Callable[[np.ndarray], float], runs: Sequence[int], count: int) -> np.ndarray:
+    """Weights `(count,)`, summing to 1, by greedy selection with replacement: each round adds the run that helps most.
 
-    Caruana et al., "Ensemble Selection from Libraries of Models" (2004); the best of all rounds is kept.
-
-    Args:
-        runs: those that may get weight, of `count`.
-
-    Returns:
-        `(count,)`, summing to 1.
+    Caruana et al., "Ensemble Selection from Libraries of Models" (2004); the best of all rounds is kept. Ties go to the first.
     """
     counts, steps = np.zeros(count), np.eye(count)[list(runs)]
     best, chosen = -1.0, counts
     for _ in range(ROUNDS):
-        scores = [score(counts + step) for step in steps]
+        scores = [weighted(counts + step) for step in steps]
         counts = counts + steps[int(np.argmax(scores))]
         if max(scores) > best + 1e-12:
             best, chosen = max(scores), counts

@@ -22,9 +22,11 @@ from melfold.probs import MEANS, align, check_weights, mean_probs, write_probs
 
 log = logging.getLogger(__name__)
 
-
 NAME = "[A-Za-z0-9][A-Za-z0-9._+-]*"
 """A submission's name, as a regular expression."""
+
+OF_RUN = ("track", "data", "licence", "teachers", "fold_table", "folds_sha256", "clips_sha256")
+"""Facts of a run that a manifest repeats."""
 
 
 def submission_artefact(home: Home, id: str) -> Artefact:
@@ -133,13 +135,7 @@ def _facts(
                 "prediction": p.name,
                 "recipe": p.recipe.model_dump(mode="json"),
                 "share": shares[p.label],
-                "track": p.run.info.track,
-                "data": p.run.info.data,
-                "licence": p.run.info.licence,
-                "teachers": p.run.info.teachers,
-                "fold_table": p.run.info.fold_table,
-                "folds_sha256": p.run.info.folds_sha256,
-                "clips_sha256": p.run.info.clips_sha256,
+                **{key: getattr(p.run.info, key) for key in OF_RUN},
                 "weights_sha256": p.run.weights_sha256(p.run.used_folds()),
                 "test_sha256": sha256_file(p.test),
                 "commit": p.run.info.commit,

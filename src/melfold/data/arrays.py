@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import BytesIO, FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,8 +29,7 @@ REWRITE_FRAMES = 8192
 """Frames per block when `top_db` is applied to a written array."""
 
 
-@dataclass(frozen=True)
-class ClipInfo:
+class ClipInfo(NamedTuple):
     """A row of the manifest. Bytes, ns, seconds, frames, dB."""
 
     fname: str

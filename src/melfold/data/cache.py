@@ -11,7 +11,6 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -92,9 +91,10 @@ def build_cache(
         remove_leftovers(folder)
         write_json(folder / "config.json", config.model_dump())
         known = _read_known(folder)
-        work = _stale(folder, paths, known, config)
+        work = {fname: paths[fname] for fname in _stale(folder, paths, known, config)}
         if verify:
-            work |= _damaged(folder, {fname: path for fname, path in paths.items() if fname not in work}, known, compute)
+            others = [fname for fname in paths if fname not in work]
+            work |= {fname: paths[fname] for fname in _damaged(folder, others, known, compute)}
         if work:
             _make(folder, work, config, known, compute)
             _write_manifest(folder, known)
@@ -119,33 +119,29 @@ def read_manifest(folder: Path) -> pd.DataFrame:
         raise MelfoldError("damaged manifest", f"{path} ({listed(damage)})", fix)
     try:
         table = pd.read_csv(path, index_col="fname", dtype={"fname": str}, keep_default_na=False, float_precision="round_trip")
-        return table[[f.name for f in fields(ClipInfo) if f.name != "fname"]]
+        return table[list(ClipInfo._fields[1:])]
     except (ValueError, KeyError) as error:
         raise MelfoldError("damaged manifest", f"{path} ({error})", fix) from None
 
 
-def _stale(folder: Path, paths: dict[str, Path], known: dict[str, ClipInfo], config: LogMelConfig) -> dict[str, Path]:
+def _stale(folder: Path, paths: dict[str, Path], known: dict[str, ClipInfo], config: LogMelConfig) -> Iterator[str]:
     """The clips without an up-to-date array."""
     sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.name.endswith(".npy")}
-    stale = {}
     for fname, path in paths.items():
         info = known.get(fname)
         same = info and (info.size, info.mtime_ns) == size_and_time(path)
         # A clip that was unreadable is tried again: the disk may have been full, or a network drive away.
         if not info or not same or sizes.get(npy_path(folder, fname).name) != NPY_HEADER + 2 * config.n_mels * info.frames:
-            stale[fname] = path
-    return stale
+            yield fname
 
 
-def _damaged(folder: Path, paths: dict[str, Path], known: dict[str, ClipInfo], compute: Compute) -> dict[str, Path]:
+def _damaged(folder: Path, fnames: Sequence[str], known: dict[str, ClipInfo], compute: Compute) -> Iterator[str]:
     """The clips whose array is not what was written."""
-    damaged = {}
-    for number, (fname, path) in enumerate(paths.items(), 1):
+    for number, fname in enumerate(fnames, 1):
         if known[fname].frames and crc32_of(npy_path(folder, fname)) != known[fname].crc32:
             log.warning("%s: its log-mel is damaged and is made again", fname)
-            damaged[fname] = path
-        compute.progress(number, len(paths), "verifying log-mels")
-    return damaged
+            yield fname
+        compute.progress(number, len(fnames), "verifying log-mels")
 
 
 def audio_digest(folder: Path, fnames: Sequence[str]) -> str:
@@ -157,8 +153,7 @@ def audio_digest(folder: Path, fnames: Sequence[str]) -> str:
 def _make(folder: Path, work: dict[str, Path], config: LogMelConfig, known: dict[str, ClipInfo], compute: Compute) -> None:
     from joblib import Parallel, delayed
 
-    done = 0
-    items = list(work.items())
+    done, items = 0, list(work.items())
     chunks = [items[i : i + CHUNK_CLIPS] for i in range(0, len(items), CHUNK_CLIPS)]
     # Made here, so that no worker of this machine has to import librosa; other machines get only the configuration.
     transform = config if remote() else log_mel_of(config)
@@ -170,7 +165,7 @@ def _make(folder: Path, work: dict[str, Path], config: LogMelConfig, known: dict
         for infos in results:
             for info in infos:
                 known[info.fname] = info
-                journal.write(_journal_line(asdict(info)))
+                journal.write(_journal_line(info._asdict()))
             journal.flush()
             done += len(infos)
             compute.progress(done, len(work), "caching log-mels")
@@ -202,12 +197,10 @@ def _read_known(folder: Path) -> dict[str, ClipInfo]:
     known = {}
     if (folder / "manifest.csv").exists():
         try:
-            for row in read_manifest(folder).itertuples():
-                known[row.Index] = ClipInfo(*row)
+            known = {row.Index: ClipInfo(*row) for row in read_manifest(folder).itertuples()}
         except MelfoldError as error:
             log.warning("%s: making its log-mels again", error.lines[0].split(". ")[0])
-    journal = folder / "journal.jsonl"
-    if journal.exists():
+    if (folder / "journal.jsonl").exists():
         known |= {row["fname"]: ClipInfo(**row) for row in _journal_rows(folder) if "fname" in row}
         _write_manifest(folder, known)
     return known
@@ -223,9 +216,9 @@ def _journal_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def _write_manifest(folder: Path, known: dict[str, ClipInfo]) -> None:
-    rows: list[dict[str, Any]] = [asdict(known[fname]) for fname in sorted(known)]
+    table = pd.DataFrame([known[fname] for fname in sorted(known)], columns=ClipInfo._fields)
     with atomic_path(folder / "manifest.csv") as temporary:
-        pd.DataFrame(rows, columns=[f.name for f in fields(ClipInfo)]).to_csv(temporary, index=False, lineterminator="\n")
+        table.to_csv(temporary, index=False, lineterminator="\n")
         with (folder / "journal.jsonl").open("a") as journal:
             journal.write(_journal_line({"manifest": sha256_file(temporary)}))
     Artefact.of(folder / "manifest.csv").commit({})
@@ -237,11 +230,10 @@ def _report_unreadable(competition: Competition, splits: list[Split], infos: Ite
     test = set(competition.test.index) if "test" in splits else set()
     for fname in sorted(failed.keys() & test):
         log.warning("TEST CLIP %s: it will get the mean out-of-fold probabilities", failed[fname])
-    fatal = [fname for fname in failed if fname not in test]
+    fatal = []
+    for fname in failed:
+        if fname not in test:
+            fix = f"Download it again, or --set data.exclude.'{fname}'='why'"
+            fatal.append(MelfoldError(failed[fname].removesuffix(". Download it again"), "", fix))
     if fatal:
-        raise MelfoldError.many(
-            MelfoldError(
-                failed[fname].removesuffix(". Download it again"), "", f"Download it again, or --set data.exclude.'{fname}'='why'"
-            )
-            for fname in fatal
-        )
+        raise MelfoldError.many(fatal)

@@ -22,13 +22,7 @@ from melfold.files import Home
 
 @dataclass(frozen=True)
 class Checked:
-    """What `check` found in a download that can be used.
-
-    Args:
-        splits: one row per split.
-        notes: what is worth knowing.
-        complete: whether every test clip has a file.
-    """
+    """What `check` found in a download that can be used: a row per split, notes, and whether every test clip has a file."""
 
     splits: pd.DataFrame
     notes: list[str]
@@ -48,8 +42,7 @@ def check(root: Path, home: Home, recipe: Recipe, compute: Compute = Compute()) 
     competition = load_competition(root, recipe.data.exclude)
     recipe = with_bad_clips(recipe, competition)
     problems, rows, notes = [], {}, []
-    total = sum(len(competition.split(split)) for split in SPLITS)
-    done = 0
+    done, total = 0, sum(len(competition.split(split)) for split in SPLITS)
     for split in SPLITS:
         table = competition.split(split)
         if not len(table):
@@ -90,7 +83,7 @@ def _summary(table: pd.DataFrame, headers: Sequence[Any]) -> dict[str, Any]:
     kinds = Counter(f"{h.samplerate} Hz, {h.channels} ch, {h.format} {h.subtype}" for h in headers)
     return {
         "clips": len(table),
-        "multi-label": sum(len(labels) > 1 for labels in table["labels"]) if "labels" in table else None,
+        "multi-label": (table["labels"].map(len) > 1).sum() if "labels" in table else None,
         "hours": sum(seconds) / 3600,
         "shortest s": min(seconds, default=0),
         "longest s": max(seconds, default=0),
@@ -103,8 +96,8 @@ def _fold_notes(competition: Competition, home: Home, recipe: Recipe) -> list[st
     path = fold_table_path(home, competition.name, recipe.folds)
     table = read_folds(path, competition) if path.exists() else None
     notes = []
-    if table is not None and balance_of(competition.targets(), table).too_large:
-        notes.append(f"{path.name}: {balance_of(competition.targets(), table)}")
+    if table is not None and (balance := balance_of(competition.targets(), table)).too_large:
+        notes.append(f"{path.name}: {balance}")
     for group in find_identical(dict(competition.curated["path"])):
         where = ""
         if table is not None:

@@ -7,10 +7,11 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -53,7 +54,7 @@ class Competition:
 
     def split(self, name: Split) -> pd.DataFrame:
         """The table of a split."""
-        return {"curated": self.curated, "noisy": self.noisy, "test": self.test}[name]
+        return getattr(self, name)
 
     def targets(self, name: Literal["curated", "noisy"] = "curated") -> pd.DataFrame:
         """Multi-hot `(clips, labels)` float32."""
@@ -81,7 +82,9 @@ def with_bad_clips(recipe: Recipe, competition: Competition) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"exclude": exclude})})
 
 
-def load_competition(root: Path, exclude: Collection[str] = (), *, audio: bool = True) -> Competition:
+def load_competition(
+    root: Path, exclude: Collection[str] = (), *, audio: bool = True, splits: Collection[Split] = SPLITS
+) -> Competition:
     """Read and validate a download in Kaggle's or Zenodo's layout.
 
     A test clip without a file, or a file that is no test clip, is only worth a warning.
@@ -89,60 +92,48 @@ def load_competition(root: Path, exclude: Collection[str] = (), *, audio: bool =
     Args:
         exclude: training clips that need no file.
         audio: without, no clip needs one.
+        splits: the tables to read; the others are empty.
 
     Raises:
         MelfoldError: one line for each problem in the tables and folders.
     """
     layout = _Layout.find(root)
-    problems: list[MelfoldError] = []
-    labels = _read_vocabulary(layout, problems)
+    labels = _read_vocabulary(layout)
+    problems = list(_check_vocabulary(layout, labels))
     tables: dict[str, pd.DataFrame] = {}
     for split in SPLITS:
-        folder = _audio_folder(layout.audio[split])
-        if split == "noisy" and not layout.tables[split].exists() and not folder.exists():
-            tables[split] = _no_clips()
+        path, folder = layout.tables[split], layout.audio[split]
+        if split not in splits or (split == "noisy" and not path.exists() and not folder.exists()):
+            tables[split] = pd.DataFrame({"labels": [], "path": []}, index=pd.Index([], name="fname", dtype=str))
             continue
-        rows = _read_rows(layout.tables[split], split != "test", problems)
-        if rows is None:
+        try:
+            rows = _read_rows(path, ["fname"] if split == "test" else ["fname", "labels"])
+        except MelfoldError as error:
+            problems.append(error)
             continue
-        _check_rows(rows, layout.tables[split].name, set(labels) if split != "test" else None, problems)
+        problems += _check_rows(rows, path.name, labels if split != "test" else None)
+        fnames = pd.Index([row["fname"] for row in rows], name="fname")
         if audio and not folder.is_dir():
             problems.append(MelfoldError("audio folder missing", f"{folder} ({len(rows)} clips)", "Unpack it there"))
         elif audio:
-            need = rows.index.difference([*exclude, *facts_of(labels).bad_clips])
-            _check_audio(split, need, rows.index, folder, layout.tables[split].name, problems)
-        tables[split] = rows.assign(path=[folder / f for f in rows.index])
-    _check_across(tables, problems)
+            need = fnames.difference([*exclude, *facts_of(labels).bad_clips])
+            problems += _check_audio(split, need, fnames, folder, path.name)
+        own = {} if split == "test" else {"labels": [split_labels(row["labels"]) for row in rows]}
+        tables[split] = pd.DataFrame(own | {"path": [folder / fname for fname in fnames]}, index=fnames)
+    problems += _check_across(tables)
     if problems:
         raise MelfoldError.many(problems)
     test = tables["test"] if layout.sample else tables["test"].sort_index()
-    return Competition(_name(root, labels), root, labels, tables["curated"], tables["noisy"], test)
+    name = facts_of(labels).name or re.sub(r"[^a-z0-9]+", "_", root.resolve().name.lower()).strip("_") or "competition"
+    return Competition(name, root, labels, tables["curated"], tables["noisy"], test)
 
 
 def read_test(root: Path) -> Competition:
     """Only the labels and test rows of a download, for a submission that must be made whatever else is missing.
 
     The training tables are empty. A clip need not have a file.
-
-    Raises:
-        MelfoldError: a sample submission or test table that cannot be used.
     """
-    layout = _Layout.find(root)
-    problems: list[MelfoldError] = []
-    labels = _read_vocabulary(layout, problems)
-    rows = _read_rows(layout.tables["test"], False, problems)
-    if rows is not None:
-        _check_rows(rows, layout.tables["test"].name, None, problems)
-    if problems or rows is None:
-        raise MelfoldError.many(problems)
-    folder = _audio_folder(layout.audio["test"])
-    test = rows.assign(path=[folder / f for f in rows.index])
-    test = test if layout.sample else test.sort_index()
-    return Competition(_name(root, labels), root, labels, _no_clips(), _no_clips(), test)
-
-
-def _no_clips() -> pd.DataFrame:
-    return pd.DataFrame({"labels": [], "path": []}, index=pd.Index([], name="fname", dtype=str))
+    return load_competition(root, audio=False, splits=["test"])
 
 
 @dataclass(frozen=True)
@@ -162,7 +153,7 @@ class _Layout:
         if (meta := root / "FSDKaggle2019.meta").is_dir():
             return cls(
                 {s: meta / f"{n}_post_competition.csv" for s, n in _KAGGLE.items()},
-                {s: root / f"FSDKaggle2019.audio_{n}" for s, n in _KAGGLE.items()},
+                {s: _audio_folder(root / f"FSDKaggle2019.audio_{n}") for s, n in _KAGGLE.items()},
                 meta / "vocabulary.csv",
                 sample=False,
             )
@@ -174,90 +165,7 @@ class _Layout:
                 "Give the folder that holds one of them",
             )
         tables = {s: root / f"{n}.csv" for s, n in _KAGGLE.items()} | {"test": sample}
-        return cls(tables, {s: root / n for s, n in _KAGGLE.items()}, sample, sample=True)
-
-
-def _name(root: Path, labels: Sequence[str]) -> str:
-    return facts_of(labels).name or re.sub(r"[^a-z0-9]+", "_", root.resolve().name.lower()).strip("_") or "competition"
-
-
-def _read_vocabulary(layout: _Layout, problems: list[MelfoldError]) -> tuple[str, ...]:
-    path = layout.vocabulary
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.reader(file)) if not layout.sample else [next(csv.reader(file), [])]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        problems.append(MelfoldError(f"cannot read {path.name}", str(error)))
-        return ()
-    if layout.sample:
-        if rows[0][:1] != ["fname"]:
-            problems.append(
-                MelfoldError(f"{path.name}: the first column must be fname", ", ".join(rows[0][:3]) or "an empty file")
-            )
-        labels = rows[0][1:]
-    else:
-        labels = [row[-1] for row in rows if row]
-    if len(labels) < 2:
-        problems.append(MelfoldError(f"{path.name}: fewer than two labels", ", ".join(labels) or "none"))
-    for label, count in Counter(labels).items():
-        if count > 1:
-            problems.append(MelfoldError(f"{path.name}: duplicate label", label))
-        if not label or "," in label or label != label.strip():
-            problems.append(MelfoldError(f"{path.name}: not a label", repr(label)))
-    return tuple(labels)
-
-
-def _read_rows(path: Path, labelled: bool, problems: list[MelfoldError]) -> pd.DataFrame | None:
-    """`fname` (and `labels`) of a table, or None with a problem added."""
-    columns = ["fname", "labels"] if labelled else ["fname"]
-    try:
-        # Only `fname` is read from a test table: the labels published after the competition are for scoring only.
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            missing = [c for c in columns if c not in (reader.fieldnames or [])]
-            if missing:
-                found = ", ".join((reader.fieldnames or ["an empty file"])[:4])
-                problems.append(MelfoldError(f"{path.name}: missing column {' and '.join(missing)}", found))
-                return None
-            rows = []
-            for row in reader:
-                if None in row:
-                    problems.append(
-                        MelfoldError(
-                            f"{path.name}: more cells than columns", f"line {reader.line_num}", "Put several labels in quotes"
-                        )
-                    )
-                rows.append([row[c] or "" for c in columns])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        problems.append(MelfoldError(f"cannot read {path.name}", str(error), "Download it again"))
-        return None
-    if not rows:
-        problems.append(MelfoldError(f"{path.name}: no rows"))
-        return None
-    table = pd.DataFrame(rows, columns=columns).set_index("fname")
-    if labelled:
-        table["labels"] = [split_labels(text) for text in table["labels"]]
-    return table
-
-
-def _check_rows(table: pd.DataFrame, name: str, labels: set[str] | None, problems: list[MelfoldError]) -> None:
-    for fname, count in Counter(table.index).items():
-        if count > 1:
-            problems.append(MelfoldError(f"{name}: duplicate fname", f"{fname} ({count} rows)"))
-        if not fname or "/" in fname or "\\" in fname or fname.startswith("."):
-            problems.append(MelfoldError(f"{name}: fname must be a plain file name", repr(fname)))
-        elif not fname.lower().endswith(AUDIO_SUFFIXES):
-            problems.append(MelfoldError(f"{name}: fname must end in {', '.join(AUDIO_SUFFIXES)}", fname))
-    if labels is None:
-        return
-    for fname, own in table["labels"].items():
-        if not own:
-            problems.append(MelfoldError(f"{name}: no labels", str(fname)))
-        elif len(set(own)) < len(own):
-            problems.append(MelfoldError(f"{name}: duplicate label", f"{fname}: {join_labels(own)}"))
-        for label in own:
-            if labels and label not in labels:
-                problems.append(MelfoldError(f"{name}: unknown label", f"{label!r} of {fname}"))
+        return cls(tables, {s: _audio_folder(root / n) for s, n in _KAGGLE.items()}, sample, sample=True)
 
 
 def _audio_folder(folder: Path) -> Path:
@@ -266,7 +174,71 @@ def _audio_folder(folder: Path) -> Path:
     return nested if nested.is_dir() else folder
 
 
-def _check_audio(split: Split, need: pd.Index, fnames: pd.Index, folder: Path, table: str, problems: list[MelfoldError]) -> None:
+def _read_vocabulary(layout: _Layout) -> tuple[str, ...]:
+    try:
+        with layout.vocabulary.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(islice(csv.reader(file), 1 if layout.sample else None))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise MelfoldError(f"cannot read {layout.vocabulary.name}", str(error)) from None
+    if not layout.sample:
+        return tuple(row[-1] for row in rows if row)
+    if not rows or rows[0][:1] != ["fname"]:
+        found = ", ".join(rows[0][:3]) if rows else "an empty file"
+        raise MelfoldError(f"{layout.vocabulary.name}: the first column must be fname", found)
+    return tuple(rows[0][1:])
+
+
+def _check_vocabulary(layout: _Layout, labels: Sequence[str]) -> Iterator[MelfoldError]:
+    name = layout.vocabulary.name
+    if len(labels) < 2:
+        yield MelfoldError(f"{name}: fewer than two labels", ", ".join(labels) or "none")
+    for label, count in Counter(labels).items():
+        if count > 1:
+            yield MelfoldError(f"{name}: duplicate label", label)
+        if not label or "," in label or label != label.strip():
+            yield MelfoldError(f"{name}: not a label", repr(label))
+
+
+def _read_rows(path: Path, columns: Sequence[str]) -> list[dict[Any, Any]]:
+    """The rows of a table, each with its `line`. Only `columns` are to be used: labels of test clips are for scoring only."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, restval="", strict=True)
+            header = list(reader.fieldnames or ["an empty file"])
+            if missing := [column for column in columns if column not in header]:
+                raise MelfoldError(f"{path.name}: missing column {' and '.join(missing)}", ", ".join(header[:4]))
+            rows = [row | {"line": reader.line_num} for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise MelfoldError(f"cannot read {path.name}", str(error), "Download it again") from None
+    if not rows:
+        raise MelfoldError(f"{path.name}: no rows")
+    return rows
+
+
+def _check_rows(rows: Sequence[dict[Any, Any]], name: str, labels: Collection[str] | None) -> Iterator[MelfoldError]:
+    """What is wrong with the rows of a table; `labels` are all that there are, None for a table without."""
+    for row in rows:
+        if None in row:
+            yield MelfoldError(f"{name}: more cells than columns", f"line {row['line']}", "Put several labels in quotes")
+    for fname, count in Counter(row["fname"] for row in rows).items():
+        if count > 1:
+            yield MelfoldError(f"{name}: duplicate fname", f"{fname} ({count} rows)")
+        if not fname or "/" in fname or "\\" in fname or fname.startswith("."):
+            yield MelfoldError(f"{name}: fname must be a plain file name", repr(fname))
+        elif not fname.lower().endswith(AUDIO_SUFFIXES):
+            yield MelfoldError(f"{name}: fname must end in {', '.join(AUDIO_SUFFIXES)}", fname)
+    for row in rows if labels is not None else ():
+        fname, own = row["fname"], split_labels(row["labels"])
+        if not own:
+            yield MelfoldError(f"{name}: no labels", fname)
+        elif len(set(own)) < len(own):
+            yield MelfoldError(f"{name}: duplicate label", f"{fname}: {join_labels(own)}")
+        for label in own:
+            if labels and label not in labels:
+                yield MelfoldError(f"{name}: unknown label", f"{label!r} of {fname}")
+
+
+def _check_audio(split: Split, need: pd.Index, fnames: pd.Index, folder: Path, table: str) -> Iterator[MelfoldError]:
     """Compare the rows of a table with the files of a folder.
 
     Args:
@@ -284,21 +256,21 @@ def _check_audio(split: Split, need: pd.Index, fnames: pd.Index, folder: Path, t
         return
     for fname in missing:
         fix = f"Download it again, or leave it out: --set data.exclude.'{fname}'='why'"
-        problems.append(MelfoldError("a row without a file", f"{folder.name}/{fname}", fix))
+        yield MelfoldError("a row without a file", f"{folder.name}/{fname}", fix)
     for fname in unknown:
-        problems.append(MelfoldError(f"a file without a row in {table}", f"{folder.name}/{fname}", f"Download {table} again"))
+        yield MelfoldError(f"a file without a row in {table}", f"{folder.name}/{fname}", f"Download {table} again")
 
 
 def _some(fnames: Sequence[str]) -> str:
     return ", ".join(fnames[:SHOWN]) + (" …" if len(fnames) > SHOWN else "")
 
 
-def _check_across(tables: dict[str, pd.DataFrame], problems: list[MelfoldError]) -> None:
+def _check_across(tables: dict[str, pd.DataFrame]) -> Iterator[MelfoldError]:
     """Cached arrays are named by stem, so a stem must be unique."""
     seen: dict[str, str] = {}
     for split, table in tables.items():
         for fname in dict.fromkeys(table.index):
             stem = fname.rsplit(".", 1)[0]
             if stem in seen:
-                problems.append(MelfoldError("two clips have the same name", f"{fname} in {split}, {seen[stem]}"))
+                yield MelfoldError("two clips have the same name", f"{fname} in {split}, {seen[stem]}")
             seen[stem] = f"{fname} in {split}"

@@ -31,54 +31,26 @@ def _bell(t: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return ring * sum(np.where(t >= s, np.exp(-6 * (t - s)), 0) for s in strikes)
 
 
-def _buzz(t: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return scipy.signal.sawtooth(2 * np.pi * rng.uniform(90, 180) * t)
-
-
 def _clicks(t: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     phase = (t * rng.uniform(6, 12)) % 1
     return rng.standard_normal(len(t)) * (phase < 0.04) * 3
 
 
-def _hiss(t: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return scipy.signal.sosfilt(scipy.signal.butter(4, 3000, "high", fs=SR, output="sos"), rng.standard_normal(len(t)))
-
-
-def _rumble(t: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return 4 * scipy.signal.sosfilt(scipy.signal.butter(4, 250, "low", fs=SR, output="sos"), rng.standard_normal(len(t)))
-
-
-def _rising(t: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return _tone(t, 600 * 2 ** (3 * ((t * rng.uniform(1.5, 2.5)) % 1)))
-
-
-def _falling(t: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return _tone(t, 600 * 2 ** (3 - 3 * ((t * rng.uniform(1.5, 2.5)) % 1)))
-
-
-def _siren(t: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return _tone(t, rng.uniform(1200, 1600) * 2 ** (0.5 * np.sin(2 * np.pi * rng.uniform(3, 5) * t)))
-
-
-def _whistle(t: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return _tone(t, rng.uniform(2500, 3500))
-
-
-def _tremolo(t: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return _tone(t, rng.uniform(300, 450)) * (np.sin(2 * np.pi * rng.uniform(7, 10) * t) > 0)
+def _filtered(samples: np.ndarray, order: int, hz: float, kind: str) -> np.ndarray:
+    return scipy.signal.sosfilt(scipy.signal.butter(order, hz, kind, fs=SR, output="sos"), samples)
 
 
 SOUNDS: dict[str, Sound] = {
     "Bell": _bell,
-    "Buzz": _buzz,
+    "Buzz": lambda t, rng: scipy.signal.sawtooth(2 * np.pi * rng.uniform(90, 180) * t),
     "Clicks_(fast)": _clicks,
-    "Falling_sweep": _falling,
-    "Hiss": _hiss,
-    "Rising_sweep": _rising,
-    "Rumble": _rumble,
-    "Siren": _siren,
-    "Tremolo": _tremolo,
-    "Whistle": _whistle,
+    "Falling_sweep": lambda t, rng: _tone(t, 600 * 2 ** (3 - 3 * ((t * rng.uniform(1.5, 2.5)) % 1))),
+    "Hiss": lambda t, rng: _filtered(rng.standard_normal(len(t)), 4, 3000, "high"),
+    "Rising_sweep": lambda t, rng: _tone(t, 600 * 2 ** (3 * ((t * rng.uniform(1.5, 2.5)) % 1))),
+    "Rumble": lambda t, rng: 4 * _filtered(rng.standard_normal(len(t)), 4, 250, "low"),
+    "Siren": lambda t, rng: _tone(t, rng.uniform(1200, 1600) * 2 ** (0.5 * np.sin(2 * np.pi * rng.uniform(3, 5) * t))),
+    "Tremolo": lambda t, rng: _tone(t, rng.uniform(300, 450)) * (np.sin(2 * np.pi * rng.uniform(7, 10) * t) > 0),
+    "Whistle": lambda t, rng: _tone(t, rng.uniform(2500, 3500)),
 }
 
 
@@ -130,7 +102,7 @@ def _mix(labels: tuple[str, ...], rng: np.random.Generator, *, dull: bool) -> np
         parts.append(sound / np.sqrt(np.square(sound).mean()) * 10 ** (rng.uniform(-3, 3) / 20))
     mixed = np.sum(parts, axis=0) + rng.standard_normal(len(t)) * 10 ** (rng.uniform(-40, -25) / 20)
     if dull:
-        mixed = scipy.signal.sosfilt(scipy.signal.butter(2, 3000, "low", fs=SR, output="sos"), mixed)
+        mixed = _filtered(mixed, 2, 3000, "low")
     return 0.1 * 10 ** (rng.uniform(-12, 6) / 20) * mixed
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -69,13 +69,25 @@ def read_groups(path: Path) -> pd.Series:
     Raises:
         MelfoldError: a missing table, other columns, or a duplicate clip.
     """
+    odd = ("is no table of groups", "Its columns are fname,group")
+    return read_clips(path, {"group": str}, ("cannot read folds.groups", "Fix the path"), odd)["group"]
+
+
+def read_clips(path: Path, columns: Mapping[str, type], unread: tuple[str, str], odd: tuple[str, str]) -> pd.DataFrame:
+    """Some columns of a table that the user gives, by `fname`, which may be `NA`, each there once.
+
+    Args:
+        columns: their types.
+        unread, odd: what is wrong, and how to fix it, with a file that cannot be read, and with one that is no such table.
+    """
     try:
         table = pd.read_csv(path, dtype=str, encoding="utf-8-sig", keep_default_na=False)
-        return table.set_index("fname", verify_integrity=True)["group"]
+        table = table.set_index("fname", verify_integrity=True)
+        return pd.DataFrame({name: table[name].astype(own) for name, own in columns.items()})
     except OSError as error:
-        raise MelfoldError("cannot read folds.groups", f"{path} ({error.strerror})", "Fix the path") from None
+        raise MelfoldError(unread[0], f"{path} ({error.strerror})", unread[1]) from None
     except (KeyError, ValueError) as error:
-        raise MelfoldError(f"{path} is no table of groups", str(error), "Its columns are fname,group") from None
+        raise MelfoldError(f"{path} {odd[0]}", str(error), odd[1]) from None
 
 
 def write_groups(path: Path, groups: pd.Series) -> None:
@@ -116,15 +128,9 @@ def read_ids(path: Path) -> pd.DataFrame:
     Raises:
         MelfoldError: no such table.
     """
-    try:
-        table = pd.read_csv(path, dtype=str, encoding="utf-8-sig", keep_default_na=False)
-        table = table.set_index("fname", verify_integrity=True).sort_index()
-        ids = table["freesound_id"].astype(int)
-        return pd.DataFrame({"labels": table["labels"].map(split_labels), "id": ids})
-    except OSError as error:
-        raise MelfoldError("cannot read the table", f"{path} ({error.strerror})", "Fix the path") from None
-    except (KeyError, ValueError) as error:
-        raise MelfoldError(f"{path} has no Freesound ids", str(error), "It needs fname, labels and freesound_id") from None
+    odd = ("has no Freesound ids", "It needs fname, labels and freesound_id")
+    table = read_clips(path, {"freesound_id": int, "labels": str}, ("cannot read the table", "Fix the path"), odd).sort_index()
+    return pd.DataFrame({"labels": table["labels"].map(split_labels), "id": table["freesound_id"]})
 
 
 def twin_pairs(table: pd.DataFrame) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,16 +38,7 @@ class LogMel:
         import scipy.signal
         import torch  # all three are slow to import, and a complete cache needs none of them
 
-        bank = librosa.filters.mel(
-            sr=config.sr,
-            n_fft=config.n_fft,
-            n_mels=config.n_mels,
-            fmin=config.fmin,
-            fmax=config.fmax,
-            htk=config.htk,
-            norm=config.norm,
-            dtype=np.float32,
-        )
+        bank = librosa.filters.mel(**config.model_dump(exclude={"hop_length", "window", "top_db"}), dtype=np.float32)
         self.config = config
         try:
             window = scipy.signal.get_window(config.window, config.n_fft, fftbins=True)
@@ -80,7 +72,8 @@ class LogMel:
         n_fft, hop = self.config.n_fft, self.config.hop_length
         rest = torch.zeros(n_fft // 2, dtype=torch.float64)
         skip = 0  # samples between two frames, if the hop is longer than a frame
-        for block, last in _marked(blocks):
+        for block, following in pairwise(chain(blocks, [None])):
+            last = following is None
             block, skip = block[skip:], max(0, skip - len(block))
             known = torch.zeros(len(rest) + len(block) + last * (n_fft // 2), dtype=torch.float64)
             known[: len(rest)] = rest
@@ -109,17 +102,6 @@ class LogMel:
         np.log10(out, out=out)
         out *= 10
         return out
-
-
-def _marked(blocks: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, bool]]:
-    """Each block, and whether it is the last one."""
-    before = None
-    for block in blocks:
-        if before is not None:
-            yield before, False
-        before = block
-    if before is not None:
-        yield before, True
 
 
 @lru_cache(maxsize=4)

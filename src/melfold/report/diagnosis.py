@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from melfold.metrics import pair_precisions, resampled_means
+from melfold.metrics import middle_of, pair_precisions, resampled_means
 from melfold.probs import Probs, align
 
 DRAWS = 1000
@@ -50,7 +50,7 @@ def scores_by(kind: pd.Series, pairs: pd.DataFrame, groups: pd.Series) -> pd.Dat
     for name, own in pairs.groupby(kind, observed=True):
         together = pd.factorize(groups.loc[own["fname"]])[0]
         sums, counts = np.bincount(together, weights=own["precision"]), np.bincount(together)
-        low, high = np.quantile(resampled_means(sums, counts, DRAWS, np.random.default_rng(0)), [0.025, 0.975])
+        low, high = middle_of(resampled_means(sums, counts, DRAWS, np.random.default_rng(0)))
         clips, rank = own["fname"].nunique(), own["rank"].median()
         rows[name] = {"lwlrap": own["precision"].mean(), "low": low, "high": high, "clips": clips, "rank": rank}
     return pd.DataFrame.from_dict(rows, orient="index")

@@ -16,7 +16,7 @@ from melfold.errors import MelfoldError
 from melfold.files import Home
 from melfold.kaggle.board import line_of, why_no_line
 from melfold.kaggle.ledger import Ledger, Row
-from melfold.learn.predictions import Prediction, list_predictions
+from melfold.learn.predictions import list_predictions
 from melfold.learn.runs import FULL, list_runs
 from melfold.report.charts import name_points, new_chart, svg
 from melfold.report.ledger import draw_scores, draw_times, scored
@@ -55,24 +55,14 @@ def run_rows(home: Home) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
             problems.append((name, str(run)))
             continue
         for prediction in list_predictions(run):
+            folds = [fold for fold in run.done_folds() if fold != FULL]
+            row = {"name": prediction.label, "run": run, "own": not prediction.name}
+            row["folds"] = f"{len(folds)}/{run.recipe.folds.n_folds}" + (" + full" if FULL in run.done_folds() else "")
             try:
-                rows.append(_run_row(prediction))
+                rows.append(row | {"scores": score(prediction) if folds else None, "cost": cost_of(run)})
             except MelfoldError as error:
                 problems.append((prediction.label, str(error)))
     return sorted(rows, key=lambda row: -(row["scores"].oof_lwlrap if row["scores"] else 0)), problems
-
-
-def _run_row(prediction: Prediction) -> dict[str, Any]:
-    run = prediction.run
-    folds = [fold for fold in run.done_folds() if fold != FULL]
-    return {
-        "name": prediction.label,
-        "run": run,
-        "scores": score(prediction) if folds else None,
-        "folds": f"{len(folds)}/{run.recipe.folds.n_folds}" + (" + full" if FULL in run.done_folds() else ""),
-        "cost": cost_of(run),
-        "own": not prediction.name,
-    }
 
 
 def submission_rows(home: Home, ledger: Sequence[Row]) -> list[Row]:

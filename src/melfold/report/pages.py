@@ -21,23 +21,19 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 
-def write_page(path: Path, template: str, *, script: str = "page.js", **values: Any) -> Path:
+def write_page(path: Path, template: str, *, script: str = "page.js", **values: Any) -> None:
     """Write a page whole or not at all.
 
     Args:
         template: its name in `templates/`.
         script: the names of the page's scripts, separated by blanks.
         values: what the template shows; must be escaped unless it is `Markup`.
-
-    Returns:
-        The path.
     """
     code = Markup("\n".join(_asset(name) for name in script.split()))
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     page = _environment().get_template(template)
     write_text(path, page.render(style=Markup(_asset("style.css")), script=code, policy=policy, **values))
-    return path
 
 
 @cache

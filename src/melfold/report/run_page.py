@@ -16,7 +16,7 @@ from melfold.data.competition import Competition
 from melfold.errors import MelfoldError
 from melfold.learn.predictions import Prediction
 from melfold.learn.runs import Run
-from melfold.metrics import difference_of
+from melfold.metrics import paired_bootstrap
 from melfold.probs import Probs
 from melfold.report import diagnosis, training
 from melfold.report.charts import GREY, new_chart, svg
@@ -90,7 +90,7 @@ def write_run_page(
         names=names,
         sides=sides,
         facts=[training.facts(run) for run in runs],
-        difference=difference_of(together.targets, sides[-1].probs, sides[0].probs, together.groups),
+        difference=paired_bootstrap(together.targets, sides[-1].probs, sides[0].probs, together.groups),
         clips=len(together.targets),
         competition=runs[0].info.competition,
         curves=training.learning_curves(runs),
@@ -110,27 +110,24 @@ def write_run_page(
 
 def label_rows(sides: Sequence[Side], together: Together, media: Media, clips: int) -> list[dict[str, Any]]:
     """A row for each label, the worst of the first prediction first, with what opens under it."""
-    pairs = diagnosis.together(together.targets)
-    order = sides[0].labels.sort_values("lwlrap", kind="stable").index
-    return [_label_row(label, sides, together, pairs.loc[label], media, clips) for label in order]
-
-
-def _label_row(
-    label: str, sides: Sequence[Side], together: Together, partners: pd.Series, media: Media, clips: int
-) -> dict[str, Any]:
-    scores = [side.labels.loc[label].to_dict() for side in sides]
-    own = sides[0].pairs
-    worst = own[own["label"] == label].sort_values(["precision", "prob", "fname"], kind="stable").head(clips)
-    return {
-        "label": label,
-        "clips": int(scores[0]["clips"]),
-        "scores": scores,
-        "difference": scores[-1]["lwlrap"] - scores[0]["lwlrap"],
-        "above": [diagnosis.largest(side.confusions.loc[label], LISTED) for side in sides],
-        "below": [diagnosis.largest(side.confusions[label], LISTED) for side in sides],
-        "together": diagnosis.largest(partners, LISTED),
-        "worst": [media.card(fname, together.targets, [side.probs for side in sides]) for fname in worst["fname"]],
-    }
+    partners = diagnosis.together(together.targets)
+    pairs = sides[0].pairs.sort_values(["precision", "prob", "fname"], kind="stable")
+    rows = []
+    for label in sides[0].labels.sort_values("lwlrap", kind="stable").index:
+        scores = [side.labels.loc[label].to_dict() for side in sides]
+        worst = pairs.loc[pairs["label"] == label, "fname"].head(clips)
+        row = {
+            "label": label,
+            "clips": int(scores[0]["clips"]),
+            "scores": scores,
+            "difference": scores[-1]["lwlrap"] - scores[0]["lwlrap"],
+            "above": [diagnosis.largest(side.confusions.loc[label], LISTED) for side in sides],
+            "below": [diagnosis.largest(side.confusions[label], LISTED) for side in sides],
+            "together": diagnosis.largest(partners.loc[label], LISTED),
+            "worst": [media.card(fname, together.targets, [side.probs for side in sides]) for fname in worst],
+        }
+        rows.append(row)
+    return rows
 
 
 def calibration_chart(sides: Sequence[Side]) -> Markup:
