@@ -144,6 +144,8 @@ class Kaggle:
         with tempfile.TemporaryDirectory(prefix="melfold-download-") as folder:
             self._ask(*args, "-p", folder, "-q", timeout=timeout, trace=False)
             for path in Path(folder).glob("*"):
+                if path.suffix == ".kaggle-partial":
+                    continue
                 if path.suffix != ".zip":
                     return path.read_bytes()
                 with suppress(IndexError, zipfile.BadZipFile), zipfile.ZipFile(path) as pack:
