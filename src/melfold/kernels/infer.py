@@ -70,9 +70,8 @@ class Member:
     share: float
     store: ClipStore | None = None
     """Its log-mels, once they are made; None if no clip has one."""
-    logits: dict[str, np.ndarray] = field(default_factory=dict)
-    """Fold -> the sum over the views so far."""
-    views: dict[str, int] = field(default_factory=dict)
+    logits: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    """Fold -> those of each view so far."""
     seconds_per_frame: float | None = None
 
     def windows(self, view: View, clips: int | None = None) -> int:
@@ -85,7 +84,7 @@ class Member:
         """The mean of the folds so far; the prior for clips without a prediction."""
         values = pd.DataFrame(np.tile(self.prior.astype(np.float32), (len(fnames), 1)), index=fnames, columns=labels)
         if self.logits and self.store:
-            means = (sigmoid(total / self.views[fold]) for fold, total in self.logits.items())
+            means = [sigmoid(sum(views) / len(views)) for views in self.logits.values()]
             tables = [make_probs(mean, self.store.fnames, labels) for mean in means]
             values.loc[self.store.fnames] = mean_probs(tables, self.recipe.predict.fold_mean)
         return make_probs(values.to_numpy(), fnames, labels)
@@ -253,8 +252,7 @@ class Inference:
         began = self.session.elapsed()
         assert member.store  # `_passes` leaves the others out
         logits = self.predict_logits(model, member.store, member.recipe, self.device, view)
-        member.logits[fold] = member.logits.get(fold, 0.0) + logits
-        member.views[fold] = member.views.get(fold, 0) + 1
+        member.logits.setdefault(fold, []).append(logits)
         seconds = self.session.elapsed() - began
         member.seconds_per_frame = seconds / frames
         entry |= {"done": True, "predict_s": round(seconds, 3)}
