@@ -17,12 +17,13 @@ from melfold.cli.main import app
 from melfold.errors import MelfoldError
 from melfold.files import read_json
 from melfold.kaggle.build import Target, build_copy, build_infer
+from melfold.kaggle.built import Kernel
 from melfold.kaggle.client import Kaggle
 from melfold.kaggle.command import KaggleError
 from melfold.kaggle.courier import prepare
 from melfold.kaggle.ledger import SPENT, Ledger, Row
 from melfold.kaggle.reconcile import sync, wait_for_score
-from melfold.kaggle.submit import Kernel, check_file_form, competition_for, submit
+from melfold.kaggle.submit import check_file_form, competition_for, submit
 from tests.fake_kaggle import FakeKaggle, Fault
 
 QUICK = {"MELFOLD_PACE": "0.004", "MELFOLD_KAGGLE_TIMEOUT": "3"}

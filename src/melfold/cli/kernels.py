@@ -22,7 +22,7 @@ from melfold.cli.options import (
 from melfold.cli.output import bar, command
 from melfold.errors import MelfoldError
 from melfold.files import Home
-from melfold.kaggle.built import Built
+from melfold.kaggle.built import Built, Kernel
 from melfold.kaggle.client import COMPETITION, Kaggle
 from melfold.kaggle.standings import fetch_table
 
@@ -80,7 +80,7 @@ def ship(
     from melfold.kaggle.build import Target, build_copy, build_infer
     from melfold.kaggle.push import check_output, push, wait_for_kernel
     from melfold.kaggle.reconcile import alone, find_row, wait_for_score
-    from melfold.kaggle.submit import Kernel, competition_for, submit
+    from melfold.kaggle.submit import competition_for, submit
 
     place, form, row = Home.find(home), None, None
     if file and copy:

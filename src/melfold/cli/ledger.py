@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -11,13 +11,10 @@ from melfold.cli.options import HomeOpt, IdArg, JsonOpt
 from melfold.cli.output import command, interval, note, print_json, print_table, score
 from melfold.errors import MelfoldError
 from melfold.files import Home
-from melfold.kaggle.built import built_for
+from melfold.kaggle.built import Kernel, built_for
 from melfold.kaggle.client import COMPETITION, Kaggle
 from melfold.kaggle.ledger import COLUMNS, Ledger, Row, choose_two
 from melfold.kaggle.standings import Place, fetch_table, place_at
-
-if TYPE_CHECKING:
-    from melfold.kaggle.submit import Kernel
 
 app = typer.Typer()
 ledger_app = typer.Typer(help="The ledger: every submission's OOF score beside its leaderboard scores.", no_args_is_help=True)
@@ -62,8 +59,6 @@ def _find_kernel(home: Home, id: str) -> Kernel:
     Raises:
         MelfoldError: none was pushed since it was built.
     """
-    from melfold.kaggle.submit import Kernel
-
     builds = [built_for(home, kind, id) for kind in ("infer", "copy_csv")]
     pushed = [built for built in builds if built.artefact.stamp.exists() and built.pushed]
     if not pushed:

@@ -24,6 +24,7 @@ from melfold.cli.options import (
 from melfold.cli.output import command, interval, note, print_json, print_table, rows_of, score
 from melfold.errors import MelfoldError
 from melfold.files import Home
+from melfold.kaggle.standings import place_at
 
 if TYPE_CHECKING:
     from melfold.data.competition import Competition
@@ -124,7 +125,6 @@ def _print_expected(predictions: Sequence[Prediction], manifest: dict[str, Any],
     """The score and the rank that a submission may expect, or why none can be told."""
     from melfold.combine.expect import expected_score
     from melfold.combine.rebuild import label_of
-    from melfold.kaggle.standings import place_at
 
     shares = {label_of(member): member["share"] for member in manifest["runs"]}
     members = [prediction for prediction in predictions if prediction.label in shares]
@@ -177,7 +177,6 @@ def submission_score(
 ) -> None:
     """Score a file as the leaderboard does, Public and Private separately. For scoring only: never choose by it."""
     from melfold.combine.check import score_submission
-    from melfold.kaggle.standings import place_at
     from melfold.probs import read_probs
 
     scores = score_submission(file, truth)

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from melfold.artefacts import Artefact
 from melfold.errors import MelfoldError
 from melfold.files import Home, digest
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel's version at Kaggle."""
+
+    slug: str
+    version: int
 
 
 class Built:

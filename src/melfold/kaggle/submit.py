@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,6 +13,7 @@ from melfold.combine.submission import open_submission
 from melfold.errors import MelfoldError
 from melfold.facts import facts_of
 from melfold.files import Home
+from melfold.kaggle.built import Kernel
 from melfold.kaggle.client import Kaggle
 from melfold.kaggle.command import failure
 from melfold.kaggle.courier import prepare
@@ -21,14 +22,6 @@ from melfold.kaggle.reconcile import alone, conclude, file_mark, find_row, prove
 from melfold.learn.provenance import current_commit
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A pushed kernel version whose output is to be submitted."""
-
-    slug: str
-    version: int
 
 
 def competition_for(manifest: dict[str, Any], asked: str | None) -> str:
