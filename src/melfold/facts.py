@@ -60,10 +60,7 @@ def facts_of(competition: str | Sequence[str]) -> Facts:
     """The facts of a competition.
 
     An unknown one, such as the demo, gets the limits, rules and test sizes of `DEFAULT`, but no name, bad clips or standings, and
-    it takes files.
-
-    Args:
-        competition: its name, its slug on Kaggle, or all of its labels in order.
+    it takes files. `competition` is a name, a slug on Kaggle, or all labels in order.
     """
     if isinstance(competition, str):
         found = [facts for facts in known_facts() if competition in (facts.name, facts.slug)]

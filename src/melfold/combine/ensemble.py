@@ -146,11 +146,7 @@ class Compared:
 def compare(predictions: Sequence[Prediction], *, common: bool = False) -> Compared:
     """Set runs side by side: intervals, paired differences from the first, labels, and the spread over seeds.
 
-    Args:
-        common: as in `read_together`.
-
-    Raises:
-        MelfoldError: as `read_together`.
+    `common` and errors are as in `read_together`.
     """
     together = read_together(predictions, common=common)
     targets, groups = together.targets, together.groups

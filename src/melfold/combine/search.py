@@ -144,11 +144,7 @@ def _greedy_weights(weighted: Callable[[np.ndarray], float], runs: Sequence[int]
 
 
 def nested_probs(together: Together, chosen: Callable[[pd.DataFrame, Mapping[str, Probs]], Choice]) -> Probs:
-    """Every clip by the ensemble that was chosen on the other folds' clips: its score is not the fitted one.
-
-    Args:
-        chosen: makes a choice from targets and tables, such as `choose`.
-    """
+    """Every clip by what `chosen`, such as `choose`, takes on the other folds' clips: its score is not the fitted one."""
     parts = []
     for fold in sorted(together.folds.unique()):
         inside = together.folds == fold

@@ -80,12 +80,7 @@ def fold_table_path(home: Home, competition_name: str, config: FoldsConfig) -> P
 
 
 def fold_inputs(labels: pd.Series, config: FoldsConfig, groups: pd.Series | None = None) -> dict[str, Any]:
-    """What a fold table is made from, as its stamp holds it.
-
-    Args:
-        labels: the tuple of labels of each curated clip.
-        groups: fname -> group, of clips that stay together.
-    """
+    """What a fold table is made from, as its stamp holds it: each curated clip's labels, the groups of clips, and settings."""
     together = [] if groups is None else [sorted(own) for own in groups.groupby(groups).groups.values() if len(own) > 1]
     return {
         "curated_labels": _labels_digest(labels),
@@ -140,11 +135,8 @@ def assign(counts: np.ndarray, n_folds: int, seed: int) -> np.ndarray:
     """A fold for each group, such that the sums in all folds are as even as can be.
 
     The largest groups come first, each into the fold that needs it most; then single groups move as long as that helps. What
-    is made small is the sum of squared distances from an even split, over folds and columns. All numbers are whole, so every
-    machine finds the same folds.
-
-    Args:
-        counts: `(groups, columns)`, whole numbers; the last column is the number of clips.
+    is made small is the sum of squared distances from an even split, over folds and columns. All `counts` `(groups, columns)`
+    are whole numbers, so every machine finds the same folds; the last column is the number of clips.
     """
     n_groups = len(counts)
     # A fold's sums less its share, times the number of folds: whole numbers.
