@@ -39,13 +39,10 @@ class Balance:
 
     def __str__(self) -> str:
         small, large = self.sizes
-        text = (
-            f"Folds of {small} to {large} clips. In no fold is a label more than {self.deviation} clips away from an even split"
-        )
-        if not self.too_large:
-            return f"{text}."
         labels = ", ".join(f"{label} {own} of {all}" for label, (own, all) in self.too_large.items())
-        return f"{text}, but for those that have more clips in one group than fit a fold: {labels}."
+        but = f", but for those that have more clips in one group than fit a fold: {labels}" if labels else ""
+        even = f"In no fold is a label more than {self.deviation} clips away from an even split"
+        return f"Folds of {small} to {large} clips. {even}{but}."
 
 
 def fold_table(competition: Competition, home: Home, config: FoldsConfig) -> tuple[Path, Balance]:
@@ -65,8 +62,7 @@ def fold_table(competition: Competition, home: Home, config: FoldsConfig) -> tup
         groups = find_groups(competition, home, config.groups)
         _check_stamp(path, fold_inputs(labels, config, groups))
     table = read_folds(path, competition)
-    count = table["fold"].nunique()
-    if count != config.n_folds:
+    if (count := table["fold"].nunique()) != config.n_folds:
         found = f"the recipe wants {config.n_folds}"
         raise MelfoldError(f"{path.name} has {count} folds", found, "Rename it, or change the recipe")
     return path, balance_of(targets, table)
@@ -183,9 +179,8 @@ def write_folds(path: Path, folds: pd.DataFrame, inputs: Mapping[str, Any] | Non
     text = folds.to_csv(index_label="fname", lineterminator="\n")
     if path.exists():
         if path.read_text() != text:
-            raise MelfoldError(
-                "a different fold table already exists", str(path), "Runs may use it: move it away, or use another seed"
-            )
+            fix = "Runs may use it: move it away, or use another seed"
+            raise MelfoldError("a different fold table already exists", str(path), fix)
         return
     artefact = Artefact.of(path)
     artefact.remove()  # the stamp of a table that was deleted
@@ -225,20 +220,14 @@ def read_folds(path: Path, competition: Competition) -> pd.DataFrame:
         folds["group"] = folds.index
     split = folds.groupby("group")["fold"].nunique().loc[lambda count: count > 1]
     if len(split):
-        raise MelfoldError(
-            f"{path.name} splits groups over folds", f"{len(split)}, first {split.index[0]}", "Put each into one fold"
-        )
+        found = f"{len(split)}, first {split.index[0]}"
+        raise MelfoldError(f"{path.name} splits groups over folds", found, "Put each into one fold")
     _check_stamp(path, {"curated_labels": _labels_digest(competition.curated["labels"])})
     return folds
 
 
 def _check_stamp(path: Path, inputs: Mapping[str, Any]) -> None:
     artefact = Artefact.of(path)
-    if not artefact.stamp.exists():
-        return
-    if changes := artefact.changes(inputs):
-        raise MelfoldError(
-            f"fold table {path.name} is no longer as it was made",
-            listed(changes),
-            f"Delete it to make it again, or delete {artefact.stamp.name} to keep it as your own",
-        )
+    if artefact.stamp.exists() and (changes := artefact.changes(inputs)):
+        fix = f"Delete it to make it again, or delete {artefact.stamp.name} to keep it as your own"
+        raise MelfoldError(f"fold table {path.name} is no longer as it was made", listed(changes), fix)
