@@ -51,8 +51,7 @@ def score(prediction: Prediction) -> OofScores:
     interval = bootstrap_interval(covered, pooled, run.clips["group"])
     scores = OofScores(
         oof_lwlrap=lwlrap(covered, pooled),
-        low=interval.low,
-        high=interval.high,
+        **vars(interval),
         mean_fold_lwlrap=float(np.mean(list(fold_scores.values()))),
         fold_lwlrap=fold_scores,
         constant_lwlrap=constant_lwlrap(covered),
