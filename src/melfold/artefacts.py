@@ -22,12 +22,7 @@ SHOWN = 6
 
 @dataclass(frozen=True)
 class Artefact:
-    """Files made from named inputs.
-
-    Args:
-        stamp: the JSON file that is written last.
-        files: what it covers, all in the stamp's folder or below it.
-    """
+    """Files made from named inputs, all in the folder of their stamp or below it."""
 
     stamp: Path
     files: tuple[Path, ...] = ()
@@ -96,11 +91,7 @@ class Artefact:
         return damage
 
     def commit(self, inputs: Mapping[str, Any], *, draft: Path | None = None, **facts: Any) -> None:
-        """Write the stamp for files that are already in place.
-
-        Args:
-            draft: the content of the only file, if it will be in place after the stamp.
-        """
+        """Write the stamp for files that are in place; `draft` stands for a file that is moved there after the stamp."""
         files = {path.relative_to(self.stamp.parent).as_posix(): sha256_file(draft or path) for path in self.files}
         # As JSON will give it back: keys are text, tuples are lists.
         content = json.loads(json.dumps({"made_from": summary(inputs), "files": files, **facts}))

@@ -24,7 +24,6 @@ class Standings(Frozen):
     teams: int
     median: float
     medals: dict[str, int]
-    best_known: float
     ranks: dict[int, float]
 
     @property
@@ -42,7 +41,6 @@ class Facts(Frozen):
     name: str
     slug: str
     labels_sha256: str
-    n_labels: int
     test_clips: tuple[int, ...]
     test_hours: float
     code_only: bool
@@ -62,10 +60,7 @@ def facts_of(competition: str | Sequence[str]) -> Facts:
     """The facts of a competition.
 
     An unknown one, such as the demo, gets the limits, rules and test sizes of `DEFAULT`, but no name, bad clips or standings, and
-    it takes files.
-
-    Args:
-        competition: its name, its slug on Kaggle, or all of its labels in order.
+    it takes files. `competition` is a name, a slug on Kaggle, or all labels in order.
     """
     if isinstance(competition, str):
         found = [facts for facts in known_facts() if competition in (facts.name, facts.slug)]
@@ -74,7 +69,7 @@ def facts_of(competition: str | Sequence[str]) -> Facts:
         found = [facts for facts in known_facts() if sha256.startswith(facts.labels_sha256)]
     if found:
         return found[0]
-    unknown: dict[str, Any] = {"name": "", "slug": "", "labels_sha256": "", "n_labels": 0}
+    unknown: dict[str, Any] = {"name": "", "slug": "", "labels_sha256": ""}
     unknown |= {"bad_clips": {}, "standings": None, "code_only": False}
     return facts_of(DEFAULT).model_copy(update=unknown)
 

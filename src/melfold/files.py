@@ -35,10 +35,8 @@ class Home:
 def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """A temporary path beside `path` that is renamed to it on success and removed on failure.
 
-    What a killed process left of the same file is removed first.
-
-    Args:
-        durable: wait for the disk, so that a power cut cannot leave a name with nothing behind it.
+    What a killed process left of the same file is removed first. If `durable`, it waits for the disk, so that a power cut cannot
+    leave a name with nothing behind it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -137,9 +135,7 @@ def sha256_file(path: Path) -> str:
 def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[IO[str]]:
     """Hold an exclusive lock, and give its open file; the system lets go of it when the process dies, however it dies.
 
-    Args:
-        path: the lock's file, made if needed and left in place.
-        waiting: called once if another process holds the lock.
+    The file is left in place. `waiting` is called once if another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:

@@ -125,11 +125,7 @@ def _by_group(targets: pd.DataFrame, scores: Probs, groups: pd.Series | None) ->
 
 
 def resampled_means(sums: np.ndarray, counts: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """Means over as many groups as there are, drawn with replacement.
-
-    Args:
-        sums, counts: of each group.
-    """
+    """Means over as many groups as there are, drawn with replacement, from the sum and the count of each."""
     groups, values = len(sums), np.stack([sums, counts], axis=1)
     at_once = max(1, _DRAWN // groups)
     means = []

@@ -25,9 +25,8 @@ def make_probs(values: np.ndarray, fnames: Sequence[str], labels: Sequence[str])
         MelfoldError: a shape that does not fit, a repeated clip, or values outside 0..1.
     """
     if values.shape != (len(fnames), len(labels)):
-        raise MelfoldError(
-            "probabilities do not fit their names", f"{values.shape} for {len(fnames)} clips and {len(labels)} labels"
-        )
+        found = f"{values.shape} for {len(fnames)} clips and {len(labels)} labels"
+        raise MelfoldError("probabilities do not fit their names", found)
     probs = pd.DataFrame(values.astype(np.float32), index=pd.Index(fnames, name="fname"), columns=list(labels))
     check_probs(probs, "probabilities")
     return probs
@@ -41,9 +40,8 @@ def check_probs(probs: Probs, source: str) -> None:
     values = probs.to_numpy()
     bad = ~((values >= 0) & (values <= 1)).all(axis=1)
     if bad.any():
-        raise MelfoldError(
-            f"{source}: values outside 0..1 or not finite", f"{bad.sum()} clips, first {probs.index[bad.argmax()]}"
-        )
+        found = f"{bad.sum()} clips, first {probs.index[bad.argmax()]}"
+        raise MelfoldError(f"{source}: values outside 0..1 or not finite", found)
 
 
 def read_probs(path: Path) -> Probs:

@@ -56,11 +56,7 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def recipe_toml(recipe: Recipe, reasons: Mapping[str, str]) -> str:
-    """A recipe as a TOML file that gives every setting, so that it needs no base.
-
-    Args:
-        reasons: `section.key` -> the comment that ends its line.
-    """
+    """A recipe as a TOML file that gives every setting, so that it needs no base; `reasons` end the lines of their keys."""
 
     def line(key: str, value: Any, full: str) -> str:
         text = f"{_toml_key(key)} = {toml_value(value)}"

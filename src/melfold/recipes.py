@@ -43,11 +43,7 @@ def load_recipe(name: str, sets: Iterable[str] = (), home: Home | None = None) -
 
 
 def change_recipe(recipe: Recipe, sets: Iterable[str]) -> Recipe:
-    """A recipe with some changes, given as for `load_recipe`.
-
-    Raises:
-        MelfoldError: as `load_recipe`.
-    """
+    """A recipe with some changes, given as for `load_recipe`, with the same errors."""
     return _parse_with(recipe.model_dump(mode="json"), sets, f"recipe {recipe.name}")
 
 

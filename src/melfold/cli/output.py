@@ -30,11 +30,7 @@ _running_bars: list[Any] = []
 
 
 def command(app: typer.Typer, name: str, example: str, *, continues: bool = False) -> Callable[[Callable[..., None]], Any]:
-    """Register a command, with an example in its help.
-
-    Args:
-        continues: the command, given again after Ctrl-C, continues where it stopped.
-    """
+    """Register a command, with an example in its help; if it `continues`, it can be given again after Ctrl-C."""
 
     def register(function: Callable[..., None]) -> Any:
         return app.command(name, help=f"{function.__doc__}\n\nExample: {example}")(guarded(function, continues=continues))

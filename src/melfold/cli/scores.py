@@ -141,19 +141,9 @@ def _as_json(item: Suggestion) -> dict[str, Any]:
 
 
 def _as_row(item: Suggestion) -> dict[str, Any]:
-    return {
-        "runs": "+".join(item.runs),
-        "mean": item.mean,
-        "weights": _weights(item) or ("equal" if len(item.runs) > 1 else "-"),
-        "oof_lwlrap": item.oof_lwlrap,
-        "low": item.low,
-        "high": item.high,
-        "fitted": item.fitted,
-        "seconds": None if item.seconds is None else round(item.seconds),
-        "gain over best run": item.gain.value,
-        "gain_low": item.gain.low,
-        "gain_high": item.gain.high,
-    }
+    row = _as_json(item) | {"runs": "+".join(item.runs), "seconds": None if item.seconds is None else round(item.seconds)}
+    row["weights"] = _weights(item) or ("equal" if len(item.runs) > 1 else "-")
+    return {"gain over best run" if key == "gain" else key: value for key, value in row.items() if key != "clips"}
 
 
 def _weights(item: Suggestion) -> str:

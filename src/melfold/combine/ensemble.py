@@ -146,11 +146,7 @@ class Compared:
 def compare(predictions: Sequence[Prediction], *, common: bool = False) -> Compared:
     """Set runs side by side: intervals, paired differences from the first, labels, and the spread over seeds.
 
-    Args:
-        common: as in `read_together`.
-
-    Raises:
-        MelfoldError: as `read_together`.
+    `common` and errors are as in `read_together`.
     """
     together = read_together(predictions, common=common)
     targets, groups = together.targets, together.groups
@@ -158,7 +154,7 @@ def compare(predictions: Sequence[Prediction], *, common: bool = False) -> Compa
     for prediction, table in zip(predictions, together.tables.values(), strict=True):
         interval = bootstrap_interval(targets, table, groups)
         row: dict[str, Any] = {"track": prediction.run.info.track, "seed": str(prediction.run.recipe.seed)}
-        row |= {"oof_lwlrap": lwlrap(targets, table), "low": interval.low, "high": interval.high}
+        row |= {"oof_lwlrap": lwlrap(targets, table), **vars(interval)}
         if prediction is not predictions[0]:
             d = paired_bootstrap(targets, table, together.tables[predictions[0].label], groups)
             row |= {"difference": d.value, "d_low": d.low, "d_high": d.high, "better": d.better}

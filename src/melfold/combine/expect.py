@@ -31,12 +31,7 @@ class Expected:
 
 
 def expected_score(members: Sequence[Prediction], mean: str, shares: Sequence[float], test_clips: int) -> Expected:
-    """The score that a combination of predictions may expect.
-
-    Args:
-        mean: the kind of mean of several members.
-        shares: of the members.
-        test_clips: rows of the submission.
+    """The score that a combination of predictions may expect; `test_clips` are the rows of the submission.
 
     Raises:
         MelfoldError: it cannot be told: runs of different folds, without folds or unfinished.

@@ -45,16 +45,13 @@ def score(prediction: Prediction) -> OofScores:
     artefact = Artefact(prediction.scores, (prediction.oof,))
     if artefact.is_fresh(made_from):
         return _from_json(artefact.read()["scores"])
-    fold_scores = {}
-    for fold in folds:
-        held_out = run.targets(run.held_out(fold))
-        fold_scores[fold] = lwlrap(held_out, pooled.loc[held_out.index])
+    held_out = {fold: run.targets(run.held_out(fold)) for fold in folds}
+    fold_scores = {fold: lwlrap(own, pooled.loc[own.index]) for fold, own in held_out.items()}
     covered = run.targets(pooled.index)
     interval = bootstrap_interval(covered, pooled, run.clips["group"])
     scores = OofScores(
         oof_lwlrap=lwlrap(covered, pooled),
-        low=interval.low,
-        high=interval.high,
+        **vars(interval),
         mean_fold_lwlrap=float(np.mean(list(fold_scores.values()))),
         fold_lwlrap=fold_scores,
         constant_lwlrap=constant_lwlrap(covered),
@@ -114,9 +111,8 @@ def read_together(predictions: Sequence[Prediction], *, common: bool = False) ->
         raise MelfoldError("a run is named twice", ", ".join(labels), "Name each once")
     for other in predictions[1:]:
         if other.run.info.clips_sha256 != first.run.info.clips_sha256:
-            raise MelfoldError(
-                "runs with other folds or labels cannot be compared", f"{first.label} and {other.label}", "Use one fold table"
-            )
+            what, found = "runs with other folds or labels cannot be compared", f"{first.label} and {other.label}"
+            raise MelfoldError(what, found, "Use one fold table")
     for prediction in () if common else predictions:
         if missing := prediction.run.missing_folds():
             fix = "Train them, leave the run out, or compare the clips in common with --common"

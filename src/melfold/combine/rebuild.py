@@ -32,9 +32,6 @@ class Plan:
 def plan_rebuild(home: Home, id: str, data: Path) -> Plan:
     """Find out what a submission needs and this home lacks. The recipes of missing runs are written to `build/rebuild/<id>`.
 
-    Args:
-        data: the download, as it is to be named in the commands.
-
     Raises:
         MelfoldError: no such submission.
     """

@@ -64,8 +64,7 @@ def doubtful(targets: pd.DataFrame, oof: Probs) -> pd.DataFrame:
 def write_corrections(path: Path, doubts: pd.DataFrame, run: str, track: str) -> None:
     """Write a run's suggestions as a `corrections.csv`, to be listened to and edited; an existing file is never replaced.
 
-    Args:
-        track: of the run: a recipe with these corrections is of this track too.
+    A recipe with these corrections is of the run's `track` too.
 
     Raises:
         MelfoldError: the file exists.

@@ -58,9 +58,8 @@ def choose(
         costs: of each run, in any unit; a set must cost no more than `budget`. At least one run does.
     """
     names, best = list(tables), None
-    values = np.stack(
-        [align(t, targets.index, list(targets.columns), "predictions").to_numpy(np.float64) for t in tables.values()]
-    )
+    aligned = [align(table, targets.index, list(targets.columns), "predictions") for table in tables.values()]
+    values = np.stack([table.to_numpy(np.float64) for table in aligned])
     price = np.zeros(len(names)) if costs is None else np.asarray(costs, np.float64)
 
     def fits(runs: Sequence[int]) -> bool:
@@ -144,11 +143,7 @@ def _greedy_weights(weighted: Callable[[np.ndarray], float], runs: Sequence[int]
 
 
 def nested_probs(together: Together, chosen: Callable[[pd.DataFrame, Mapping[str, Probs]], Choice]) -> Probs:
-    """Every clip by the ensemble that was chosen on the other folds' clips: its score is not the fitted one.
-
-    Args:
-        chosen: makes a choice from targets and tables, such as `choose`.
-    """
+    """Every clip by what `chosen`, such as `choose`, takes on the other folds' clips: its score is not the fitted one."""
     parts = []
     for fold in sorted(together.folds.unique()):
         inside = together.folds == fold

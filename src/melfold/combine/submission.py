@@ -49,9 +49,8 @@ def open_submission(home: Home, id: str) -> dict[str, Any]:
         fix = f"Known: {known}" if known else "Run `melfold submission build` first"
         raise MelfoldError("no such submission", f"{id} in {home.submissions}", fix)
     if not artefact.exists:
-        raise MelfoldError(
-            f"submission {id} has no submission.csv here", str(artefact.files[0]), f"Run `melfold submission rebuild {id}`"
-        )
+        what, fix = f"submission {id} has no submission.csv here", f"Run `melfold submission rebuild {id}`"
+        raise MelfoldError(what, str(artefact.files[0]), fix)
     return artefact.verify()
 
 

@@ -94,15 +94,8 @@ def make_clip(folder: Path, fname: str, path: Path, transform: LogMel) -> ClipIn
         flags.append("clipped")
     if meter.samples < transform.config.n_fft:
         flags.append("short")
-    return ClipInfo(
-        fname,
-        size,
-        mtime_ns,
-        seconds=round(meter.samples / transform.config.sr, 4),
-        **array,
-        audio_crc32=crc32_of(path),
-        flags="|".join(flags),
-    )
+    seconds = round(meter.samples / transform.config.sr, 4)
+    return ClipInfo(fname, size, mtime_ns, seconds, **array, audio_crc32=crc32_of(path), flags="|".join(flags))
 
 
 @dataclass

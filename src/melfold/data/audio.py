@@ -25,13 +25,7 @@ OGG_PAGE = 27 + 255 + 255 * 255
 
 
 def read_waveform(path: Path, sr: int) -> tuple[np.ndarray, list[str]]:
-    """A clip's samples, and how they were converted.
-
-    Args:
-        sr: the wanted sampling rate in Hz.
-
-    Returns:
-        Float32 `(samples,)`, mono, at `sr`; and those of the flags `downmixed` and `resampled` that apply.
+    """A clip's samples, float32 `(samples,)`, mono, at `sr` Hz; and those of the flags `downmixed` and `resampled` that apply.
 
     Raises:
         MelfoldError: a file that cannot be read, has no samples, or has samples that are not finite.

@@ -61,19 +61,15 @@ def build_cache(
     compute: Compute = Compute(),
     verify: bool = False,
 ) -> Path:
-    """Make every log-mel that is missing or whose audio has changed.
+    """Make every log-mel that is missing or whose audio has changed. Returns the cache's folder.
 
     Args:
-        splits: which parts of the competition.
         exclude: training clips to leave out; they need not be readable.
         fnames: only these clips of the splits; all of them if None.
         compute: its `jobs` and `progress` are used. With `jobs=-1`, few clips are made without worker processes, whose start
             would take longer.
         verify: read every array and make damaged ones again. Without, only sizes are compared here; an array is checked when
             it is first read.
-
-    Returns:
-        The cache's folder.
 
     Raises:
         MelfoldError: one line for each training clip that cannot be read. An unreadable test clip only gets a warning.

@@ -159,11 +159,8 @@ class _Layout:
             )
         sample = root / "sample_submission.csv"
         if not sample.exists():
-            raise MelfoldError(
-                f"{root} is not a competition download",
-                "neither sample_submission.csv (Kaggle's layout) nor FSDKaggle2019.meta/ (Zenodo's)",
-                "Give the folder that holds one of them",
-            )
+            found = "neither sample_submission.csv (Kaggle's layout) nor FSDKaggle2019.meta/ (Zenodo's)"
+            raise MelfoldError(f"{root} is not a competition download", found, "Give the folder that holds one of them")
         tables = {s: root / f"{n}.csv" for s, n in _KAGGLE.items()} | {"test": sample}
         return cls(tables, {s: _audio_folder(root / n) for s, n in _KAGGLE.items()}, sample, sample=True)
 

@@ -29,11 +29,7 @@ QUIET_DB = 75.0
 
 
 def suggest_groups(labels: pd.Series, folder: Path, progress: Progress = silent) -> tuple[pd.Series, pd.DataFrame]:
-    """Groups of clips that are probably near-duplicates.
-
-    Args:
-        labels: the tuple of labels of each clip that is in the cache.
-        folder: of the log-mels.
+    """Groups of clips that are probably near-duplicates, from the labels of each clip and the folder of log-mels.
 
     Returns:
         A number by `fname`, of the clips that are in a group of several; and the pairs behind it, nearest first: `one`, `other`

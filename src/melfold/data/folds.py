@@ -39,13 +39,10 @@ class Balance:
 
     def __str__(self) -> str:
         small, large = self.sizes
-        text = (
-            f"Folds of {small} to {large} clips. In no fold is a label more than {self.deviation} clips away from an even split"
-        )
-        if not self.too_large:
-            return f"{text}."
         labels = ", ".join(f"{label} {own} of {all}" for label, (own, all) in self.too_large.items())
-        return f"{text}, but for those that have more clips in one group than fit a fold: {labels}."
+        but = f", but for those that have more clips in one group than fit a fold: {labels}" if labels else ""
+        even = f"In no fold is a label more than {self.deviation} clips away from an even split"
+        return f"Folds of {small} to {large} clips. {even}{but}."
 
 
 def fold_table(competition: Competition, home: Home, config: FoldsConfig) -> tuple[Path, Balance]:
@@ -65,8 +62,7 @@ def fold_table(competition: Competition, home: Home, config: FoldsConfig) -> tup
         groups = find_groups(competition, home, config.groups)
         _check_stamp(path, fold_inputs(labels, config, groups))
     table = read_folds(path, competition)
-    count = table["fold"].nunique()
-    if count != config.n_folds:
+    if (count := table["fold"].nunique()) != config.n_folds:
         found = f"the recipe wants {config.n_folds}"
         raise MelfoldError(f"{path.name} has {count} folds", found, "Rename it, or change the recipe")
     return path, balance_of(targets, table)
@@ -80,12 +76,7 @@ def fold_table_path(home: Home, competition_name: str, config: FoldsConfig) -> P
 
 
 def fold_inputs(labels: pd.Series, config: FoldsConfig, groups: pd.Series | None = None) -> dict[str, Any]:
-    """What a fold table is made from, as its stamp holds it.
-
-    Args:
-        labels: the tuple of labels of each curated clip.
-        groups: fname -> group, of clips that stay together.
-    """
+    """What a fold table is made from, as its stamp holds it: each curated clip's labels, the groups of clips, and settings."""
     together = [] if groups is None else [sorted(own) for own in groups.groupby(groups).groups.values() if len(own) > 1]
     return {
         "curated_labels": _labels_digest(labels),
@@ -140,11 +131,8 @@ def assign(counts: np.ndarray, n_folds: int, seed: int) -> np.ndarray:
     """A fold for each group, such that the sums in all folds are as even as can be.
 
     The largest groups come first, each into the fold that needs it most; then single groups move as long as that helps. What
-    is made small is the sum of squared distances from an even split, over folds and columns. All numbers are whole, so every
-    machine finds the same folds.
-
-    Args:
-        counts: `(groups, columns)`, whole numbers; the last column is the number of clips.
+    is made small is the sum of squared distances from an even split, over folds and columns. All `counts` `(groups, columns)`
+    are whole numbers, so every machine finds the same folds; the last column is the number of clips.
     """
     n_groups = len(counts)
     # A fold's sums less its share, times the number of folds: whole numbers.
@@ -191,9 +179,8 @@ def write_folds(path: Path, folds: pd.DataFrame, inputs: Mapping[str, Any] | Non
     text = folds.to_csv(index_label="fname", lineterminator="\n")
     if path.exists():
         if path.read_text() != text:
-            raise MelfoldError(
-                "a different fold table already exists", str(path), "Runs may use it: move it away, or use another seed"
-            )
+            fix = "Runs may use it: move it away, or use another seed"
+            raise MelfoldError("a different fold table already exists", str(path), fix)
         return
     artefact = Artefact.of(path)
     artefact.remove()  # the stamp of a table that was deleted
@@ -233,20 +220,14 @@ def read_folds(path: Path, competition: Competition) -> pd.DataFrame:
         folds["group"] = folds.index
     split = folds.groupby("group")["fold"].nunique().loc[lambda count: count > 1]
     if len(split):
-        raise MelfoldError(
-            f"{path.name} splits groups over folds", f"{len(split)}, first {split.index[0]}", "Put each into one fold"
-        )
+        found = f"{len(split)}, first {split.index[0]}"
+        raise MelfoldError(f"{path.name} splits groups over folds", found, "Put each into one fold")
     _check_stamp(path, {"curated_labels": _labels_digest(competition.curated["labels"])})
     return folds
 
 
 def _check_stamp(path: Path, inputs: Mapping[str, Any]) -> None:
     artefact = Artefact.of(path)
-    if not artefact.stamp.exists():
-        return
-    if changes := artefact.changes(inputs):
-        raise MelfoldError(
-            f"fold table {path.name} is no longer as it was made",
-            listed(changes),
-            f"Delete it to make it again, or delete {artefact.stamp.name} to keep it as your own",
-        )
+    if artefact.stamp.exists() and (changes := artefact.changes(inputs)):
+        fix = f"Delete it to make it again, or delete {artefact.stamp.name} to keep it as your own"
+        raise MelfoldError(f"fold table {path.name} is no longer as it was made", listed(changes), fix)

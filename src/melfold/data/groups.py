@@ -109,11 +109,7 @@ def number_groups(groups: Iterable[Sequence[str]]) -> pd.Series:
 
 
 def join_pairs(fnames: Sequence[str], pairs: np.ndarray) -> pd.Series:
-    """Groups of clips that are linked, directly or through others, numbered in the order of their first clip.
-
-    Args:
-        pairs: row numbers `(pairs, 2)`.
-    """
+    """Groups of clips linked by row numbers `(pairs, 2)`, also through others; numbered in the order of their first clip."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
@@ -134,11 +130,7 @@ def read_ids(path: Path) -> pd.DataFrame:
 
 
 def twin_pairs(table: pd.DataFrame) -> np.ndarray:
-    """Row numbers `(pairs, 2)` of clips that share a label and whose ids lie within `ID_GAP` of each other.
-
-    Args:
-        table: of `read_ids`.
-    """
+    """Row numbers `(pairs, 2)` in a table of `read_ids`: clips that share a label, with ids within `ID_GAP` of each other."""
     order = np.argsort(table["id"].to_numpy(), kind="stable")
     ids, labels = table["id"].to_numpy()[order], [set(table["labels"].iloc[row]) for row in order]
     pairs = []
@@ -150,11 +142,7 @@ def twin_pairs(table: pd.DataFrame) -> np.ndarray:
 
 
 def clips_with_twin_outside(pairs: np.ndarray, folds: np.ndarray) -> int:
-    """How many clips have a twin in another fold, so in the training set of the model that scores them.
-
-    Args:
-        pairs: row numbers of twins. folds: the fold of each row.
-    """
+    """How many clips have a twin in another fold, so in the training set of the model that scores them."""
     return len(np.unique(pairs[folds[pairs[:, 0]] != folds[pairs[:, 1]]]))
 
 

@@ -54,14 +54,7 @@ class LogMel:
                 self._bands.append((slice(start, start + len(rows)), bins, np.ascontiguousarray(rows[:, bins].T)))
 
     def __call__(self, waveform: np.ndarray) -> np.ndarray:
-        """The log-mel of a waveform.
-
-        Args:
-            waveform: float32 `(samples,)` at the configured rate, not empty.
-
-        Returns:
-            Float32 dB, `(frames, n_mels)`.
-        """
+        """Float32 dB `(frames, n_mels)` of a waveform: float32 `(samples,)` at the configured rate, not empty."""
         out = np.concatenate(list(self.stream([waveform])))
         return np.maximum(out, out.max() - (self.config.top_db or np.inf), out=out)
 

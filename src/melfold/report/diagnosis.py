@@ -24,9 +24,6 @@ BINS = 10
 def true_pairs(targets: pd.DataFrame, probs: Probs) -> pd.DataFrame:
     """A row for each true label of each clip.
 
-    Args:
-        targets: multi-hot `(clips, labels)`.
-
     Returns:
         `fname`, `label`, `prob`, `rank` (1 is the best; ties take the worst) and `precision`, whose mean is lwlrap.
     """

@@ -72,10 +72,7 @@ def draw_ledger(rows: Sequence[Row]) -> Figure:
 
 def draw_scores(axes: Axes, rows: Sequence[Row], name: Callable[[Row], str]) -> None:
     """OOF against Public and Private scores, with Spearman's rank correlation of each, the line that predicts Private (see
-    `kaggle.board`), and the medals' lines.
-
-    Args:
-        name: what is written beside a submission's points.
+    `kaggle.board`), and the medals' lines. `name` gives what is written beside a submission's points.
     """
     from scipy.stats import spearmanr
 

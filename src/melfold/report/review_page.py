@@ -36,11 +36,7 @@ def write_review_page(
 
     Args:
         count: how many clips; after the doubtful ones come those with the worst score.
-        competition: where the sounds come from; without, the page has none.
-        audio: whether sounds become part of the page.
-
-    Returns:
-        The pictures and sounds in it.
+        competition, audio: as in `Media`, which is returned.
 
     Raises:
         MelfoldError: no trained fold.

@@ -64,12 +64,8 @@ def write_run_page(
     """Write the page of one prediction, or of two side by side.
 
     Args:
-        competition: where the sounds come from; without, the page has none.
-        audio: whether sounds become part of the page.
+        competition, audio: as in `Media`, which is returned.
         clips: how many of each label's worst clips are shown.
-
-    Returns:
-        The pictures and sounds in it.
 
     Raises:
         MelfoldError: no trained fold, predictions that cannot be compared, or more than two.
