@@ -151,12 +151,9 @@ class _Layout:
         if not root.is_dir():
             raise MelfoldError("no such data folder", str(root), "Give the folder of the competition's download")
         if (meta := root / "FSDKaggle2019.meta").is_dir():
-            return cls(
-                {s: meta / f"{n}_post_competition.csv" for s, n in _KAGGLE.items()},
-                {s: _audio_folder(root / f"FSDKaggle2019.audio_{n}") for s, n in _KAGGLE.items()},
-                meta / "vocabulary.csv",
-                sample=False,
-            )
+            tables = {s: meta / f"{n}_post_competition.csv" for s, n in _KAGGLE.items()}
+            audio = {s: _audio_folder(root / f"FSDKaggle2019.audio_{n}") for s, n in _KAGGLE.items()}
+            return cls(tables, audio, meta / "vocabulary.csv", sample=False)
         sample = root / "sample_submission.csv"
         if not sample.exists():
             found = "neither sample_submission.csv (Kaggle's layout) nor FSDKaggle2019.meta/ (Zenodo's)"

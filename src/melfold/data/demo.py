@@ -54,8 +54,8 @@ SOUNDS: dict[str, Sound] = {
 }
 
 
-def write_demo(root: Path, seed: int = 0) -> Path:
-    """Write the synthetic competition in Kaggle's layout: the same bytes for the same seed.
+def write_demo(root: Path) -> Path:
+    """Write the synthetic competition in Kaggle's layout: the same bytes each time.
 
     `test_post_competition.csv` holds the labels of the test clips, for scoring only. A complete folder is left as it is.
 
@@ -67,7 +67,7 @@ def write_demo(root: Path, seed: int = 0) -> Path:
     others = root.exists() and any(not path.name.startswith(".") for path in root.iterdir())
     if others and not (root / "sample_submission.csv").exists():
         raise MelfoldError("the folder for the demo holds something else", str(root), "Choose another --home")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     names = [f"{n:08x}.wav" for n in rng.choice(2**32, CURATED + NOISY + TEST, replace=False)]
     curated = [(name, _draw_labels(i, rng, 0.15)) for i, name in enumerate(names[:CURATED])]
     noisy = [(name, _draw_labels(i, rng, 0.1)) for i, name in enumerate(names[CURATED : CURATED + NOISY])]

@@ -88,9 +88,8 @@ def _split_of(competition: Competition, fname: str) -> Split:
 
 def _draw_log_mel(axes: Axes, log_mel: np.ndarray, seconds: float, labels: Collection[str], recipe: Recipe) -> None:
     bands = recipe.logmel.n_mels
-    image = axes.imshow(
-        log_mel.T, origin="lower", aspect="auto", cmap="magma", interpolation="nearest", extent=(0, seconds, 0, bands)
-    )
+    extent = (0, seconds, 0, bands)
+    image = axes.imshow(log_mel.T, origin="lower", aspect="auto", cmap="magma", interpolation="nearest", extent=extent)
     ticks = mel_ticks(recipe.logmel)
     axes.set_yticks([height * bands for _, height in ticks], [text for text, _ in ticks])
     axes.set_xlabel("seconds")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,8 +81,7 @@ def draw_scores(axes: Axes, rows: Sequence[Row], name: Callable[[Row], str]) -> 
     axes.margins(0.12)
     points = []
     for half, (colour, marker) in LOOK.items():
-        found = scored(rows, half)
-        if found:
+        if found := scored(rows, half):
             oof, scores, _ = zip(*found, strict=True)
             told = f"{half.title()} (n = {len(found)}"
             if len(set(oof)) > 1 and len(set(scores)) > 1:
@@ -105,11 +105,10 @@ def draw_times(axes: Axes, rows: Sequence[Row]) -> None:
     days = pd.to_datetime([row.time for row in rows], format="ISO8601", errors="coerce")
     for half, (colour, marker) in LOOK.items():
         known = [(day, getattr(row, half)) for day, row in zip(days, rows, strict=True) if not pd.isna(day)]
-        found = sorted((day.to_pydatetime(), value) for day, value in known if value is not None)
-        if found:
+        if found := sorted((day.to_pydatetime(), value) for day, value in known if value is not None):
             times, scores = zip(*found, strict=True)
             axes.scatter(times, scores, color=colour, marker=marker, s=22)
-            best = [max(scores[: count + 1]) for count in range(len(scores))]
+            best = list(accumulate(scores, max))
             axes.step(times, best, where="post", color=colour, alpha=0.6, label=f"best {half.title()} so far")
     axes.tick_params(axis="x", labelrotation=30)
     _draw_medals(axes, rows)
