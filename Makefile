@@ -30,7 +30,7 @@ demo: setup  ## the whole job on a synthetic competition, shipped to a local sta
 		-- $(BIN)/melfold ship demo --cpu --competition demo
 
 test: setup lint  ## lint and tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 lint: setup  ## ruff, import order, types
 	$(BIN)/ruff check .

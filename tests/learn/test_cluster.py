@@ -28,7 +28,7 @@ Client = pytest.importorskip("distributed", reason="the optional extra `dask` is
 
 ENVIRONMENT = os.environ | {"MKL_NUM_THREADS": "1"}
 SETS = (
-    "train.epochs=15",
+    "train.epochs=8",
     "train.checkpoint_minutes=0",
     "train.validate_every=0",
     "train.crop_seconds=0.64",

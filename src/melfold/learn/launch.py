@@ -27,11 +27,8 @@ from melfold.data.clips import ClipStore
 from melfold.errors import MelfoldError, system_error
 from melfold.files import Home
 from melfold.learn.devices import find_device, pick_device, shared_threads
-from melfold.learn.noisy import make_pseudo_labels
-from melfold.learn.predict import predict_probs, speed_since
 from melfold.learn.predictions import Prediction, open_prediction, write_current
 from melfold.learn.runs import Run, open_run
-from melfold.learn.train import load_fold, train_fold
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +139,11 @@ def predict_folds(
 
 def do(job: Job, device_name: str, progress: Progress = silent) -> str:
     """Do a job here. What an earlier try left behind is used. Returns: its name."""
+    # Imported here, since a process that only starts others needs no timm.
+    from melfold.learn.noisy import make_pseudo_labels
+    from melfold.learn.predict import predict_probs, speed_since
+    from melfold.learn.train import load_fold, train_fold
+
     home, cache = Home(Path(job.home)), Path(job.cache)
     with _ONE_AT_A_TIME:
         if job.task == "train":
