@@ -23,8 +23,8 @@ settings.load_profile("melfold")
 REPO = Path(__file__).resolve().parents[1]
 LABELS = ("Bark", "Hiss_(air)", "Tone")
 
-LONGEST = ("learn/cluster", "kaggle/training", "learn/launch", "kaggle/ship", "data/cache", "kaggle/submit", "kaggle/kernels")
-LONGEST += ("kaggle/schedules", "learn/students", "kaggle/fake_kaggle", "learn/train", "kaggle/push", "learn/placement")
+LONGEST = ("kaggle/submit", "learn/launch", "kaggle/training", "learn/cluster", "kaggle/kernels", "kaggle/client", "kaggle/ship")
+LONGEST += ("data/cache", "report/browser", "kaggle/fake_kaggle", "learn/train", "report/pages", "kaggle/schedules")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
