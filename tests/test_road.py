@@ -508,3 +508,4 @@ def test_the_lightest_commands_do_not_even_load_pandas(tmp_path: Path) -> None:
     commands = {args: args.split() for args in ("--help", "train --help", "recipe list", "ledger show", "clean")}
     heavy = {"torch", "pandas", "librosa", "scipy", "matplotlib", "numpy"}
     assert loaded_by(commands, heavy, tmp_path) == {args: (0, []) for args in commands}
+    assert loaded_by({"--help": ["--help"]}, {"pydantic"}, tmp_path) == {"--help": (0, [])}

@@ -5,20 +5,19 @@ from __future__ import annotations
 import hashlib
 import tomllib
 from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from importlib import resources
 from typing import Any
 
-from pydantic import ValidationError
-
 from melfold.errors import MelfoldError
-from melfold.train_config import Frozen
 
 DEFAULT = "fat2019"
 """Whose limits and rules an unknown competition gets."""
 
 
-class Standings(Frozen):
+@dataclass(frozen=True)
+class Standings:
     """The final Private leaderboard; scores are lwlrap. `ranks`: rank -> score. `medals`: medal -> its last rank, best first."""
 
     teams: int
@@ -32,7 +31,8 @@ class Standings(Frozen):
         return {medal: self.ranks[rank] for medal, rank in self.medals.items()}
 
 
-class Facts(Frozen):
+@dataclass(frozen=True)
+class Facts:
     """What is known of a competition; `competitions/fat2019.toml` says what each key means.
 
     An unknown competition has no name. `labels_sha256` is how the SHA-256 begins. `bad_clips`: curated clip -> reason.
@@ -71,7 +71,7 @@ def facts_of(competition: str | Sequence[str]) -> Facts:
         return found[0]
     unknown: dict[str, Any] = {"name": "", "slug": "", "labels_sha256": ""}
     unknown |= {"bad_clips": {}, "standings": None, "code_only": False}
-    return facts_of(DEFAULT).model_copy(update=unknown)
+    return replace(facts_of(DEFAULT), **unknown)
 
 
 @cache
@@ -85,16 +85,27 @@ def parse_facts(source: str, text: str) -> Facts:
     """The facts in a file's text.
 
     Raises:
-        MelfoldError: text that is not TOML, a key that is missing or unknown, or a value that does not fit.
+        MelfoldError: text that is not TOML, or a key that is missing or unknown.
     """
     try:
-        return Facts.model_validate(tomllib.loads(text))
+        values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise MelfoldError(f"{source} is not TOML", str(error), "Fix that line") from None
-    except ValidationError as error:
-        wrong = {".".join(map(str, e["loc"])): e["type"] in ("missing", "extra_forbidden") for e in error.errors()}
-        what = "missing or unknown keys" if all(wrong.values()) else "values that do not fit"
-        raise MelfoldError(f"{source}: {what}", ", ".join(sorted(wrong)), f"Compare it with {DEFAULT}.toml") from None
+    odd = _odd_keys(Facts, values)
+    if standings := values.get("standings"):
+        odd += [f"standings.{key}" for key in _odd_keys(Standings, standings)]
+    if odd:
+        raise MelfoldError(f"{source}: missing or unknown keys", ", ".join(odd), f"Compare it with {DEFAULT}.toml")
+    if standings:
+        ranks = {int(rank): score for rank, score in standings["ranks"].items()}
+        values["standings"] = Standings(**standings | {"ranks": ranks})
+    return Facts(**values | {"test_clips": tuple(values["test_clips"])})
+
+
+def _odd_keys(kind: type[Facts] | type[Standings], values: dict[str, Any]) -> list[str]:
+    """The keys that are missing or unknown."""
+    known = {field.name: field.default is MISSING for field in fields(kind)}
+    return sorted({key for key, required in known.items() if required and key not in values} | (values.keys() - known.keys()))
 
 
 def split_labels(text: str) -> tuple[str, ...]:

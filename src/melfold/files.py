@@ -104,9 +104,10 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 def is_left_behind(path: Path) -> bool:
     """Whether the process that was writing a temporary file is gone."""
     writer = re.search(r"\.(\d+)\.tmp$", path.name)
+    if not writer:
+        return False
     try:
-        if writer:
-            os.kill(int(writer[1]), 0)
+        os.kill(int(writer[1]), 0)
     except (ProcessLookupError, OverflowError):
         return True
     except PermissionError:

@@ -66,6 +66,7 @@ def test_a_sister_competition_is_one_more_file() -> None:
     [
         ("test_hours =", "test_hour =", "missing or unknown keys: test_hour, test_hours. Compare it with fat2019.toml"),
         ("[bad_clips] ", "[bad_clip] ", "missing or unknown keys: bad_clip, bad_clips"),
+        ("median =", "mean =", r"missing or unknown keys: standings\.mean, standings\.median"),
         ("test_hours =", "test_hours", "x.toml is not TOML"),
     ],
 )

@@ -13,7 +13,6 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,19 +127,17 @@ class Kaggle:
     def leaderboard(self) -> str:
         """The leaderboard as Kaggle's CSV: the Private one, once a competition is over."""
         content = self._download_one("competitions", "leaderboard", self.competition, "--download")
-        if content is None:
-            raise KaggleError("kaggle: the leaderboard cannot be read", "nothing was downloaded")
-        return content.decode("utf-8-sig", errors="replace")
+        try:
+            return content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise KaggleError("kaggle: the leaderboard cannot be read", str(error), "Try again") from None
 
     def download_file(self, name: str) -> bytes:
         """The content of one of the competition's files."""
-        content = self._download_one("competitions", "download", self.competition, "-f", name, timeout=10 * self.timeout)
-        if content is None:
-            raise KaggleError("kaggle: the file was not downloaded", name, "Try again")
-        return content
+        return self._download_one("competitions", "download", self.competition, "-f", name, timeout=10 * self.timeout)
 
-    def _download_one(self, *args: str, timeout: float | None = None) -> bytes | None:
-        """The content of the only file of a download, which may come as a zip; None if there is no such file."""
+    def _download_one(self, *args: str, timeout: float | None = None) -> bytes:
+        """The content of the only file of a download, which may come as a zip."""
         with tempfile.TemporaryDirectory(prefix="melfold-download-") as folder:
             self._ask(*args, "-p", folder, "-q", timeout=timeout, trace=False)
             for path in Path(folder).glob("*"):
@@ -148,9 +145,12 @@ class Kaggle:
                     continue
                 if path.suffix != ".zip":
                     return path.read_bytes()
-                with suppress(IndexError, zipfile.BadZipFile), zipfile.ZipFile(path) as pack:
-                    return pack.read(pack.namelist()[0])
-        return None
+                try:
+                    with zipfile.ZipFile(path) as pack:
+                        return pack.read(pack.namelist()[0])
+                except (IndexError, zipfile.BadZipFile) as error:
+                    raise KaggleError("kaggle: a download cannot be read", f"{path.name} ({error})", "Try again") from None
+        raise KaggleError("kaggle: nothing was downloaded", " ".join(args), "Try again")
 
     def download(self, folder: Path, *, stall: float = 600) -> Path:
         """The competition's files as one archive in `folder`; a partial download is continued.

@@ -110,7 +110,7 @@ def call(
     lines: list[str] = []
     file = ""
 
-    def hear(line: str) -> None:
+    def tell(line: str) -> None:
         nonlocal file
         lines.append(line)
         if upload and (found := re.search(r"Starting upload for file (\S+)|(\d+)%\|", line)):
@@ -122,7 +122,7 @@ def call(
         upload.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="melfold-kaggle-") as scratch:
         environment = {"TMPDIR": str(upload.folder if upload else scratch)} | ({"VERBOSE": "true"} if trace else {})
-        process, reader = _start(args, environment, hear)
+        process, reader = _start(args, environment, tell)
         try:
             code = _wait(process, timeout, growing)
         finally:
@@ -147,9 +147,9 @@ def follow(args: Sequence[str], tell: Callable[[str], None]) -> Callable[[float]
 
 
 def _start(
-    args: Sequence[str], environment: dict[str, str], hear: Callable[[str], None], errors: int = subprocess.STDOUT
+    args: Sequence[str], environment: dict[str, str], tell: Callable[[str], None], errors: int = subprocess.STDOUT
 ) -> tuple[subprocess.Popen[str], threading.Thread]:
-    """Start the command, and a thread in which each line that it prints is heard: bars are lines too."""
+    """Start the command, and a thread that tells each line it prints; a progress bar is told as lines too."""
     process = subprocess.Popen(
         [executable(), "-W", *args],
         stdin=subprocess.DEVNULL,
@@ -165,7 +165,7 @@ def _start(
         assert process.stdout
         with process.stdout as lines:
             for line in lines:
-                hear(line)
+                tell(line)
 
     reader = threading.Thread(target=read_on, daemon=True)
     reader.start()

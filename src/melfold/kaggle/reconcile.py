@@ -56,10 +56,12 @@ def find_row(client: Kaggle, home: Home, manifest: dict[str, Any], *, again: boo
 
 
 def file_mark(manifest: dict[str, Any]) -> str:
+    """What a message to Kaggle says of the file: the same file has the same mark in every clone."""
     return f"sha256:{manifest['files']['submission.csv'][:16]}"
 
 
 def record_of(home: Home, tag: str) -> Path:
+    """Where a call to Kaggle leaves its result, also if melfold is killed meanwhile."""
     return home.submissions / f".call-{tag}.json"
 
 
@@ -158,6 +160,7 @@ def _adopt(client: Kaggle, home: Home, manifest: dict[str, Any], listed: Sequenc
 
 
 def unknown_outcome(row: Row) -> MelfoldError:
+    """The error for a submission of which Kaggle may or may not know."""
     return MelfoldError(
         f"whether Kaggle took submission {row.id} is unknown",
         f"{row.note}; its message ends in melfold:{row.tag}",
@@ -213,6 +216,7 @@ def sync(client: Kaggle, home: Home) -> list[str]:
 
 
 def provenance_of(manifest: dict[str, Any]) -> dict[str, str]:
+    """The columns of a ledger's row that say what a submission was made from."""
     runs = manifest["runs"]
     oof = manifest["oof_lwlrap"]
     return {

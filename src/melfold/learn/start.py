@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
@@ -83,6 +83,7 @@ def start_run(
         if run.recipe != recipe:  # settings that change no weight take their new values
             write_json(folder / "recipe.json", recipe.model_dump(mode="json"))
         return Run(folder, recipe, run.info)
+    info = replace(info, commit=current_commit())
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.json").unlink(missing_ok=True)
     write_text(folder / "clips.csv", clips)
@@ -101,7 +102,7 @@ def _check_exclude(recipe: Recipe, folds: pd.Series) -> None:
 
 
 def _info(home: Home, recipe: Recipe, competition: Competition, folds_path: Path, clips: str, noisy: str, known: str) -> RunInfo:
-    """The facts of a new run: its own, and what the runs that it learns from pass on to it.
+    """The facts of a new run but for the commit: its own, and what the runs that it learns from pass on to it.
 
     Args:
         clips, noisy: the text of its tables.
@@ -128,7 +129,7 @@ def _info(home: Home, recipe: Recipe, competition: Competition, folds_path: Path
         licence=", ".join(sorted({part for text in licences for part in text.split(", ") if part})),
         seen=sorted({*seen_data(recipe), *(name for parent in parents for name in parent.seen)}),
         warnings=sorted({text for text in warnings if text}),
-        commit=current_commit(),
+        commit="",
         data_folder=str(competition.root.resolve()),
     )
 
