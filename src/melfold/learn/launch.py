@@ -42,14 +42,14 @@ _ONE_AT_A_TIME = threading.Lock()
 
 @dataclass(frozen=True)
 class Job:
-    """Train one fold, or predict some clips with it.
+    """Train one fold, or predict clips with it.
 
     Args:
         home, label, fold: which home, `RUN` or `RUN@NAME`, and which fold.
         cache: the folder of the log-mels.
         number, count: this is job `number` of `count`.
         teacher_caches: `train`: for each teacher the folder of log-mels with its front-end.
-        output, fnames, clips: `predict`: the CSV to write, its clips, and the digest of their audio.
+        outputs: `predict`: CSVs to write, each with its clips and the digest of their audio.
     """
 
     task: Literal["train", "predict"]
@@ -60,9 +60,7 @@ class Job:
     number: int = 1
     count: int = 1
     teacher_caches: Sequence[str] = ()
-    output: str = ""
-    fnames: Sequence[str] = ()
-    clips: str = ""
+    outputs: Sequence[tuple[str, Sequence[str], str]] = ()
 
     def __str__(self) -> str:
         return f"{self.label} fold {self.fold}"
@@ -123,18 +121,17 @@ def train_folds(
 def predict_folds(
     prediction: Prediction, cache: Path, work: Sequence[tuple[str, Path, Sequence[str], str]], compute: Compute
 ) -> None:
-    """Predict clips with folds of a run.
+    """Predict clips with folds of a run, each fold loaded once.
 
     Args:
         cache: the folder of the log-mels.
         work: fold, the CSV to write, its clips, and the digest of their audio.
     """
+    outputs: dict[str, list[tuple[str, Sequence[str], str]]] = {}
+    for fold, path, fnames, clips in work:
+        outputs.setdefault(fold, []).append((str(path), fnames, clips))
     home, label = str(prediction.run.home.root), prediction.label
-    jobs = [
-        Job("predict", home, label, fold, str(cache), output=str(path), fnames=fnames, clips=clips)
-        for fold, path, fnames, clips in work
-    ]
-    launch(jobs, compute)
+    launch([Job("predict", home, label, fold, str(cache), outputs=csvs) for fold, csvs in outputs.items()], compute)
 
 
 def do(job: Job, device_name: str, progress: Progress = silent) -> str:
@@ -155,11 +152,12 @@ def do(job: Job, device_name: str, progress: Progress = silent) -> str:
         else:
             prediction, device = open_prediction(home, job.label), pick_device(device_name, "off")
             recipe, labels = prediction.recipe, prediction.run.info.labels
-            store = ClipStore(cache, list(job.fnames), recipe.logmel.n_mels, recipe.logmel.top_db)
-            model, began = load_fold(prediction.run, job.fold, device), time.monotonic()
-            probs = predict_probs(model, store, labels, recipe, device)
-            inputs = prediction.inputs(job.fold, job.clips)
-            write_current(Path(job.output), probs, inputs, **speed_since(began, store, recipe))
+            model = load_fold(prediction.run, job.fold, device)
+            for path, fnames, clips in job.outputs:
+                store = ClipStore(cache, list(fnames), recipe.logmel.n_mels, recipe.logmel.top_db)
+                began = time.monotonic()
+                probs = predict_probs(model, store, labels, recipe, device)
+                write_current(Path(path), probs, prediction.inputs(job.fold, clips), **speed_since(began, store, recipe))
     return str(job)
 
 
