@@ -16,7 +16,7 @@ import typer.main
 from typer.testing import CliRunner
 
 import melfold
-from melfold.cli.main import app
+from melfold.cli.main import app, main
 from melfold.recipe_text import recipe_keys
 from melfold.recipes import load_recipe, recipe_names
 
@@ -341,3 +341,34 @@ main()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "melfold: stopped.\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "named", "where"),
+    [
+        ("trian", "train", "melfold"),
+        ("train", "DATA", "melfold train"),
+        ("train here --fold 1", "--folds", "melfold train"),
+        ("train here --folds", "--folds", "melfold"),
+        ("train here --jobs many", "--jobs", "melfold train"),
+    ],
+)
+def test_a_wrong_option_is_one_line(
+    command: str, named: str, where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["melfold", *command.split()])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("melfold: ")
+    assert named in line
+    assert line.endswith(f" See `{where} --help`")
+
+
+def test_no_command_shows_what_there_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", ["melfold"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert "ensemble" in capsys.readouterr().out

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from typing import Annotated, Any
 
 import typer
 
 from melfold import __version__
 from melfold.cli import clean, data, kernels, ledger, recipes, report, runs, scores, submissions, training, weights
+from melfold.cli.output import fail
 
 app = typer.Typer(
     name="melfold",
@@ -16,6 +18,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+UsageError: Any = typer.BadParameter.__base__
+"""Of the click that Typer brings, which has no public name."""
+
 for group in (data, training, runs, scores, report, submissions, kernels, ledger, clean):
     app.add_typer(group.app)
 app.add_typer(recipes.app, name="recipe")
@@ -38,5 +43,12 @@ def melfold(
 
 
 def main() -> None:
-    """The console script."""
-    app()
+    """The console script. A wrong option or argument is told in one line, where Typer would draw a box."""
+    try:
+        sys.exit(app(prog_name="melfold", standalone_mode=False))
+    except UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            typer.echo(error.ctx.get_help())
+            sys.exit(2)
+        what, command = " ".join(error.format_message().split()), error.ctx.command_path if error.ctx else "melfold"
+        fail([f"{what}{'' if what.endswith(('.', '?')) else '.'} See `{command} --help`"])

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
@@ -49,13 +49,13 @@ def guarded(function: Callable[..., None], *, continues: bool = False) -> Callab
         try:
             function(*args, **kwargs)
         except MelfoldError as error:
-            _fail(error.lines)
+            fail(error.lines)
         except BrokenPipeError:
             # The reader, such as `head`, has seen enough; a further flush at exit would complain again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(141) from None
         except OSError as error:
-            _fail([system_error(error)])
+            fail([system_error(error)])
         except KeyboardInterrupt:
             typer.echo("melfold: stopped." + (" The same command continues where it stopped." if continues else ""), err=True)
             raise typer.Exit(130) from None
@@ -67,10 +67,11 @@ def guarded(function: Callable[..., None], *, continues: bool = False) -> Callab
     return call
 
 
-def _fail(lines: Iterable[str]) -> None:
+def fail(lines: Iterable[str]) -> NoReturn:
+    """Tell an error and end with exit code 2."""
     for line in lines:
         typer.secho(f"melfold: {line}", fg="red", err=True)
-    raise typer.Exit(2)
+    sys.exit(2)
 
 
 class _Lines(logging.Handler):
