@@ -240,6 +240,7 @@ def test_without_home_melfold_home_is_used(data: Path, tmp_path: Path, monkeypat
     result = CliRunner().invoke(app, ["folds", str(data), "--n-folds", "2"])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "elsewhere" / "folds" / "tiny_curated_2fold_grouped_seed42.csv").exists()
+    assert "\nGroups: clips with identical audio\n" in result.output
 
 
 def test_the_console_script_ends_with_the_same_code(tmp_path: Path) -> None:

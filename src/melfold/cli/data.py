@@ -120,6 +120,7 @@ def folds(
     """Write the fold table, even in every label, with groups of clips kept together: the same for everyone."""
     from melfold import stages
     from melfold.data.competition import load_competition
+    from melfold.data.groups import groups_path
 
     asked = {"n_folds": n_folds, "seed": seed, "groups": groups}
     changes = [f"folds.{key}={value}" for key, value in asked.items() if value is not None]
@@ -130,7 +131,8 @@ def folds(
         _suggest_groups(competition, place, resolved)
         return
     path, balance = stages.folds(competition, place, resolved)
-    typer.echo(f"{path}\n{balance}")
+    by_audio = "none" if resolved.folds.groups == "none" else "clips with identical audio"
+    typer.echo(f"{path}\nGroups: {groups_path(competition.name, place, resolved.folds.groups) or by_audio}\n{balance}")
 
 
 def _suggest_groups(competition: Competition, home: Home, recipe: Recipe) -> None:
