@@ -29,6 +29,22 @@ def silent(done: int, total: int, text: str) -> None:
     """A `Progress` that says nothing."""
 
 
+Tell = Callable[[int], None]
+"""Called with how much was done since the call before."""
+
+
+def adding(progress: Progress, total: int, text: str) -> Tell:
+    """A function that sums up what it is told, for `progress`."""
+    done = 0
+
+    def tell(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total, text)
+
+    return tell
+
+
 @dataclass(frozen=True)
 class Compute:
     """Where work runs. Made by the command line; devices are looked up where the work is done, not before.

@@ -194,6 +194,20 @@ def test_the_fold_mean_is_part_of_a_prediction(run: Run, world: World) -> None:
     assert other.test.read_bytes() != own.test.read_bytes()
 
 
+def test_progress_counts_the_clips_of_a_fold_in_all_views(run: Run, world: World) -> None:
+    shutil.rmtree(run.fold(2).path)
+    told: list[tuple[int, int, str]] = []
+    config = PredictConfig(shift_seconds=(0.0, 0.2), batch_size=4)
+    compute = Compute(devices=("cpu",), jobs=1, progress=lambda *what: told.append(what))
+    predicted(world, start_prediction(run, "told", config), compute)
+    for number, fold in enumerate((0, 1), 1):
+        text, clips = f"tiny@told fold {fold}, {number} of 2: predicting", len(run.held_out(fold)) + len(world.competition.test)
+        counts = [done for done, total, said in told if (total, said) == (2 * clips, text)]
+        assert counts == sorted(counts)
+        assert len(counts) > 2 * clips / 4
+        assert counts[-1] == 2 * clips
+
+
 def test_several_devices_predict_the_same_bytes(run: Run, world: World) -> None:
     shutil.rmtree(run.fold(2).path)  # two folds are enough, one for each device
     config = PredictConfig(shift_seconds=(0.0, 0.2))

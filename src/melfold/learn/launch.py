@@ -22,7 +22,7 @@ from typing import Literal
 
 from joblib import Parallel, delayed
 
-from melfold.compute import Compute, Progress, end_with_parent, remote, silent
+from melfold.compute import Compute, Progress, adding, end_with_parent, remote, silent
 from melfold.data.clips import ClipStore
 from melfold.errors import MelfoldError, system_error
 from melfold.files import Home
@@ -86,10 +86,8 @@ def launch(jobs: Sequence[Job], compute: Compute, *, seconds: float = math.inf) 
         for number, name in enumerate(work, 1):
             compute.progress(number, len(jobs), f"{name}: {jobs[0].task} done")
     elif len(compute.devices) == 1 and seconds == math.inf:
-        for number, job in enumerate(jobs, 1):
+        for job in jobs:
             do(job, compute.devices[0], compute.progress)
-            if job.task == "predict":
-                compute.progress(number, len(jobs), f"{job.label}: predicting")
     else:
         for name in compute.devices:
             find_device(name)  # no more than that: this process must not take memory of a GPU that its children use
@@ -131,34 +129,43 @@ def predict_folds(
     for fold, path, fnames, clips in work:
         outputs.setdefault(fold, []).append((str(path), fnames, clips))
     home, label = str(prediction.run.home.root), prediction.label
-    launch([Job("predict", home, label, fold, str(cache), outputs=csvs) for fold, csvs in outputs.items()], compute)
+    parts = enumerate(outputs.items(), 1)
+    launch([Job("predict", home, label, fold, str(cache), i, len(outputs), outputs=csvs) for i, (fold, csvs) in parts], compute)
 
 
 def do(job: Job, device_name: str, progress: Progress = silent) -> str:
     """Do a job here. What an earlier try left behind is used. Returns: its name."""
+    with _ONE_AT_A_TIME:
+        (_train if job.task == "train" else _predict)(job, device_name, progress)
+    return str(job)
+
+
+def _train(job: Job, device_name: str, progress: Progress) -> None:
     # Imported here, since a process that only starts others needs no timm.
     from melfold.learn.noisy import make_pseudo_labels
-    from melfold.learn.predict import predict_probs, speed_since
-    from melfold.learn.train import load_fold, train_fold
+    from melfold.learn.train import train_fold
 
-    home, cache = Home(Path(job.home)), Path(job.cache)
-    with _ONE_AT_A_TIME:
-        if job.task == "train":
-            run = open_run(home, job.label)
-            device = pick_device(device_name, run.recipe.train.amp)
-            if job.teacher_caches:
-                make_pseudo_labels(run, job.fold, [Path(own) for own in job.teacher_caches], device)
-            train_fold(run, job.fold, cache, device, progress=progress, place=(job.number, job.count))
-        else:
-            prediction, device = open_prediction(home, job.label), pick_device(device_name, "off")
-            recipe, labels = prediction.recipe, prediction.run.info.labels
-            model = load_fold(prediction.run, job.fold, device)
-            for path, fnames, clips in job.outputs:
-                store = ClipStore(cache, list(fnames), recipe.logmel.n_mels, recipe.logmel.top_db)
-                began = time.monotonic()
-                probs = predict_probs(model, store, labels, recipe, device)
-                write_current(Path(path), probs, prediction.inputs(job.fold, clips), **speed_since(began, store, recipe))
-    return str(job)
+    run = open_run(Home(Path(job.home)), job.label)
+    device = pick_device(device_name, run.recipe.train.amp)
+    if job.teacher_caches:
+        make_pseudo_labels(run, job.fold, [Path(own) for own in job.teacher_caches], device, progress)
+    train_fold(run, job.fold, Path(job.cache), device, progress=progress, place=(job.number, job.count))
+
+
+def _predict(job: Job, device_name: str, progress: Progress) -> None:
+    from melfold.learn.predict import predict_probs, speed_since
+    from melfold.learn.train import load_fold
+
+    prediction, device = open_prediction(Home(Path(job.home)), job.label), pick_device(device_name, "off")
+    recipe, labels = prediction.recipe, prediction.run.info.labels
+    total = len(recipe.views) * sum(len(fnames) for _, fnames, _ in job.outputs)
+    tell = adding(progress, total, f"{job}, {job.number} of {job.count}: predicting")
+    model = load_fold(prediction.run, job.fold, device)
+    for path, fnames, digest in job.outputs:
+        store = ClipStore(Path(job.cache), list(fnames), recipe.logmel.n_mels, recipe.logmel.top_db)
+        began = time.monotonic()
+        probs = predict_probs(model, store, labels, recipe, device, tell)
+        write_current(Path(path), probs, prediction.inputs(job.fold, digest), **speed_since(began, store, recipe))
 
 
 def _processes(jobs: Sequence[Job], devices: Sequence[str], seconds: float) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from melfold.artefacts import Artefact
+from melfold.compute import Progress, adding, silent
 from melfold.config import NoisyConfig
 from melfold.data.cache import audio_digest
 from melfold.data.clips import ClipStore
@@ -28,7 +29,9 @@ from melfold.learn.train import load_fold
 from melfold.probs import Probs, align, make_probs, mean_probs, read_probs, sigmoid
 
 
-def make_pseudo_labels(student: Run, fold: int | str, caches: Sequence[Path], device: Device) -> None:
+def make_pseudo_labels(
+    student: Run, fold: int | str, caches: Sequence[Path], device: Device, progress: Progress = silent
+) -> None:
     """Leave in the student's fold the clips with targets from its teachers' models of that fold: the noisy clips they chose, and
     the curated ones that probably lack a label.
 
@@ -58,7 +61,7 @@ def make_pseudo_labels(student: Run, fold: int | str, caches: Sequence[Path], de
             return
         tables = []
         for teacher, own, cache, inputs in models.values():
-            probs = _teacher_probs(teacher, own, cache, inputs, list(curated.index), list(noisy.index), device)
+            probs = _teacher_probs(teacher, own, cache, inputs, list(curated.index), list(noisy.index), device, progress)
             given = [*noisy.index, *curated.index]
             probs = align(probs, given, student.info.labels, f"predictions of {teacher.name}")
             tables.append(probs if teacher.recipe.schedule[-1].loss == "bce" else calibrated(probs, pd.concat([noisy, curated])))
@@ -84,19 +87,28 @@ def _inputs(teacher: Run, fold: str, clips: Sequence[str], cache: Path) -> dict[
 
 
 def _teacher_probs(
-    teacher: Run, fold: str, cache: Path, inputs: dict[str, Any], curated: list[str], noisy: list[str], device: Device
+    teacher: Run,
+    fold: str,
+    cache: Path,
+    inputs: dict[str, Any],
+    curated: list[str],
+    noisy: list[str],
+    device: Device,
+    progress: Progress,
 ) -> Probs:
     """What one of a teacher's models predicts for a student's clips; kept beside its weights."""
     path, recipe = teacher.fold(fold).teacher_probs, teacher.recipe
     if Artefact.of(path).is_fresh(inputs):
         return read_probs(path)
     model, parts = load_fold(teacher, fold, device), []
+    total = len(recipe.views) * (len(curated) + len(noisy))
+    tell = adding(progress, total, f"{teacher.name} fold {fold}: predicting what it teaches")
     for clips, apart in ((curated, False), (noisy, recipe.uses_noisy and recipe.noisy.own_norm)):
         if clips:
             store = ClipStore(cache, clips, recipe.logmel.n_mels, recipe.logmel.top_db)
             if apart:  # it was trained with these clips' own statistics
                 model.normalise.set(*statistics(store, bands=recipe.model.normalise != "scalar"))
-            parts.append(predict_probs(model, store, teacher.info.labels, recipe, device))
+            parts.append(predict_probs(model, store, teacher.info.labels, recipe, device, tell))
     write_current(path, pd.concat(parts), inputs)
     return read_probs(path)
 
