@@ -23,13 +23,30 @@ settings.load_profile("melfold")
 REPO = Path(__file__).resolve().parents[1]
 LABELS = ("Bark", "Hiss_(air)", "Tone")
 
-LONGEST = ("kaggle/submit", "learn/launch", "kaggle/training", "learn/cluster", "kaggle/kernels", "kaggle/client", "kaggle/ship")
-LONGEST += ("data/cache", "report/browser", "kaggle/fake_kaggle", "learn/train", "report/pages", "kaggle/schedules")
+LONGEST = (
+    "kaggle/test_submit",
+    "kaggle/test_training",
+    "test_road",
+    "learn/test_launch",
+    "kaggle/test_ship",
+    "kaggle/test_client",
+    "kaggle/test_kernels",
+    "report/test_browser",
+    "learn/test_cluster",
+    "learn/test_train",
+    "data/test_cache",
+    "report/test_pages",
+    "kaggle/test_fake_kaggle",
+    "kaggle/test_push",
+    "kaggle/test_schedules",
+    "learn/test_placement",
+    "learn/test_predictions",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest come first, so that several workers end together."""
-    files = [REPO / "tests" / folder / f"test_{name}.py" for folder, name in (text.split("/") for text in LONGEST)]
+    files = [REPO / f"tests/{name}.py" for name in LONGEST]
     items.sort(key=lambda item: files.index(item.path) if item.path in files else len(files))
 
 
