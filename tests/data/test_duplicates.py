@@ -39,12 +39,12 @@ def test_cuts_of_one_texture_are_proposed_and_louder_ones_too(tmp_path: Path) ->
 
 
 def test_the_command_proposes_groups_of_real_recordings_and_most_are_right(esc10: Path, tmp_path: Path) -> None:
-    args = ["folds", str(esc10), "--suggest-groups", "--recipe", "quick", "--home", str(tmp_path)]
+    args = ["folds", str(esc10), "--suggest-groups", "--recipe", "quick_pretrained", "--home", str(tmp_path)]
     result = CliRunner().invoke(app, args)
     assert result.exit_code == 0, result.output
     found = read_groups(tmp_path / "folds" / "esc10_suggested_groups.csv")
     assert not list((tmp_path / "folds").glob("*seed*")), "it makes no fold table"
-    folder = cache_folder(Home(tmp_path), "esc10", load_recipe("quick").logmel)
+    folder = cache_folder(Home(tmp_path), "esc10", load_recipe("quick_pretrained").logmel)
     groups, pairs = suggest_groups(load_competition(esc10).curated["labels"], folder)
     assert groups.index.sort_values().equals(found.index)
     sources = pd.read_csv(esc10 / "groups.csv", dtype=str, index_col="fname")["sources"].str.split("+").map(set)
