@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import label_ranking_average_precision_score
 
 from melfold.data.competition import Competition
 from melfold.files import Home
@@ -29,6 +28,8 @@ def draw(fnames: Iterable[str], seed: int) -> Probs:
 
 def oracle(targets: pd.DataFrame, probs: Probs) -> float:
     """lwlrap by scikit-learn: LRAP, each clip weighted by the number of its labels."""
+    from sklearn.metrics import label_ranking_average_precision_score  # here, since loading it takes a second
+
     truth, scores = targets.to_numpy(int), probs.loc[targets.index, targets.columns].to_numpy()
     return float(label_ranking_average_precision_score(truth, scores, sample_weight=truth.sum(axis=1)))
 

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from sklearn.metrics import label_ranking_average_precision_score
 
 from melfold.errors import MelfoldError
 from melfold.metrics import Difference, bootstrap_interval, constant_lwlrap, lwlrap, paired_bootstrap, per_label_lwlrap
@@ -61,6 +60,8 @@ def test_constant_scores_take_the_pessimistic_side() -> None:
 
 @given(problems())
 def test_equals_scikit_learns_label_ranking_weighted_by_labels(problem: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+    from sklearn.metrics import label_ranking_average_precision_score  # here, since loading it takes a second
+
     targets, scores = problem
     keep = targets.sum(axis=1) > 0
     truth = targets[keep].to_numpy(int)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import hashlib
+import re
 import shlex
 from pathlib import Path
 
@@ -33,6 +36,21 @@ def picture_loaded(browser: Browser) -> bool:
 def sideways(browser: Browser) -> int:
     """By how many pixels the page is wider than the window."""
     return browser.run("return document.documentElement.scrollWidth - document.documentElement.clientWidth")
+
+
+def test_a_page_is_one_file_whose_policy_allows_its_own_script_alone(pages: Pages, hostile: Pages) -> None:
+    for page in (*pages.all, *hostile.all):
+        text = page.read_text()
+        assert not re.search(r'(src|href)="?(https?:)?//', text)
+        scripts = re.findall(r"<script>(.*?)</script>", text, re.S)
+        assert len(scripts) == 1
+        digest = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
+        assert f"default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in (
+            text.replace("&#39;", "'")
+        )
+        assert "<img src=x" not in text
+        assert "<svg onload" not in text
+    assert not list(pages.home.reports.glob(".*"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
