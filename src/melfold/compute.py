@@ -25,16 +25,16 @@ ENGINES = ("joblib", "dask")
 WAIT_SECONDS = 60
 
 
-def silent(done: int, total: int, text: str) -> None:
-    """A `Progress` that says nothing."""
-
-
 Tell = Callable[[int], None]
 """Called with how much was done since the call before."""
 
 
+def silent(*told: object) -> None:
+    """A `Progress` or a `Tell` that says nothing."""
+
+
 def adding(progress: Progress, total: int, text: str) -> Tell:
-    """A function that sums up what it is told, for `progress`."""
+    """A `Tell` that adds up what it is told and passes the sum to `progress`."""
     done = 0
 
     def tell(count: int) -> None:

@@ -39,6 +39,7 @@ def sideways(browser: Browser) -> int:
 
 
 def test_a_page_is_one_file_whose_policy_allows_its_own_script_alone(pages: Pages, hostile: Pages) -> None:
+    """It needs no browser, but the hostile pages, which take long to make."""
     for page in (*pages.all, *hostile.all):
         text = page.read_text()
         assert not re.search(r'(src|href)="?(https?:)?//', text)

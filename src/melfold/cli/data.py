@@ -131,8 +131,9 @@ def folds(
         _suggest_groups(competition, place, resolved)
         return
     path, balance = stages.folds(competition, place, resolved)
-    by_audio = "none" if resolved.folds.groups == "none" else "clips with identical audio"
-    typer.echo(f"{path}\nGroups: {groups_path(competition.name, place, resolved.folds.groups) or by_audio}\n{balance}")
+    how = resolved.folds.groups
+    grouped_by = groups_path(competition.name, place, how) or ("none" if how == "none" else "clips with identical audio")
+    typer.echo(f"{path}\nGroups: {grouped_by}\n{balance}")
 
 
 def _suggest_groups(competition: Competition, home: Home, recipe: Recipe) -> None:

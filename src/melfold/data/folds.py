@@ -41,7 +41,7 @@ class Balance:
         small, large = self.sizes
         labels = ", ".join(f"{label} {own} of {all}" for label, (own, all) in self.too_large.items())
         but = f", but for those that have more clips in one group than fit a fold: {labels}" if labels else ""
-        even = f"In no fold is a label more than {self.deviation} clips away from an even split"
+        even = f"In no fold is a label more than {self.deviation} clip{'s' * (self.deviation != 1)} away from an even split"
         return f"Folds of {small} to {large} clips. {even}{but}."
 
 

@@ -102,7 +102,7 @@ def _teacher_probs(
         return read_probs(path)
     model, parts = load_fold(teacher, fold, device), []
     total = len(recipe.views) * (len(curated) + len(noisy))
-    tell = adding(progress, total, f"{teacher.name} fold {fold}: predicting what it teaches")
+    tell = adding(progress, total, f"{teacher.name} fold {fold}: predicting the student's clips")
     for clips, apart in ((curated, False), (noisy, recipe.uses_noisy and recipe.noisy.own_norm)):
         if clips:
             store = ClipStore(cache, clips, recipe.logmel.n_mels, recipe.logmel.top_db)

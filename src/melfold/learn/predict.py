@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from melfold.compute import Tell, adding, silent
+from melfold.compute import Tell, silent
 from melfold.config import Recipe, View
 from melfold.data.clips import ClipStore
 from melfold.learn.batches import read_ahead, window_batches
@@ -16,12 +16,9 @@ from melfold.learn.devices import Device, exact, explain_out_of_memory
 from melfold.learn.model import Tagger
 from melfold.probs import Probs, make_probs, sigmoid
 
-UNTOLD = adding(silent, 0, "")
-"""For a prediction that takes no time worth a word."""
-
 
 def predict_probs(
-    model: Tagger, store: ClipStore, labels: Sequence[str], recipe: Recipe, device: Device, tell: Tell = UNTOLD
+    model: Tagger, store: ClipStore, labels: Sequence[str], recipe: Recipe, device: Device, tell: Tell = silent
 ) -> Probs:
     """Probabilities `(clips, labels)` of every clip of a store, from windows over the whole clip in all of the recipe's views.
 
@@ -39,7 +36,7 @@ def speed_since(began: float, store: ClipStore, recipe: Recipe) -> dict[str, flo
 
 
 def predict_logits(
-    model: Tagger, store: ClipStore, recipe: Recipe, device: Device, view: View, tell: Tell = UNTOLD
+    model: Tagger, store: ClipStore, recipe: Recipe, device: Device, view: View, tell: Tell = silent
 ) -> np.ndarray:
     """float64 logits `(clips, labels)`: for each clip the mean over a view's windows.
 
